@@ -1,0 +1,1 @@
+//! What moxlet-init and the agent say to each other, versioned.

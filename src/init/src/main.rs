@@ -1,0 +1,3 @@
+//! moxlet-init: PID 1 of every CT.
+
+fn main() {}

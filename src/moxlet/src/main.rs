@@ -1,0 +1,3 @@
+//! The moxlet program: command line, configuration file, wiring.
+
+fn main() {}

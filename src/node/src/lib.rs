@@ -1,0 +1,1 @@
+//! A kubelet for a cluster of hosts: registration, pod workers, status, kubelet API.

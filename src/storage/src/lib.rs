@@ -1,0 +1,1 @@
+//! Container roots and layers on disk: the storage contract and its drivers.

@@ -1,0 +1,1 @@
+//! Benchmarks: tables with the peer measured in the same run.

@@ -1,0 +1,1 @@
+//! Component tests: the crates against real LXC, OverlayFS, CNI and a registry.

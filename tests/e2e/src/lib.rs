@@ -1,0 +1,1 @@
+//! End-to-end tests: kubectl against a real control plane and moxlet up.
