@@ -1,3 +1,25 @@
-//! The moxlet program: command line, configuration file, wiring.
+//! The moxlet program: command line, configuration file, wiring, nothing else.
+//!
+//! `moxlet up` is node and agent in one process; `moxlet agent` is the CRI runtime alone, for crictl or an
+//! ordinary kubelet. What they do lives in the crates `moxlet-node` and `moxlet-agent`; here their settings are
+//! read, the machine is checked, and their tasks are started and joined.
 
-fn main() {}
+mod cli;
+mod config;
+mod preflight;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    match run::main(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("moxlet: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

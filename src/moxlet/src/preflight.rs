@@ -1,0 +1,92 @@
+//! What the machine must have before anything is started: each lack is one sentence that says what to do.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+
+use crate::config::Config;
+
+/// Checks the machine.
+///
+/// # Errors
+/// All that is missing, in one message.
+pub(crate) fn check(config: &Config) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("it must run as root: it makes mounts, cgroups and LXC containers (try: sudo moxlet …)");
+    }
+    let mut missing = Vec::new();
+    missing.extend(kernel());
+    missing.extend(programs());
+    if config.cni_conf_dir.is_none() {
+        missing.extend(plugins(&config.cni_bin_dirs));
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    bail!("this machine lacks what Moxlet needs:\n  - {}", missing.join("\n  - "))
+}
+
+fn kernel() -> Vec<String> {
+    let mut missing = Vec::new();
+    for kind in ["user", "pid", "mnt", "net", "cgroup", "ipc", "uts"] {
+        if !Path::new("/proc/self/ns").join(kind).exists() {
+            missing.push(format!("the kernel has no {kind} namespaces: boot a kernel that has them"));
+        }
+    }
+    // An absent module is loaded by the first mount; only a kernel that lists neither is hopeless.
+    let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let module = Path::new("/lib/modules").join(&release);
+    if !filesystems.lines().any(|l| l.trim_start_matches("nodev").trim() == "overlay") && !module.exists() {
+        missing.push("the kernel has no OverlayFS: load the module `overlay`".to_owned());
+    }
+    if older_than(&release, (5, 19)) {
+        missing.push(format!(
+            "the kernel is {release}; 5.19 or newer is needed for OverlayFS on idmapped mounts: upgrade the kernel"
+        ));
+    }
+    missing
+}
+
+fn older_than(release: &str, (major, minor): (u32, u32)) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(a), Some(b)) => (a, b) < (major, minor),
+        _ => false,
+    }
+}
+
+fn programs() -> Vec<String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    ["lxc-start", "lxc-stop"]
+        .into_iter()
+        .filter(|p| !dirs.iter().any(|d| d.join(p).is_file()))
+        .map(|p| format!("the program {p} is not in PATH: install LXC (apt-get install lxc uidmap)"))
+        .collect()
+}
+
+fn plugins(dirs: &[PathBuf]) -> Vec<String> {
+    ["bridge", "host-local"]
+        .into_iter()
+        .filter(|p| !dirs.iter().any(|d| d.join(p).is_file()))
+        .map(|p| {
+            format!(
+                "the CNI plugin {p} is in none of cni_bin_dirs: install it (apt-get install containernetworking-plugins)"
+            )
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::older_than;
+
+    #[test]
+    fn kernel_releases_are_compared_as_numbers() {
+        assert!(older_than("5.4.0-generic", (5, 19)));
+        assert!(!older_than("6.17.2-1-pve", (5, 19)));
+        assert!(!older_than("5.19.0", (5, 19)));
+        assert!(!older_than("unheard-of", (5, 19)));
+    }
+}

@@ -1,0 +1,179 @@
+//! Wiring: settings become an agent and a node, signals become one cancellation, and everything is joined.
+
+use std::{
+    fs::File,
+    os::unix::fs::DirBuilderExt,
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use crate::{
+    cli::{Cli, Command, LogFormat},
+    config::Config,
+    preflight,
+};
+
+/// How long pods get to end with `--stop-pods`.
+const STOP_PODS_GRACE: Duration = Duration::from_secs(30);
+
+/// Runs the command that was asked for, until a signal ends it.
+///
+/// # Errors
+/// Whatever kept it from starting, or ended it, in words for the person at the terminal.
+pub(crate) fn main(cli: Cli) -> Result<()> {
+    let (config, with_node) = match &cli.command {
+        Command::Up(args) => (Config::load(&args.common, Some(args))?, true),
+        Command::Agent(args) => (Config::load(args, None)?, false),
+    };
+    init_logs(&config)?;
+    preflight::check(&config)?;
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        bail!("another TLS provider was installed before ring");
+    }
+    let _lock = lock(&config.root_dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8)))
+        .max_blocking_threads(64)
+        .thread_keep_alive(Duration::from_secs(5))
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(serve(config, with_node))
+}
+
+fn init_logs(config: &Config) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
+        .with_context(|| format!("log: {:?} is no log filter (try `info`)", config.log))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => builder.with_ansi(false).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
+
+/// Makes `root_dir` and takes its lock: two programs on one directory would undo each other's work.
+fn lock(root: &Path) -> Result<File> {
+    let run = root.join("run");
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(&run)
+        .with_context(|| format!("cannot make {}", run.display()))?;
+    let path = run.join("moxlet.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => bail!(
+            "another moxlet runs on {} (it holds {}); stop it, or give this one a --root-dir of its own",
+            root.display(),
+            path.display()
+        ),
+        Err(std::fs::TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+async fn serve(config: Config, with_node: bool) -> Result<()> {
+    let stop = CancellationToken::new();
+    let signals = tokio::spawn(watch_signals(stop.clone()));
+    // The agent outlives the node: a node that stops still talks to it.
+    let agent_stop = CancellationToken::new();
+    let agent = moxlet_agent::Agent::start(agent_config(&config), agent_stop.clone())
+        .await
+        .context("the agent could not start")?;
+    info!(socket = %config.cri_socket().display(), "agent ready");
+
+    let outcome = if with_node {
+        moxlet_node::run(node_config(&config, &agent.cri_endpoint()), stop.clone()).await.context("the node stopped")
+    } else {
+        stop.cancelled().await;
+        Ok(())
+    };
+    if let Err(error) = &outcome {
+        error!(error = %format!("{error:#}"), "node failed");
+    }
+    if config.stop_pods && outcome.is_ok() {
+        info!("stopping all pods");
+        agent.stop_pods(STOP_PODS_GRACE).await;
+    }
+    agent_stop.cancel();
+    agent.join().await;
+    signals.abort();
+    info!("stopped");
+    outcome
+}
+
+/// Turns SIGTERM and SIGINT into the one cancellation; a second one ends the process at once.
+async fn watch_signals(stop: CancellationToken) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        error!("cannot listen for signals");
+        return;
+    };
+    let mut seen = false;
+    loop {
+        let name = tokio::select! {
+            _ = term.recv() => "SIGTERM",
+            _ = int.recv() => "SIGINT",
+        };
+        if seen {
+            info!(signal = name, "second signal, ending at once; pods are left as they are");
+            std::process::exit(130);
+        }
+        seen = true;
+        info!(signal = name, "stopping");
+        stop.cancel();
+    }
+}
+
+fn agent_config(config: &Config) -> moxlet_agent::Config {
+    let (crate::config::Engine::Lxc, crate::config::Storage::Overlay) = (config.engine, config.storage);
+    let defaults = moxlet_agent::Config::default();
+    moxlet_agent::Config {
+        root_dir: config.root_dir.clone(),
+        cri_socket: config.cri_socket(),
+        stream_listen: config.stream_listen.or(defaults.stream_listen),
+        init_binary: config.init_binary.clone(),
+        pod_cidr: config.pod_cidr.clone(),
+        cni: moxlet_agent::CniSettings {
+            use_host_conf: config.cni_conf_dir.clone(),
+            bin_dirs: config.cni_bin_dirs.clone(),
+            bridge: config.bridge.clone(),
+        },
+        plain_http_registries: config.plain_http_registries.clone(),
+        log_max_bytes: config.container_log_max_bytes,
+        log_max_files: config.container_log_max_files,
+        sandbox_overhead_memory_bytes: config.sandbox_overhead_memory_bytes,
+        ..defaults
+    }
+}
+
+fn node_config(config: &Config, endpoint: &str) -> moxlet_node::Config {
+    let defaults = moxlet_node::Config::default();
+    moxlet_node::Config {
+        node_name: config.node_name.clone().unwrap_or(defaults.node_name),
+        agent_endpoint: endpoint.to_owned(),
+        kubeconfig: config.kubeconfig.clone(),
+        bootstrap_kubeconfig: config.bootstrap_kubeconfig.clone(),
+        client_ca_file: config.client_ca_file.clone(),
+        state_dir: config.root_dir.join("node"),
+        listen: config.listen,
+        node_ip: config.node_ip,
+        static_pod_dir: config.static_pod_dir.clone(),
+        register_taints: config.register_taints.clone(),
+        labels: config.node_labels.clone(),
+        max_pods: config.max_pods,
+        cluster_dns: config.cluster_dns.clone(),
+        cluster_domain: config.cluster_domain.clone(),
+        ..defaults
+    }
+}
