@@ -1,0 +1,74 @@
+//! What the node must be told; everything has a default, so that one machine needs no configuration.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+/// The node's configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of the Node object; the host's name in lower case by default.
+    pub node_name: String,
+    /// Where the agent listens: `unix:///run/moxlet/agent.sock`.
+    pub agent_endpoint: String,
+    /// A ready identity. Without it and without a bootstrap kubeconfig only static pods run.
+    pub kubeconfig: Option<PathBuf>,
+    /// A kubeconfig with a bootstrap token, with which a client certificate is requested.
+    pub bootstrap_kubeconfig: Option<PathBuf>,
+    /// Certificates that sign callers of the kubelet API; default: the kubeconfig's CA.
+    pub client_ca_file: Option<PathBuf>,
+    /// Keys and certificates of the node, 0600.
+    pub state_dir: PathBuf,
+    /// Where the kubelet API listens.
+    pub listen: SocketAddr,
+    /// Address of the node; default: the most useful one that the agent names.
+    pub node_ip: Option<IpAddr>,
+    /// A folder of pod manifests that run without any API server.
+    pub static_pod_dir: Option<PathBuf>,
+    /// Taints of a Node that is registered, `key=value:Effect`.
+    pub register_taints: Vec<String>,
+    /// Labels of the Node beside the usual ones.
+    pub labels: BTreeMap<String, String>,
+    /// The most pods that the scheduler may put here.
+    pub max_pods: u32,
+    /// Addresses of the cluster's DNS service; without them pods get the host's resolver.
+    pub cluster_dns: Vec<IpAddr>,
+    /// The cluster's DNS domain.
+    pub cluster_domain: String,
+    /// The kubelet version that the Node reports; it must be semantic.
+    pub kubelet_version: String,
+    /// How many pods may be started or stopped at one time.
+    pub max_parallel_syncs: usize,
+    /// How often the contents of configMap, secret, downwardAPI and token volumes are looked at.
+    pub volume_refresh: std::time::Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node_name: default_node_name(),
+            agent_endpoint: "unix:///run/moxlet/agent.sock".into(),
+            kubeconfig: None,
+            bootstrap_kubeconfig: None,
+            client_ca_file: None,
+            state_dir: PathBuf::from("/var/lib/moxlet/node"),
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 10250)),
+            node_ip: None,
+            static_pod_dir: None,
+            register_taints: vec!["virtual-kubelet.io/provider=proxmox:NoSchedule".into()],
+            labels: BTreeMap::new(),
+            max_pods: 110,
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".into(),
+            kubelet_version: format!("v1.36.0-moxlet.{}", env!("CARGO_PKG_VERSION")),
+            max_parallel_syncs: 64,
+            volume_refresh: std::time::Duration::from_secs(60),
+        }
+    }
+}
+
+fn default_node_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().trim().to_lowercase()
+}

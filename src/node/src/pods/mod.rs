@@ -1,0 +1,3 @@
+//! Pods: who they are, what they need next, and what is published about them.
+
+pub mod registry;
