@@ -1,0 +1,124 @@
+//! Labels and annotations by which a pod is found again on the agent, as a kubelet sets them; names of its log files.
+
+use std::collections::{BTreeMap, HashMap};
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+
+/// Label: the pod's name.
+pub(crate) const POD_NAME: &str = "io.kubernetes.pod.name";
+/// Label: the pod's namespace.
+pub(crate) const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
+/// Label: the pod's UID.
+pub(crate) const POD_UID: &str = "io.kubernetes.pod.uid";
+/// Label: the container's name.
+pub(crate) const CONTAINER_NAME: &str = "io.kubernetes.container.name";
+const RESTART_COUNT: &str = "io.kubernetes.container.restartCount";
+const HASH: &str = "io.kubernetes.container.hash";
+const MESSAGE_PATH: &str = "io.kubernetes.container.terminationMessagePath";
+const MESSAGE_POLICY: &str = "io.kubernetes.container.terminationMessagePolicy";
+const GRACE_PERIOD: &str = "io.kubernetes.pod.terminationGracePeriod";
+
+/// Where a pod comes from.
+pub(crate) const SOURCE: &str = "kubernetes.io/config.source";
+/// On the API server's copy of a static pod.
+pub(crate) const MIRROR: &str = "kubernetes.io/config.mirror";
+
+/// A pod's namespace.
+pub(crate) fn namespace(pod: &Pod) -> &str {
+    pod.metadata.namespace.as_deref().unwrap_or("default")
+}
+
+/// A pod's name.
+pub(crate) fn name(pod: &Pod) -> &str {
+    pod.metadata.name.as_deref().unwrap_or_default()
+}
+
+/// A pod's UID.
+pub(crate) fn uid(pod: &Pod) -> &str {
+    pod.metadata.uid.as_deref().unwrap_or_default()
+}
+
+/// `NAME_NAMESPACE(UID)`, as the kubelet's messages say it.
+pub(crate) fn full(pod: &Pod) -> String {
+    format!("{}_{}({})", name(pod), namespace(pod), uid(pod))
+}
+
+/// Whether a pod comes from a file.
+pub(crate) fn is_static(pod: &Pod) -> bool {
+    pod.metadata.annotations.as_ref().and_then(|a| a.get(SOURCE)).is_some_and(|s| s == "file")
+}
+
+/// A pod's log directory below `pod_logs_dir`.
+pub(crate) fn log_directory(pod: &Pod) -> String {
+    format!("{}_{}_{}", namespace(pod), name(pod), uid(pod))
+}
+
+/// A container's log below its pod's log directory.
+pub(crate) fn log_file(container: &str, attempt: u32) -> String {
+    format!("{container}/{attempt}.log")
+}
+
+/// Labels of a pod's sandbox.
+pub(crate) fn sandbox_labels(pod: &Pod) -> HashMap<String, String> {
+    let mut labels: HashMap<_, _> = pod.metadata.labels.clone().unwrap_or_default().into_iter().collect();
+    labels.extend(pod_labels(pod));
+    labels
+}
+
+fn pod_labels(pod: &Pod) -> HashMap<String, String> {
+    HashMap::from([
+        (POD_NAME.to_owned(), name(pod).to_owned()),
+        (POD_NAMESPACE.to_owned(), namespace(pod).to_owned()),
+        (POD_UID.to_owned(), uid(pod).to_owned()),
+    ])
+}
+
+/// Annotations of a pod's sandbox.
+pub(crate) fn sandbox_annotations(pod: &Pod) -> HashMap<String, String> {
+    pod.metadata.annotations.clone().unwrap_or_default().into_iter().collect()
+}
+
+/// Labels of a container.
+pub(crate) fn container_labels(pod: &Pod, container: &Container) -> HashMap<String, String> {
+    let mut labels = pod_labels(pod);
+    labels.insert(CONTAINER_NAME.to_owned(), container.name.clone());
+    labels
+}
+
+/// Annotations of a container.
+pub(crate) fn container_annotations(pod: &Pod, container: &Container, attempt: u32) -> HashMap<String, String> {
+    let mut notes = HashMap::from([
+        (RESTART_COUNT.to_owned(), attempt.to_string()),
+        (HASH.to_owned(), hash(container)),
+        (MESSAGE_PATH.to_owned(), message_path(container).to_owned()),
+        (
+            MESSAGE_POLICY.to_owned(),
+            container.termination_message_policy.clone().unwrap_or_else(|| "File".to_owned()),
+        ),
+    ]);
+    if let Some(grace) = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds) {
+        notes.insert(GRACE_PERIOD.to_owned(), grace.to_string());
+    }
+    notes
+}
+
+/// Where in the container its termination message is.
+pub(crate) fn message_path(container: &Container) -> &str {
+    container.termination_message_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("/dev/termination-log")
+}
+
+/// What of a container's spec makes it another container when it changes: name and image, as in the kubelet.
+fn hash(container: &Container) -> String {
+    let image = container.image.as_deref().unwrap_or_default();
+    moxlet_ids::Digest::of(format!("{}\n{image}", container.name).as_bytes()).hex()[..8].to_owned()
+}
+
+/// The label selector that finds all of a pod.
+pub(crate) fn selector(uid: &str) -> HashMap<String, String> {
+    HashMap::from([(POD_UID.to_owned(), uid.to_owned())])
+}
+
+/// A map's value, or nothing.
+pub(crate) fn get<'a>(map: Option<&'a BTreeMap<String, String>>, key: &str) -> Option<&'a str> {
+    map.and_then(|m| m.get(key)).map(String::as_str)
+}
