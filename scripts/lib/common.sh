@@ -1,0 +1,119 @@
+# Functions that all scripts share: words for the reader, waiting with a reason, daemons by pid file.
+# To be sourced by bash scripts; it sets the strict mode.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# What is built or downloaded once is kept here, keyed by version.
+MOXLET_CACHE=${MOXLET_CACHE:-/var/cache/moxlet}
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MOXLET_CACHE/target}
+
+KUBERNETES_VERSION=$(sed -nE 's/^(require)?[[:space:]]*k8s.io\/kubernetes (v[^ ]+).*/\2/p' "$ROOT/scripts/control-plane/go.mod")
+KUBERNETES_BIN=$MOXLET_CACHE/kubernetes/$KUBERNETES_VERSION/bin
+# The release build. moxlet-init lies beside moxlet.
+MOXLET_BIN=${MOXLET_BIN:-$CARGO_TARGET_DIR/release}
+
+say() { printf '%s\n' "$*"; }
+warn() { printf 'warning: %s\n' "$*" >&2; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+need_root() { [ "$(id -u)" = 0 ] || fail "$1 must run as root (try: sudo $1)"; }
+
+# step TEXT COMMAND…: runs a command with its output in a log; shows TEXT and the seconds so far, and the log's end on failure.
+step() {
+  local text=$1 start=$SECONDS log pid rc=0; shift
+  log=$(mktemp)
+  "$@" >"$log" 2>&1 </dev/null &
+  pid=$!
+  if [ -t 1 ]; then
+    while kill -0 "$pid" 2>/dev/null; do
+      printf '\r\033[K%s … %d s' "$text" $((SECONDS - start)); sleep 0.2
+    done
+    printf '\r\033[K'
+  else
+    local shown=$SECONDS
+    while kill -0 "$pid" 2>/dev/null; do
+      sleep 0.1
+      if [ $((SECONDS - shown)) -ge 60 ]; then shown=$SECONDS; say "$text … $((SECONDS - start)) s: $(tail -n 1 "$log" | cut -c1-120)"; fi
+    done
+  fi
+  wait "$pid" || rc=$?
+  if [ "$rc" != 0 ]; then
+    say "$text: failed after $((SECONDS - start)) s; the end of its output:"
+    tail -n 30 "$log" | sed 's/^/    /'
+    rm -f "$log"
+    return "$rc"
+  fi
+  say "$text: done in $((SECONDS - start)) s"
+  rm -f "$log"
+}
+
+# wait_for REASON SECONDS COMMAND…: until the command succeeds.
+wait_for() {
+  local reason=$1 limit=$2 start=$SECONDS; shift 2
+  until "$@" >/dev/null 2>&1; do
+    if [ $((SECONDS - start)) -ge "$limit" ]; then
+      printf 'error: waited %s s in vain for %s\n' "$limit" "$reason" >&2
+      return 1
+    fi
+    sleep 0.1
+  done
+}
+
+# The time a process was started at, in ticks since boot: with its id it names one process for ever.
+started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+
+# alive NAME DIR: is the daemon that DIR/NAME.pid names still there?
+alive() {
+  local pid ticks
+  { read -r pid ticks <"$2/$1.pid"; } 2>/dev/null || return 1
+  [ -n "$ticks" ] && [ "$(started_at "$pid")" = "$ticks" ]
+}
+
+pid_of() { local pid; { read -r pid _ <"$2/$1.pid"; } 2>/dev/null && printf '%s\n' "$pid"; }
+
+# daemon NAME DIR COMMAND…: starts it if it is not there; log and pid file lie in DIR.
+daemon() {
+  local name=$1 dir=$2 pid; shift 2
+  if alive "$name" "$dir"; then return 0; fi
+  setsid nohup "$@" >>"$dir/$name.log" 2>&1 </dev/null &
+  pid=$!
+  printf '%s %s\n' "$pid" "$(started_at "$pid")" >"$dir/$name.pid"
+}
+
+# daemon_ready NAME DIR REASON SECONDS COMMAND…: as wait_for, but gives up as soon as the daemon has ended.
+daemon_ready() {
+  local name=$1 dir=$2 reason=$3 limit=$4 start=$SECONDS; shift 4
+  until "$@" >/dev/null 2>&1; do
+    if ! alive "$name" "$dir"; then
+      printf 'error: %s ended while it was waited for (%s); the end of %s:\n' "$name" "$reason" "$dir/$name.log" >&2
+      tail -n 8 "$dir/$name.log" | cut -c1-300 | sed 's/^/    /' >&2
+      return 1
+    fi
+    if [ $((SECONDS - start)) -ge "$limit" ]; then
+      printf 'error: waited %s s in vain for %s; see %s\n' "$limit" "$reason" "$dir/$name.log" >&2
+      return 1
+    fi
+    sleep 0.1
+  done
+}
+
+# stop_daemon NAME DIR [SECONDS]: SIGTERM, then SIGKILL after SECONDS (10). Nothing happens if it is not there.
+stop_daemon() {
+  local name=$1 dir=$2 limit=${3:-10} pid start=$SECONDS
+  if alive "$name" "$dir"; then
+    pid=$(pid_of "$name" "$dir")
+    kill "$pid" 2>/dev/null || true
+    while alive "$name" "$dir"; do
+      if [ $((SECONDS - start)) -ge "$limit" ]; then kill -9 "$pid" 2>/dev/null || true; break; fi
+      sleep 0.05
+    done
+  fi
+  rm -f "$dir/$name.pid"
+}
+
+# port_free PORT WHAT KEY: a clear word before something fails to listen.
+port_free() {
+  if ss -Hltn "sport = :$1" | grep -q .; then
+    fail "port $1 ($2) is taken by: $(ss -Hltnp "sport = :$1" | sed -n 's/.*users:((\("[^"]*"\),pid=\([0-9]*\).*/\1, process \2/p' | head -n 1). Free it, or choose another by $3"
+  fi
+}
