@@ -117,4 +117,6 @@ pub trait Engine: Send + Sync {
     async fn list(&self) -> Result<Vec<SandboxInfo>>;
     /// The state of one CT, `None` if it does not exist.
     async fn state(&self, id: &SandboxId) -> Result<Option<SandboxState>>;
+    /// Returns when the CT does not run (any more); at once if it is stopped or unknown.
+    async fn wait(&self, id: &SandboxId) -> Result<()>;
 }

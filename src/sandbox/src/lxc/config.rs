@@ -1,0 +1,213 @@
+//! The LXC configuration of a pod's CT as text: pure, so that what gets into it can be tested.
+
+use std::{fmt::Write as _, path::Path};
+
+use crate::{Error, INIT_IN_CT, POD_DIR_IN_CT, Result, SandboxSpec};
+
+/// What the configuration depends on beside the spec.
+#[derive(Debug)]
+pub(super) struct Surroundings<'a> {
+    /// The CTs' common root directory.
+    pub(super) root: &'a Path,
+    /// Where liblxc writes its errors of this CT.
+    pub(super) log: &'a Path,
+    /// Whether the host has cgroup v1 controllers.
+    pub(super) cgroup_v1: bool,
+    /// Limits as configuration keys and values.
+    pub(super) limits: Vec<(String, String)>,
+    /// Whether the CT gets an AppArmor profile.
+    pub(super) apparmor: bool,
+}
+
+fn invalid(what: impl Into<String>, value: &str, reason: &str) -> Error {
+    Error::Invalid { what: what.into(), value: value.chars().take(200).collect(), reason: reason.into() }
+}
+
+/// A path as a mount entry wants it (`fstab(5)`: blanks as octal).
+fn mount_path(what: &str, path: &Path) -> Result<String> {
+    let Some(text) = path.to_str() else {
+        return Err(invalid(what, &path.to_string_lossy(), "it is not UTF-8"));
+    };
+    if !path.is_absolute() || text.chars().any(char::is_control) {
+        return Err(invalid(what, text, "it is not an absolute path without control characters"));
+    }
+    Ok(text.replace('\\', "\\134").replace(' ', "\\040").replace('#', "\\043"))
+}
+
+/// A path as the value of a key of its own.
+fn plain_path(what: &str, path: &Path) -> Result<String> {
+    let text = mount_path(what, path)?;
+    if text.contains('\\') {
+        return Err(invalid(what, &path.to_string_lossy(), "it has a blank, # or backslash"));
+    }
+    Ok(text)
+}
+
+fn check_hostname(name: &str) -> Result<()> {
+    let ok = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    if name.is_empty() || name.len() > 63 || !name.chars().all(ok) {
+        return Err(invalid("hostname", name, "it is not 1 to 63 letters, digits, dashes or dots"));
+    }
+    Ok(())
+}
+
+fn check_sysctl(name: &str, value: &str) -> Result<()> {
+    let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.len() > 253 || !name.chars().all(ok) || name.contains("..") {
+        return Err(invalid("sysctl", name, "it is not a dotted name"));
+    }
+    let namespaced = name.starts_with("net.")
+        || name.starts_with("fs.mqueue.")
+        || name.starts_with("kernel.shm")
+        || name.starts_with("kernel.msg")
+        || name == "kernel.sem";
+    if !namespaced {
+        return Err(invalid("sysctl", name, "only sysctls of a pod's own namespaces can be set"));
+    }
+    if value.is_empty() || value.len() > 1024 || value.chars().any(char::is_control) {
+        return Err(invalid(format!("value of sysctl {name}"), value, "it is empty, too long or not one line"));
+    }
+    Ok(())
+}
+
+/// The configuration file's text.
+pub(super) fn render(spec: &SandboxSpec, around: &Surroundings<'_>) -> Result<String> {
+    check_hostname(&spec.hostname)?;
+    let one_line = |s: &str| s.chars().filter(|c| !c.is_control()).take(300).collect::<String>();
+    let mut text = format!(
+        "# Pod {}/{} (UID {}, attempt {}); written by Moxlet, changes are lost.\n",
+        one_line(&spec.pod_namespace),
+        one_line(&spec.pod_name),
+        spec.pod_uid,
+        spec.attempt,
+    );
+    let mut put = |key: &str, value: &str| {
+        let _ = writeln!(text, "{key} = {value}");
+    };
+    put("lxc.uts.name", &spec.hostname);
+    put("lxc.rootfs.path", &format!("dir:{}", plain_path("root directory", around.root)?));
+    put("lxc.rootfs.options", "ro");
+    for kind in ["u", "g"] {
+        put("lxc.idmap", &format!("{kind} 0 {} {}", spec.map.host_base, spec.map.size));
+    }
+    // CNI attaches the pod after the start: only a namespace made by liblxc belongs to the CT's user namespace.
+    put("lxc.net.0.type", "empty");
+    // Under a cgroup namespace liblxc mounts v1 hierarchies only when forced. /proc stays whole: a pod's containers
+    // mount their own, and mask and protect it themselves.
+    let cgroup = if around.cgroup_v1 { "cgroup:mixed:force" } else { "cgroup:mixed" };
+    put("lxc.mount.auto", &format!("proc:rw sys:mixed {cgroup}"));
+    put("lxc.mount.entry", "tmpfs run tmpfs rw,nosuid,nodev,mode=755,size=64m 0 0");
+    put("lxc.mount.entry", "tmpfs tmp tmpfs rw,nosuid,nodev,mode=1777,size=16m 0 0");
+    let init = mount_path("init binary", &spec.init_binary)?;
+    put("lxc.mount.entry", &format!("{init} {} none bind,ro 0 0", &INIT_IN_CT[1..]));
+    let shared = mount_path("shared directory", &spec.shared_dir)?;
+    put("lxc.mount.entry", &format!("{shared} {} none rbind,rslave,create=dir 0 0", &POD_DIR_IN_CT[1..]));
+    put("lxc.autodev", "1");
+    put("lxc.tty.max", "0");
+    put("lxc.pty.max", "1024");
+    put("lxc.console.path", "none");
+    put("lxc.signal.halt", "SIGTERM");
+    put("lxc.log.level", "ERROR");
+    put("lxc.log.file", &plain_path("log file", around.log)?);
+    if around.apparmor {
+        put("lxc.apparmor.profile", "generated");
+        put("lxc.apparmor.allow_nesting", "1");
+    }
+    for (name, value) in &spec.sysctls {
+        check_sysctl(name, value)?;
+        put(&format!("lxc.sysctl.{name}"), value);
+    }
+    for (key, value) in &around.limits {
+        put(key, value);
+    }
+    check_args(&spec.init_args)?;
+    Ok(text)
+}
+
+/// Bounds of what becomes moxlet-init's command line.
+fn check_args(args: &[String]) -> Result<()> {
+    for arg in args {
+        if arg.len() > 4096 || arg.contains('\0') {
+            return Err(invalid("init argument", arg, "it is too long or has a NUL"));
+        }
+    }
+    if args.len() > 64 {
+        return Err(invalid("init arguments", &args.len().to_string(), "there are more than 64"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{IdMap, Limits};
+
+    fn spec() -> SandboxSpec {
+        SandboxSpec {
+            id: "ab".parse().unwrap(),
+            pod_namespace: "default".into(),
+            pod_name: "web-0".into(),
+            pod_uid: "u-1".parse().unwrap(),
+            attempt: 0,
+            hostname: "web-0".into(),
+            map: IdMap { host_base: 100_000, size: 65536 },
+            shared_dir: "/var/lib/moxlet/pods/a b".into(),
+            init_binary: "/var/lib/moxlet/init".into(),
+            init_args: vec![],
+            limits: Limits::default(),
+            sysctls: BTreeMap::from([("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())]),
+        }
+    }
+
+    fn around(cgroup_v1: bool) -> Surroundings<'static> {
+        Surroundings {
+            root: Path::new("/r"),
+            log: Path::new("/l"),
+            cgroup_v1,
+            limits: vec![("lxc.cgroup2.pids.max".into(), "9".into())],
+            apparmor: !cgroup_v1,
+        }
+    }
+
+    #[test]
+    fn a_configuration_per_cgroup_version() {
+        let v1 = render(&spec(), &around(true)).unwrap();
+        assert!(v1.contains("lxc.mount.auto = proc:rw sys:mixed cgroup:mixed:force\n"));
+        assert!(v1.contains("lxc.idmap = u 0 100000 65536\nlxc.idmap = g 0 100000 65536\n"));
+        assert!(v1.contains("= /var/lib/moxlet/pods/a\\040b run/moxlet/pod none rbind,rslave,create=dir 0 0\n"));
+        assert!(v1.contains("lxc.sysctl.net.ipv4.ip_unprivileged_port_start = 0\n"));
+        assert!(!v1.contains("apparmor"));
+        let v2 = render(&spec(), &around(false)).unwrap();
+        assert!(v2.contains("sys:mixed cgroup:mixed\n"));
+        assert!(v2.contains("lxc.apparmor.allow_nesting = 1\n"));
+        assert!(v2.contains("lxc.cgroup2.pids.max = 9\n"));
+    }
+
+    #[test]
+    fn nothing_can_add_a_line() {
+        let mut bad = spec();
+        bad.hostname = "a\nlxc.idmap = u 0 0 1".into();
+        assert!(render(&bad, &around(true)).is_err());
+        let mut bad = spec();
+        bad.sysctls.insert("net.x".into(), "1\nlxc.hook.start = /x".into());
+        assert!(render(&bad, &around(true)).is_err());
+        let mut bad = spec();
+        bad.shared_dir = "/a\nb".into();
+        assert!(render(&bad, &around(true)).is_err());
+        let mut odd = spec();
+        odd.pod_name = "x\nlxc.hook.start = /x".into();
+        let text = render(&odd, &around(true)).unwrap();
+        assert!(!text.lines().any(|l| l.starts_with("lxc.hook")));
+    }
+
+    #[test]
+    fn a_sysctl_of_the_host_is_refused_by_name() {
+        let mut bad = spec();
+        bad.sysctls = BTreeMap::from([("vm.swappiness".into(), "1".into())]);
+        let error = render(&bad, &around(true)).unwrap_err().to_string();
+        assert!(error.contains("vm.swappiness"), "{error}");
+    }
+}
