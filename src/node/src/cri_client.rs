@@ -1,16 +1,17 @@
 //! The agent behind its unix socket: CRI's two services and `moxlet.host.v1`, one method a call, errors with the call's name.
+//!
+//! [`Runtime`] is what pod workers see of it, so that tests put a fake in its place.
 
 use std::{path::PathBuf, time::Duration};
 
+use async_trait::async_trait;
+use futures::{StreamExt, stream::BoxStream};
 use hyper_util::rt::TokioIo;
 use moxlet_cri::{
     host::{self, host_service_client::HostServiceClient},
     v1::{self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient},
 };
-use tonic::{
-    Streaming,
-    transport::{Channel, Endpoint, Uri},
-};
+use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::error::{Error, Result};
 
@@ -33,12 +34,65 @@ fn timed<T>(message: T, timeout: Duration) -> tonic::Request<T> {
 }
 
 macro_rules! calls {
-    ($client:ident: $($(#[$doc:meta])* $name:ident($request:ty) -> $response:ty, $call:literal;)*) => {
-        $($(#[$doc])*
-        pub(crate) async fn $name(&self, request: $request) -> Result<$response> {
-            let answer = self.$client().$name(timed(request, CALL_TIMEOUT)).await.map_err(Error::agent($call))?;
-            Ok(answer.into_inner())
-        })*
+    ($($(#[$doc:meta])* $client:ident.$name:ident($request:ty) -> $response:ty, $call:literal;)*) => {
+        /// What a node asks of an agent.
+        #[async_trait]
+        pub(crate) trait Runtime: Send + Sync {
+            $($(#[$doc])*
+            async fn $name(&self, request: $request) -> Result<$response>;)*
+            /// Stops a container; the agent waits for `seconds` before it kills.
+            async fn stop_container(&self, id: &str, seconds: i64) -> Result<()>;
+            /// Pulls an image, however long it takes.
+            async fn pull_image(&self, request: v1::PullImageRequest) -> Result<String>;
+            /// The stream of container events.
+            async fn container_events(&self) -> Result<BoxStream<'static, Result<v1::ContainerEventResponse>>>;
+            /// The end of a container's log, at most `limit` bytes.
+            async fn log_tail(&self, id: &str, lines: u64, limit: usize) -> Result<Vec<u8>>;
+        }
+
+        #[async_trait]
+        impl Runtime for Agent {
+            $(async fn $name(&self, request: $request) -> Result<$response> {
+                let answer = self.$client().$name(timed(request, CALL_TIMEOUT)).await.map_err(Error::agent($call))?;
+                Ok(answer.into_inner())
+            })*
+
+            async fn stop_container(&self, id: &str, seconds: i64) -> Result<()> {
+                let request = v1::StopContainerRequest { container_id: id.to_owned(), timeout: seconds };
+                let patience = CALL_TIMEOUT + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+                self.runtime().stop_container(timed(request, patience)).await.map_err(Error::agent("StopContainer"))?;
+                Ok(())
+            }
+
+            async fn pull_image(&self, request: v1::PullImageRequest) -> Result<String> {
+                let answer = self.images().pull_image(request).await.map_err(Error::agent("PullImage"))?;
+                Ok(answer.into_inner().image_ref)
+            }
+
+            async fn container_events(&self) -> Result<BoxStream<'static, Result<v1::ContainerEventResponse>>> {
+                let answer = self.runtime().get_container_events(v1::GetEventsRequest {}).await;
+                let stream = answer.map_err(Error::agent("GetContainerEvents"))?.into_inner();
+                Ok(stream.map(|e| e.map_err(Error::agent("GetContainerEvents"))).boxed())
+            }
+
+            async fn log_tail(&self, id: &str, lines: u64, limit: usize) -> Result<Vec<u8>> {
+                let request = host::StreamLogsRequest {
+                    container_id: id.to_owned(),
+                    tail_lines: Some(lines),
+                    ..host::StreamLogsRequest::default()
+                };
+                let answer = self.host().stream_logs(timed(request, CALL_TIMEOUT)).await;
+                let mut stream = answer.map_err(Error::agent("StreamLogs"))?.into_inner();
+                let mut tail = Vec::new();
+                while let Some(chunk) = stream.message().await.map_err(Error::agent("StreamLogs"))? {
+                    tail.extend_from_slice(&chunk.data);
+                    if tail.len() > limit {
+                        tail.drain(..tail.len() - limit);
+                    }
+                }
+                Ok(tail)
+            }
+        }
     };
 }
 
@@ -73,88 +127,43 @@ impl Agent {
     fn host(&self) -> HostServiceClient<Channel> {
         HostServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
+}
 
-    calls! { runtime:
-        /// Whether runtime and network are ready.
-        status(v1::StatusRequest) -> v1::StatusResponse, "Status";
-        /// Tells the agent the node's pod CIDR.
-        update_runtime_config(v1::UpdateRuntimeConfigRequest) -> v1::UpdateRuntimeConfigResponse, "UpdateRuntimeConfig";
-        /// Sandboxes by label.
-        list_pod_sandbox(v1::ListPodSandboxRequest) -> v1::ListPodSandboxResponse, "ListPodSandbox";
-        /// One sandbox, with its addresses.
-        pod_sandbox_status(v1::PodSandboxStatusRequest) -> v1::PodSandboxStatusResponse, "PodSandboxStatus";
-        /// Makes and starts a sandbox.
-        run_pod_sandbox(v1::RunPodSandboxRequest) -> v1::RunPodSandboxResponse, "RunPodSandbox";
-        /// Stops a sandbox with all that is in it.
-        stop_pod_sandbox(v1::StopPodSandboxRequest) -> v1::StopPodSandboxResponse, "StopPodSandbox";
-        /// Removes a sandbox with all that is in it.
-        remove_pod_sandbox(v1::RemovePodSandboxRequest) -> v1::RemovePodSandboxResponse, "RemovePodSandbox";
-        /// Containers by label.
-        list_containers(v1::ListContainersRequest) -> v1::ListContainersResponse, "ListContainers";
-        /// One container.
-        container_status(v1::ContainerStatusRequest) -> v1::ContainerStatusResponse, "ContainerStatus";
-        /// Makes a container.
-        create_container(v1::CreateContainerRequest) -> v1::CreateContainerResponse, "CreateContainer";
-        /// Starts a container.
-        start_container(v1::StartContainerRequest) -> v1::StartContainerResponse, "StartContainer";
-        /// Removes a container and its log.
-        remove_container(v1::RemoveContainerRequest) -> v1::RemoveContainerResponse, "RemoveContainer";
-    }
-
-    calls! { images:
-        /// Whether an image is there.
-        image_status(v1::ImageStatusRequest) -> v1::ImageStatusResponse, "ImageStatus";
-    }
-
-    calls! { host:
-        /// Facts of the host.
-        info(host::InfoRequest) -> host::InfoResponse, "Info";
-        /// Makes a volume or brings it up to date.
-        apply_volume(host::ApplyVolumeRequest) -> host::ApplyVolumeResponse, "ApplyVolume";
-        /// Removes a pod's volumes.
-        remove_pod_volumes(host::RemovePodVolumesRequest) -> host::RemovePodVolumesResponse, "RemovePodVolumes";
-        /// Pods that left something on the host.
-        list_pods(host::ListPodsRequest) -> host::ListPodsResponse, "ListPods";
-        /// What a container wrote to its termination message file.
-        termination_message(host::TerminationMessageRequest) -> host::TerminationMessageResponse, "TerminationMessage";
-    }
-
-    /// Stops a container; the agent waits for `seconds` before it kills.
-    pub(crate) async fn stop_container(&self, id: &str, seconds: i64) -> Result<()> {
-        let request = v1::StopContainerRequest { container_id: id.to_owned(), timeout: seconds };
-        let patience = CALL_TIMEOUT + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-        self.runtime().stop_container(timed(request, patience)).await.map_err(Error::agent("StopContainer"))?;
-        Ok(())
-    }
-
-    /// Pulls an image, however long it takes.
-    pub(crate) async fn pull_image(&self, request: v1::PullImageRequest) -> Result<String> {
-        let answer = self.images().pull_image(request).await.map_err(Error::agent("PullImage"))?;
-        Ok(answer.into_inner().image_ref)
-    }
-
-    /// The stream of container events.
-    pub(crate) async fn container_events(&self) -> Result<Streaming<v1::ContainerEventResponse>> {
-        let answer = self.runtime().get_container_events(v1::GetEventsRequest {}).await;
-        Ok(answer.map_err(Error::agent("GetContainerEvents"))?.into_inner())
-    }
-
-    /// The end of a container's log, at most `limit` bytes.
-    pub(crate) async fn log_tail(&self, id: &str, lines: u64, limit: usize) -> Result<Vec<u8>> {
-        let request = host::StreamLogsRequest {
-            container_id: id.to_owned(),
-            tail_lines: Some(lines),
-            ..host::StreamLogsRequest::default()
-        };
-        let answer = self.host().stream_logs(timed(request, CALL_TIMEOUT)).await;
-        let mut stream = answer.map_err(Error::agent("StreamLogs"))?.into_inner();
-        let mut tail = Vec::new();
-        while let Some(chunk) = stream.message().await.map_err(Error::agent("StreamLogs"))? {
-            tail.extend_from_slice(&chunk.data);
-            if tail.len() > limit {
-                tail.drain(..tail.len() - limit);
-            }
-        }
-        Ok(tail)
-    }
+calls! {
+    /// Whether runtime and network are ready.
+    runtime.status(v1::StatusRequest) -> v1::StatusResponse, "Status";
+    /// Tells the agent the node's pod CIDR.
+    runtime.update_runtime_config(v1::UpdateRuntimeConfigRequest) -> v1::UpdateRuntimeConfigResponse, "UpdateRuntimeConfig";
+    /// Sandboxes by label.
+    runtime.list_pod_sandbox(v1::ListPodSandboxRequest) -> v1::ListPodSandboxResponse, "ListPodSandbox";
+    /// One sandbox, with its addresses.
+    runtime.pod_sandbox_status(v1::PodSandboxStatusRequest) -> v1::PodSandboxStatusResponse, "PodSandboxStatus";
+    /// Makes and starts a sandbox.
+    runtime.run_pod_sandbox(v1::RunPodSandboxRequest) -> v1::RunPodSandboxResponse, "RunPodSandbox";
+    /// Stops a sandbox with all that is in it.
+    runtime.stop_pod_sandbox(v1::StopPodSandboxRequest) -> v1::StopPodSandboxResponse, "StopPodSandbox";
+    /// Removes a sandbox with all that is in it.
+    runtime.remove_pod_sandbox(v1::RemovePodSandboxRequest) -> v1::RemovePodSandboxResponse, "RemovePodSandbox";
+    /// Containers by label.
+    runtime.list_containers(v1::ListContainersRequest) -> v1::ListContainersResponse, "ListContainers";
+    /// One container.
+    runtime.container_status(v1::ContainerStatusRequest) -> v1::ContainerStatusResponse, "ContainerStatus";
+    /// Makes a container.
+    runtime.create_container(v1::CreateContainerRequest) -> v1::CreateContainerResponse, "CreateContainer";
+    /// Starts a container.
+    runtime.start_container(v1::StartContainerRequest) -> v1::StartContainerResponse, "StartContainer";
+    /// Removes a container and its log.
+    runtime.remove_container(v1::RemoveContainerRequest) -> v1::RemoveContainerResponse, "RemoveContainer";
+    /// Whether an image is there.
+    images.image_status(v1::ImageStatusRequest) -> v1::ImageStatusResponse, "ImageStatus";
+    /// Facts of the host.
+    host.info(host::InfoRequest) -> host::InfoResponse, "Info";
+    /// Makes a volume or brings it up to date.
+    host.apply_volume(host::ApplyVolumeRequest) -> host::ApplyVolumeResponse, "ApplyVolume";
+    /// Removes a pod's volumes.
+    host.remove_pod_volumes(host::RemovePodVolumesRequest) -> host::RemovePodVolumesResponse, "RemovePodVolumes";
+    /// Pods that left something on the host.
+    host.list_pods(host::ListPodsRequest) -> host::ListPodsResponse, "ListPods";
+    /// What a container wrote to its termination message file.
+    host.termination_message(host::TerminationMessageRequest) -> host::TerminationMessageResponse, "TerminationMessage";
 }

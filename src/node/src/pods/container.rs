@@ -1,0 +1,154 @@
+//! What a container is asked to be: a pod's container and what is known at its start become CRI's configuration.
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+use moxlet_cri::{annotations, v1};
+
+use super::{names, resources, sandbox};
+use crate::{env, error::{Error, Result}, volumes::Volumes};
+
+const MASKED: [&str; 12] = [
+    "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+    "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+];
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// What is known when a container is made.
+pub(crate) struct Given<'a> {
+    /// Its variables.
+    pub(crate) variables: Vec<(String, String)>,
+    /// The image as the agent names it.
+    pub(crate) image_ref: String,
+    /// The image's user, as a number or a name.
+    pub(crate) image_user: (Option<i64>, String),
+    /// The pod's volumes.
+    pub(crate) volumes: &'a Volumes,
+    /// Where `/etc/hosts` lies on the host.
+    pub(crate) hosts_path: String,
+    /// How many were before it.
+    pub(crate) attempt: u32,
+    /// Memory of the host.
+    pub(crate) memory_capacity: u64,
+}
+
+fn int(value: Option<i64>) -> Option<v1::Int64Value> {
+    value.map(|value| v1::Int64Value { value })
+}
+
+/// Whether the pod wants no root, and then whether this container would be root.
+fn check_non_root(pod: &Pod, container: &Container, user: Option<i64>, image: &(Option<i64>, String)) -> Result<bool> {
+    let own = container.security_context.as_ref().and_then(|s| s.run_as_non_root);
+    let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref()).and_then(|s| s.run_as_non_root);
+    if own.or(of_pod) != Some(true) {
+        return Ok(false);
+    }
+    let place = format!("(pod: \"{}\", container: {})", names::full(pod), container.name);
+    match (user, image) {
+        (Some(0), _) => Err(Error::ContainerConfig(format!("container's runAsUser breaks non-root policy {place}"))),
+        (Some(_), _) => Ok(true),
+        (None, (Some(0), _)) => {
+            Err(Error::ContainerConfig(format!("container has runAsNonRoot and image will run as root {place}")))
+        }
+        (None, (None, name)) if !name.is_empty() => Err(Error::ContainerConfig(format!(
+            "container has runAsNonRoot and image has non-numeric user ({name}), cannot verify user is non-root {place}"
+        ))),
+        _ => Ok(true),
+    }
+}
+
+fn security(pod: &Pod, container: &Container) -> v1::LinuxContainerSecurityContext {
+    let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.clone()).unwrap_or_default();
+    let own = container.security_context.clone().unwrap_or_default();
+    let profile = own.seccomp_profile.or(of_pod.seccomp_profile);
+    let unconfined = profile.is_some_and(|p| p.type_ == "Unconfined");
+    let kind = if unconfined {
+        v1::security_profile::ProfileType::Unconfined
+    } else {
+        v1::security_profile::ProfileType::RuntimeDefault
+    };
+    let mut groups = of_pod.supplemental_groups.unwrap_or_default();
+    groups.extend(of_pod.fs_group.filter(|g| !groups.contains(g)));
+    let caps = own.capabilities.unwrap_or_default();
+    let strict = of_pod.supplemental_groups_policy.as_deref() == Some("Strict");
+    v1::LinuxContainerSecurityContext {
+        capabilities: Some(v1::Capability {
+            add_capabilities: caps.add.unwrap_or_default(),
+            drop_capabilities: caps.drop.unwrap_or_default(),
+            ..v1::Capability::default()
+        }),
+        namespace_options: Some(sandbox::namespaces()),
+        run_as_user: int(own.run_as_user.or(of_pod.run_as_user)),
+        run_as_group: int(own.run_as_group.or(of_pod.run_as_group)),
+        readonly_rootfs: own.read_only_root_filesystem == Some(true),
+        supplemental_groups: groups,
+        supplemental_groups_policy: i32::from(strict),
+        no_new_privs: own.allow_privilege_escalation == Some(false),
+        masked_paths: MASKED.map(str::to_owned).to_vec(),
+        readonly_paths: READ_ONLY.map(str::to_owned).to_vec(),
+        seccomp: Some(v1::SecurityProfile { profile_type: kind as i32, localhost_ref: String::new() }),
+        ..v1::LinuxContainerSecurityContext::default()
+    }
+}
+
+/// A container's configuration.
+///
+/// # Errors
+/// What the kubelet calls `CreateContainerConfigError`.
+pub(crate) fn config(pod: &Pod, container: &Container, given: Given<'_>) -> Result<v1::ContainerConfig> {
+    let security = security(pod, container);
+    let user = security.run_as_user.map(|v| v.value);
+    let mut notes = names::container_annotations(pod, container, given.attempt);
+    notes.insert(annotations::TERMINATION_MESSAGE_PATH.to_owned(), names::message_path(container).to_owned());
+    notes.insert(
+        annotations::OOM_SCORE_ADJ.to_owned(),
+        resources::oom_score_adj(pod, container, given.memory_capacity).to_string(),
+    );
+    if check_non_root(pod, container, user, &given.image_user)? {
+        notes.insert(annotations::RUN_AS_NON_ROOT.to_owned(), "true".to_owned());
+    }
+    let mut mounts = Vec::new();
+    let mut own_hosts = false;
+    for mount in container.volume_mounts.iter().flatten() {
+        let host_path = given.volumes.host_path(&mount.name).ok_or_else(|| {
+            Error::ContainerConfig(format!("cannot find volume \"{}\" to mount into container \"{}\"", mount.name, container.name))
+        })?;
+        own_hosts |= mount.mount_path == "/etc/hosts";
+        let absolute = if mount.mount_path.starts_with('/') { mount.mount_path.clone() } else { format!("/{}", mount.mount_path) };
+        mounts.push(v1::Mount {
+            container_path: absolute,
+            host_path: host_path.to_owned(),
+            readonly: mount.read_only == Some(true),
+            ..v1::Mount::default()
+        });
+    }
+    if !own_hosts {
+        mounts.push(v1::Mount {
+            container_path: "/etc/hosts".into(),
+            host_path: given.hosts_path,
+            ..v1::Mount::default()
+        });
+    }
+    Ok(v1::ContainerConfig {
+        metadata: Some(v1::ContainerMetadata { name: container.name.clone(), attempt: given.attempt }),
+        image: Some(v1::ImageSpec {
+            image: given.image_ref,
+            user_specified_image: container.image.clone().unwrap_or_default(),
+            ..v1::ImageSpec::default()
+        }),
+        command: env::arguments(container.command.as_ref(), &given.variables),
+        args: env::arguments(container.args.as_ref(), &given.variables),
+        working_dir: container.working_dir.clone().unwrap_or_default(),
+        envs: given.variables.into_iter().map(|(key, value)| v1::KeyValue { key, value: value.into() }).collect(),
+        mounts,
+        labels: names::container_labels(pod, container),
+        annotations: notes,
+        log_path: names::log_file(&container.name, given.attempt),
+        stdin: container.stdin == Some(true),
+        stdin_once: container.stdin_once == Some(true),
+        tty: container.tty == Some(true),
+        linux: Some(v1::LinuxContainerConfig {
+            resources: Some(resources::container_resources(container)),
+            security_context: Some(security),
+        }),
+        ..v1::ContainerConfig::default()
+    })
+}
