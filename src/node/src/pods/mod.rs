@@ -1,3 +1,22 @@
 //! Pods: who they are, what they need next, and what is published about them.
+//!
+//! [`manager`] owns one [`worker`] task for each pod (by UID). A worker is told what its pod shall be and poked when the
+//! agent reports something; each pass asks the agent for the pod's state, does the next missing steps and publishes a
+//! status. Nothing is remembered on disk: sandboxes and containers carry their pod in CRI labels.
 
+pub(crate) mod backoff;
+pub(crate) mod container;
+pub(crate) mod images;
+pub(crate) mod manager;
+pub(crate) mod names;
+pub(crate) mod publish;
 pub mod registry;
+pub(crate) mod resources;
+pub(crate) mod restart;
+pub(crate) mod sandbox;
+pub(crate) mod source;
+pub(crate) mod start;
+pub(crate) mod state;
+pub(crate) mod status;
+pub(crate) mod terminate;
+pub(crate) mod worker;
