@@ -1,0 +1,262 @@
+//! One container's start: back-off, image, configuration, create, start; each step with the kubelet's reasons.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Container, Pod};
+use moxlet_cri::v1;
+
+use super::{
+    backoff::go_duration,
+    container::{self, Given},
+    images::{self, Policy},
+    names,
+    state::{Phase, PodState},
+    worker::Worker,
+};
+use crate::{
+    env,
+    error::{Error, Result, chain},
+    events::Kind,
+};
+
+/// Why a container waits, and how long.
+struct Held {
+    reason: &'static str,
+    message: String,
+    pause: Duration,
+}
+
+fn least(a: &mut Option<Duration>, b: Duration) {
+    *a = Some(a.map_or(b, |a| a.min(b)));
+}
+
+/// The agent's own words, without the name of the call.
+fn words(error: &Error) -> String {
+    match error {
+        Error::Agent { status, .. } => status.message().to_owned(),
+        other => chain(other),
+    }
+}
+
+impl Worker {
+    /// Starts a container, or notes why it waits. An error means that the agent cannot be asked.
+    pub(super) async fn start(&mut self, pod: &Pod, c: &Container, state: &mut PodState, ips: &[String], hosts_path: &str, next: &mut Option<Duration>) -> Result<()> {
+        let now = Timestamp::now();
+        let newest = state.newest(&c.name).cloned();
+        let in_sandbox = newest.as_ref().filter(|n| state.sandbox().is_some_and(|s| s.id == n.sandbox));
+        if let Some(dead) = in_sandbox.filter(|n| n.phase == Phase::Exited) {
+            let failed_at = Timestamp::from_nanosecond(i128::from(dead.finished_at.max(dead.created_at))).unwrap_or(now);
+            if let Some((left, delay)) = self.backoff.remaining(&c.name, failed_at, now) {
+                let place = names::full(pod);
+                self.shared.events.pod(pod, Some(&c.name), Kind::Warning, "BackOff", format!("Back-off restarting failed container {} in pod {place}", c.name));
+                let message = format!("back-off {} restarting failed container={} pod={place}", go_duration(delay), c.name);
+                self.waiting.insert(c.name.clone(), ("CrashLoopBackOff".into(), message));
+                least(next, left);
+                return Ok(());
+            }
+            self.backoff.raise(&c.name, failed_at, now);
+        } else if newest.is_none() {
+            if let Some((left, _)) = self.backoff.remaining(&c.name, now, now).filter(|_| self.is_held(&c.name, now)) {
+                least(next, left);
+                return Ok(());
+            }
+        }
+        match self.try_start(pod, c, state, ips, hosts_path).await {
+            Ok(()) => {
+                self.waiting.remove(&c.name);
+                Ok(())
+            }
+            Err(held) => {
+                self.waiting.insert(c.name.clone(), (held.reason.to_owned(), held.message));
+                least(next, held.pause);
+                Ok(())
+            }
+        }
+    }
+
+    fn is_held(&self, _name: &str, _now: Timestamp) -> bool {
+        false
+    }
+
+    fn fail(&self, pod: &Pod, c: &Container, reason: &'static str, message: String, pause: Duration) -> Held {
+        self.shared.events.pod(pod, Some(&c.name), Kind::Warning, "Failed", format!("Error: {message}"));
+        Held { reason, message, pause }
+    }
+
+    async fn try_start(&mut self, pod: &Pod, c: &Container, state: &mut PodState, ips: &[String], hosts_path: &str) -> Result<(), Held> {
+        let shared = self.shared.clone();
+        let agent = shared.agent.as_ref();
+        let soon = Duration::from_secs(10);
+        let facts = self.facts(ips);
+        let links = async {
+            shared.services.ready().await;
+            shared.services.variables(names::namespace(pod), pod.spec.as_ref().and_then(|s| s.enable_service_links) != Some(false))
+        };
+        let environment = async {
+            let links = links.await;
+            env::environment(shared.cluster.as_ref(), pod, c, &facts, links).await
+        };
+        // The image and the environment are seen to side by side.
+        let (image, environment) = tokio::join!(self.image(pod, c), environment);
+        let image = image?;
+        let config_error = |e: &Error| self.fail(pod, c, "CreateContainerConfigError", words(e), soon);
+        let environment = environment.map_err(|e| config_error(&e))?;
+        for (object, keys) in &environment.skipped {
+            let text = format!(
+                "Keys [{}] from the EnvFrom {object} were skipped since they are considered invalid environment variable names.",
+                keys.join(", ")
+            );
+            shared.events.pod(pod, None, Kind::Warning, "InvalidEnvironmentVariableNames", text);
+        }
+        let Some(sandbox) = state.sandbox().cloned() else {
+            return Err(Held { reason: "ContainerCreating", message: String::new(), pause: soon });
+        };
+        // What was made and never started is made again under the same number.
+        let mut attempt = 0;
+        if let Some(newest) = state.newest(&c.name) {
+            if newest.phase == Phase::Created {
+                attempt = newest.attempt;
+                let request = v1::RemoveContainerRequest { container_id: newest.id.clone() };
+                agent.remove_container(request).await.map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?;
+            } else {
+                attempt = newest.attempt + 1;
+            }
+        } else if let Some(old) = self.status.container_statuses.iter().chain(&self.status.init_container_statuses).flatten().find(|s| s.name == c.name && s.container_id.is_some()) {
+            attempt = u32::try_from(old.restart_count).unwrap_or(0) + 1;
+        }
+        let info = shared.info.borrow().clone();
+        let config = container::config(
+            pod,
+            c,
+            Given {
+                variables: environment.variables,
+                image_ref: image.id.clone(),
+                image_user: (image.uid.as_ref().map(|u| u.value), image.username.clone()),
+                volumes: &self.volumes,
+                hosts_path: hosts_path.to_owned(),
+                attempt,
+                memory_capacity: info.memory_bytes,
+            },
+        )
+        .map_err(|e| config_error(&e))?;
+        let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
+        let sandbox_config = super::sandbox::config(pod, sandbox.attempt, &shared.config, &info.pod_logs_dir, info.sandbox_overhead_memory_bytes, &resolv)
+            .map_err(|e| config_error(&e))?;
+        let request = v1::CreateContainerRequest {
+            pod_sandbox_id: sandbox.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(sandbox_config),
+        };
+        let id = agent.create_container(request).await.map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?.container_id;
+        shared.events.pod(pod, Some(&c.name), Kind::Normal, "Created", "Container created");
+        let started = agent.start_container(v1::StartContainerRequest { container_id: id }).await;
+        let read = PodState::read(agent, names::uid(pod)).await;
+        if let Ok(read) = read {
+            *state = read;
+        }
+        match started {
+            Ok(_) => {
+                shared.events.pod(pod, Some(&c.name), Kind::Normal, "Started", "Container started");
+                Ok(())
+            }
+            Err(e) => Err(self.fail(pod, c, "RunContainerError", words(&e), Duration::from_millis(100))),
+        }
+    }
+
+    /// The container's image, pulled where its policy says so.
+    async fn image(&mut self, pod: &Pod, c: &Container) -> Result<v1::Image, Held> {
+        let name = c.image.as_deref().unwrap_or_default().to_owned();
+        let shared = self.shared.clone();
+        let agent = shared.agent.as_ref();
+        let events = &shared.events;
+        let now = Timestamp::now();
+        if let Some(why) = images::invalid(&name) {
+            let message = format!("Failed to apply default image tag \"{name}\": couldn't parse image name \"{name}\": {why}");
+            self.say_once(pod, Some(&c.name), Kind::Warning, "InspectFailed", message.clone());
+            self.say_once(pod, Some(&c.name), Kind::Warning, "Failed", "Error: InvalidImageName".into());
+            return Err(Held { reason: "InvalidImageName", message, pause: Duration::from_secs(60) });
+        }
+        let spec = v1::ImageSpec { image: name.clone(), user_specified_image: name.clone(), ..v1::ImageSpec::default() };
+        let inspect = || agent.image_status(v1::ImageStatusRequest { image: Some(spec.clone()), verbose: false });
+        let policy = images::policy(c);
+        let present = inspect().await.map_err(|e| {
+            let message = format!("Failed to inspect image \"{name}\": {}", words(&e));
+            Held { reason: "ImageInspectError", message, pause: Duration::from_secs(5) }
+        })?;
+        match (policy, present.image) {
+            (Policy::IfNotPresent | Policy::Never, Some(image)) => {
+                events.pod(pod, Some(&c.name), Kind::Normal, "Pulled", format!("Container image \"{name}\" already present on machine"));
+                return Ok(image);
+            }
+            (Policy::Never, None) => {
+                let message = format!("Container image \"{name}\" is not present with pull policy of Never");
+                self.say_once(pod, Some(&c.name), Kind::Warning, "ErrImageNeverPull", message.clone());
+                self.say_once(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ErrImageNeverPull".into());
+                return Err(Held { reason: "ErrImageNeverPull", message, pause: Duration::from_secs(10) });
+            }
+            (Policy::Always, _) | (Policy::IfNotPresent, None) => {}
+        }
+        if let Some((failed_at, why)) = self.image_failures.get(&name).cloned() {
+            if let Some((left, _)) = self.image_backoff.remaining(&name, failed_at, now) {
+                let message = format!("Back-off pulling image \"{name}\"");
+                events.pod(pod, Some(&c.name), Kind::Normal, "BackOff", message.clone());
+                events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ImagePullBackOff");
+                return Err(Held { reason: "ImagePullBackOff", message: format!("{message}: ErrImagePull: {why}"), pause: left });
+            }
+        }
+        events.pod(pod, Some(&c.name), Kind::Normal, "Pulling", format!("Pulling image \"{name}\""));
+        let (auths, missing) = images::pull_secrets(shared.cluster.as_ref(), pod, &name).await;
+        if !missing.is_empty() {
+            let text = format!("Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.", missing.join(", "));
+            self.say_once(pod, None, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
+        }
+        let begun = Instant::now();
+        let mut watch = self.desired.clone();
+        let pull = async {
+            let mut tries: Vec<Option<v1::AuthConfig>> = auths.into_iter().map(Some).collect();
+            if tries.is_empty() {
+                tries.push(None);
+            }
+            let mut outcome = Ok(String::new());
+            for auth in tries {
+                let request = v1::PullImageRequest { image: Some(spec.clone()), auth, sandbox_config: None };
+                outcome = agent.pull_image(request).await;
+                if outcome.is_ok() {
+                    break;
+                }
+            }
+            outcome
+        };
+        // A pod that is deleted does not wait for its image.
+        let outcome = tokio::select! {
+            outcome = pull => outcome,
+            Ok(_) = async { watch.wait_for(super::worker::Desired::terminating).await.map(drop) } => {
+                return Err(Held { reason: "ContainerCreating", message: String::new(), pause: Duration::ZERO });
+            }
+        };
+        if let Err(e) = outcome {
+            let why = format!("failed to pull and unpack image \"{name}\": {}", words(&e));
+            events.pod(pod, Some(&c.name), Kind::Warning, "Failed", format!("Failed to pull image \"{name}\": {why}"));
+            events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ErrImagePull");
+            let failed_at = Timestamp::now();
+            self.image_backoff.raise(&name, failed_at, failed_at);
+            self.image_failures.insert(name.clone(), (failed_at, why.clone()));
+            // The next pass says that it waits; until then the error itself is shown.
+            return Err(Held { reason: "ErrImagePull", message: why, pause: Duration::from_secs(1) });
+        }
+        self.image_backoff.clear(&name);
+        self.image_failures.remove(&name);
+        match inspect().await.map(|a| a.image) {
+            Ok(Some(image)) => {
+                let took = format!("{:.3}s", begun.elapsed().as_secs_f64());
+                events.pod(pod, Some(&c.name), Kind::Normal, "Pulled", format!(
+                    "Successfully pulled image \"{name}\" in {took} ({took} including waiting). Image size: {} bytes.", image.size
+                ));
+                Ok(image)
+            }
+            Ok(None) => Err(Held { reason: "ImageInspectError", message: format!("image \"{name}\" is gone after its pull"), pause: Duration::from_secs(5) }),
+            Err(e) => Err(Held { reason: "ImageInspectError", message: words(&e), pause: Duration::from_secs(5) }),
+        }
+    }
+}
