@@ -85,6 +85,21 @@ pub enum Error {
         /// Why not.
         reason: &'static str,
     },
+    /// No record of an attachment.
+    #[error("sandbox {0} is not attached")]
+    NotAttached(String),
+    /// The network is still in use.
+    #[error("the network is still in use by sandbox {0}")]
+    Attached(String),
+    /// The bridge could not be removed.
+    #[error("could not remove the bridge {0}")]
+    Bridge(String),
+    /// The pods' traffic cannot leave the host.
+    #[error("could not masquerade {cidr}: install nftables or iptables, or look whether the kernel has NAT")]
+    Masquerade {
+        /// Which range.
+        cidr: String,
+    },
     /// A file operation failed.
     #[error("could not {what} {}", path.display())]
     Io {

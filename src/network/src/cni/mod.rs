@@ -1,13 +1,34 @@
-//! Attaching a pod by CNI plugins (signatures; the bodies follow).
+//! Attaching a pod by CNI plugins: the exec protocol, a conflist's chain, and what was attached kept on disk for DEL.
+//!
+//! `<cache_dir>/<sandbox>.json` is written before the first ADD (an allotment may exist from then on), again with the
+//! result, and removed after DEL; it holds the configuration that ADD used, so that DEL uses the same.
+
+mod masquerade;
 
 use std::{
+    fs,
+    io::ErrorKind,
+    net::IpAddr,
     path::{Path, PathBuf},
+    process::Stdio,
+    sync::{PoisonError, RwLock},
     time::Duration,
 };
 
 use moxlet_ids::SandboxId;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    process::Command,
+};
 
-use crate::{Attachment, Result};
+use crate::{Attachment, Error, Result, error::io};
+
+const INTERFACE: &str = "eth0";
+const OWN_FILE: &str = "10-moxlet.conflist";
+const OUTPUT_MAX: u64 = 1 << 20;
+const TRY_AGAIN: u64 = 11;
 
 /// Where plugins, configuration and memory lie, and what our own network is like.
 #[derive(Debug, Clone)]
@@ -34,41 +55,410 @@ pub struct CniConfig {
     pub timeout: Duration,
 }
 
+/// A conflist as far as it concerns its runner.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Conflist {
+    name: String,
+    #[serde(rename = "cniVersion", default = "old_version")]
+    version: String,
+    plugins: Vec<Map<String, Value>>,
+}
+
+fn old_version() -> String {
+    "0.4.0".into()
+}
+
+/// What is kept of one attachment.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    conflist: Conflist,
+    args: String,
+    result: Option<Value>,
+}
+
 /// Runs CNI plugins.
 #[derive(Debug)]
-pub struct Cni {}
+pub struct Cni {
+    config: CniConfig,
+    pod_cidr: RwLock<Option<String>>,
+}
 
 impl Cni {
     /// Opens (and makes) the directories; writes our conflist if `write_default` and a pod CIDR are set.
-    pub async fn new(_config: CniConfig) -> Result<Self> {
-        Ok(Self {})
+    pub async fn new(config: CniConfig) -> Result<Self> {
+        check_name("network name", &config.network_name, 64)?;
+        check_name("bridge name", &config.bridge_name, 15)?;
+        fs::create_dir_all(&config.cache_dir).map_err(io("create", &config.cache_dir))?;
+        if config.write_default {
+            fs::create_dir_all(&config.conf_dir).map_err(io("create", &config.conf_dir))?;
+        }
+        let cidr = config.pod_cidr.clone();
+        let cni = Self { config, pod_cidr: RwLock::new(None) };
+        if let Some(cidr) = cidr {
+            cni.set_pod_cidr(&cidr).await?;
+        }
+        Ok(cni)
     }
-    /// Attaches a sandbox's network namespace.
-    pub async fn add(&self, _sandbox: &SandboxId, _netns: &Path, _ns: &str, _name: &str) -> Result<Attachment> {
-        Ok(Attachment { ips: vec![], interface: String::new(), mac: None })
+
+    /// Attaches a sandbox's network namespace. Where it fails nothing stays attached.
+    pub async fn add(&self, sandbox: &SandboxId, netns: &Path, ns: &str, name: &str) -> Result<Attachment> {
+        for (what, value) in [("pod namespace", ns), ("pod name", name)] {
+            check_name(what, value, 253)?;
+        }
+        let args = format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={ns};K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={sandbox}"
+        );
+        let mut kept = Kept { conflist: self.load()?, args, result: None };
+        self.keep(sandbox, &kept)?;
+        let added = self.add_chain(sandbox, netns, &mut kept).await;
+        if added.is_err()
+            && let Err(error) = self.del(sandbox, Some(netns)).await
+        {
+            tracing::warn!(%sandbox, %error, "a half-made attachment could not be removed; it is tried again later");
+        }
+        added
     }
+
+    async fn add_chain(&self, sandbox: &SandboxId, netns: &Path, kept: &mut Kept) -> Result<Attachment> {
+        self.run(sandbox, "ADD", Some(netns), &loopback(), &kept.conflist, &kept.args, None, "lo").await?;
+        for plugin in &kept.conflist.plugins {
+            let previous = kept.result.as_ref();
+            let result = self
+                .run(sandbox, "ADD", Some(netns), plugin, &kept.conflist, &kept.args, previous, INTERFACE)
+                .await?;
+            kept.result = Some(result);
+        }
+        let attachment = attachment_of(kept.result.as_ref().unwrap_or(&Value::Null))?;
+        self.keep(sandbox, kept)?;
+        Ok(attachment)
+    }
+
     /// Detaches it and releases its addresses. Idempotent; without a namespace where that is gone.
-    pub async fn del(&self, _sandbox: &SandboxId, _netns: Option<&Path>) -> Result<()> {
-        Ok(())
+    pub async fn del(&self, sandbox: &SandboxId, netns: Option<&Path>) -> Result<()> {
+        let Some(kept) = self.kept(sandbox)? else { return Ok(()) };
+        let netns = netns.filter(|path| path.exists());
+        for plugin in kept.conflist.plugins.iter().rev() {
+            let result = kept.result.as_ref();
+            self.run(sandbox, "DEL", netns, plugin, &kept.conflist, &kept.args, result, INTERFACE).await?;
+        }
+        match fs::remove_file(self.file(sandbox)) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(io("remove", self.file(sandbox))(e)),
+            _ => Ok(()),
+        }
     }
+
     /// Asks the plugins whether the attachment is still as they made it.
-    pub async fn check(&self, _sandbox: &SandboxId, _netns: &Path) -> Result<()> {
+    pub async fn check(&self, sandbox: &SandboxId, netns: &Path) -> Result<()> {
+        let Some(kept) = self.kept(sandbox)? else {
+            return Err(Error::NotAttached(sandbox.to_string()));
+        };
+        for plugin in &kept.conflist.plugins {
+            let result = kept.result.as_ref();
+            self.run(sandbox, "CHECK", Some(netns), plugin, &kept.conflist, &kept.args, result, INTERFACE).await?;
+        }
         Ok(())
     }
+
     /// Whether a pod could be attached now; the error says why not.
     pub async fn ready(&self) -> Result<()> {
+        for plugin in &self.load()?.plugins {
+            self.find(kind(plugin))?;
+            if let Some(ipam) = plugin.get("ipam").and_then(|i| i.get("type")).and_then(Value::as_str) {
+                self.find(ipam)?;
+            }
+        }
+        self.find("loopback")?;
+        if self.config.write_default && self.config.ip_masq && !masquerade::is_possible() {
+            return Err(Error::Masquerade { cidr: "the pods' range".into() });
+        }
         Ok(())
     }
+
     /// Sets the range of our own network; pods that have an address keep it.
-    pub async fn set_pod_cidr(&self, _cidr: &str) -> Result<()> {
+    pub async fn set_pod_cidr(&self, cidr: &str) -> Result<()> {
+        check_cidr(cidr)?;
+        if !self.config.write_default || self.pod_cidr().as_deref() == Some(cidr) {
+            return Ok(());
+        }
+        if self.config.ip_masq {
+            masquerade::set(&self.config.bridge_name, cidr).await?;
+        }
+        let conflist = json!({
+            "cniVersion": "1.0.0",
+            "name": self.config.network_name,
+            "plugins": [{
+                "type": "bridge",
+                "bridge": self.config.bridge_name,
+                "isGateway": true,
+                "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": self.config.ipam_dir,
+                    "ranges": [[{"subnet": cidr}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                },
+            }],
+        });
+        write_atomically(&self.config.conf_dir.join(OWN_FILE), &conflist)?;
+        *self.pod_cidr.write().unwrap_or_else(PoisonError::into_inner) = Some(cidr.to_owned());
         Ok(())
     }
-    /// What was attached and not detached yet, from disk.
+
+    /// What was attached and not detached yet, from disk: our own records and host-local's allotments.
     pub async fn attached(&self) -> Result<Vec<SandboxId>> {
-        Ok(vec![])
+        let mut ids: Vec<SandboxId> = Vec::new();
+        let cached = fs::read_dir(&self.config.cache_dir).map_err(io("list", &self.config.cache_dir))?;
+        ids.extend(cached.flatten().filter_map(|e| e.file_name().to_str()?.strip_suffix(".json")?.parse().ok()));
+        if let Ok(allotted) = fs::read_dir(self.config.ipam_dir.join(&self.config.network_name)) {
+            let named = allotted.flatten().filter(|e| {
+                e.file_name().to_str().is_some_and(|name| name.parse::<IpAddr>().is_ok())
+            });
+            ids.extend(named.filter_map(|e| fs::read_to_string(e.path()).ok()?.lines().next()?.trim().parse().ok()));
+        }
+        ids.sort();
+        ids.dedup();
+        Ok(ids)
     }
+
     /// What a sandbox was attached with, from disk.
-    pub async fn attachment(&self, _sandbox: &SandboxId) -> Result<Option<Attachment>> {
-        Ok(None)
+    pub async fn attachment(&self, sandbox: &SandboxId) -> Result<Option<Attachment>> {
+        self.kept(sandbox)?.and_then(|kept| kept.result).map(|result| attachment_of(&result)).transpose()
+    }
+
+    /// Removes the bridge and masquerading of our own network. Refused while a sandbox is attached.
+    pub async fn remove_bridge(&self) -> Result<()> {
+        if let Some(id) = self.attached().await?.first() {
+            return Err(Error::Attached(id.to_string()));
+        }
+        masquerade::clear(&self.config.bridge_name, self.pod_cidr().as_deref()).await?;
+        if !Path::new("/sys/class/net").join(&self.config.bridge_name).join("bridge").exists() {
+            return Ok(());
+        }
+        let status = Command::new("ip")
+            .args(["link", "delete", "dev", &self.config.bridge_name])
+            .stdin(Stdio::null())
+            .status()
+            .await
+            .map_err(|source| Error::Spawn { plugin: "ip".into(), source })?;
+        if status.success() { Ok(()) } else { Err(Error::Bridge(self.config.bridge_name.clone())) }
+    }
+
+    fn pod_cidr(&self) -> Option<String> {
+        self.pod_cidr.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn file(&self, sandbox: &SandboxId) -> PathBuf {
+        self.config.cache_dir.join(format!("{sandbox}.json"))
+    }
+
+    fn keep(&self, sandbox: &SandboxId, kept: &Kept) -> Result<()> {
+        write_atomically(&self.file(sandbox), kept)
+    }
+
+    /// The record of an attachment; where only host-local knows of one, a record that releases it.
+    fn kept(&self, sandbox: &SandboxId) -> Result<Option<Kept>> {
+        let path = self.file(sandbox);
+        match fs::read(&path) {
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::BadConfig { path, reason: e.to_string() })
+            }
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                // Only an allotment without a record of ours can be left; without a configuration there is none.
+                Ok(self.load().ok().map(|conflist| Kept { conflist, args: "IgnoreUnknown=1".into(), result: None }))
+            }
+            Err(e) => Err(io("read", path)(e)),
+        }
+    }
+
+    fn load(&self) -> Result<Conflist> {
+        let dir = &self.config.conf_dir;
+        let none = |reason: &str| Error::NoConfig { dir: dir.clone(), reason: reason.into() };
+        let path = if self.config.write_default {
+            if self.pod_cidr().is_none() {
+                return Err(none("the pods' address range is not known yet"));
+            }
+            dir.join(OWN_FILE)
+        } else {
+            let entries = fs::read_dir(dir).map_err(io("list", dir))?;
+            let found = entries.flatten().map(|e| e.path());
+            let known = |p: &PathBuf| p.extension().is_some_and(|x| x == "conflist");
+            found.filter(known).min().ok_or_else(|| none("there is no .conflist file"))?
+        };
+        let bad = |reason: String| Error::BadConfig { path: path.clone(), reason };
+        let bytes = fs::read(&path).map_err(io("read", &path))?;
+        let list: Conflist = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        if list.plugins.is_empty() || list.plugins.len() > 32 {
+            return Err(bad("it has no plugins, or more than 32".into()));
+        }
+        if let Some(name) = list.plugins.iter().map(kind).find(|k| k.is_empty() || k.contains('/') || k.starts_with('.')) {
+            return Err(bad(format!("{name:?} is no plugin type")));
+        }
+        Ok(list)
+    }
+
+    fn find(&self, plugin: &str) -> Result<PathBuf> {
+        let dirs = &self.config.bin_dirs;
+        dirs.iter().map(|dir| dir.join(plugin)).find(|path| path.is_file()).ok_or_else(|| Error::NoPlugin {
+            plugin: plugin.into(),
+            dirs: dirs.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the protocol's own parameters")]
+    async fn run(
+        &self,
+        sandbox: &SandboxId,
+        command: &'static str,
+        netns: Option<&Path>,
+        plugin: &Map<String, Value>,
+        list: &Conflist,
+        args: &str,
+        previous: Option<&Value>,
+        interface: &str,
+    ) -> Result<Value> {
+        let mut conf = plugin.clone();
+        conf.insert("name".into(), list.name.clone().into());
+        conf.insert("cniVersion".into(), list.version.clone().into());
+        if let Some(previous) = previous {
+            conf.insert("prevResult".into(), previous.clone());
+        }
+        let name = kind(plugin).to_owned();
+        let program = self.find(&name)?;
+        let path = self.config.bin_dirs.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(":");
+        let spawned = |source| Error::Spawn { plugin: name.clone(), source };
+        let mut child = Command::new(program)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", sandbox.as_str())
+            .env("CNI_NETNS", netns.unwrap_or(Path::new("")))
+            .env("CNI_IFNAME", interface)
+            .env("CNI_ARGS", args)
+            .env("CNI_PATH", path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(spawned)?;
+        let talk = async {
+            if let Some(mut stdin) = child.stdin.take() {
+                stdin.write_all(Value::Object(conf).to_string().as_bytes()).await?;
+            }
+            let mut out = Vec::new();
+            if let Some(stdout) = child.stdout.take() {
+                stdout.take(OUTPUT_MAX).read_to_end(&mut out).await?;
+            }
+            Ok::<_, std::io::Error>((child.wait().await?, out))
+        };
+        let (status, out) = match tokio::time::timeout(self.config.timeout, talk).await {
+            Ok(done) => done.map_err(spawned)?,
+            Err(_) => {
+                let seconds = self.config.timeout.as_secs();
+                return Err(Error::Timeout { plugin: name, command, sandbox: sandbox.to_string(), seconds });
+            }
+        };
+        let answer: Option<Value> = serde_json::from_slice(&out).ok();
+        if !status.success() {
+            let code = answer.as_ref().and_then(|a| a.get("code")).and_then(Value::as_u64).unwrap_or(0);
+            let said = |key| answer.as_ref().and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default();
+            let mut message = format!("{} {}", said("msg"), said("details")).trim().chars().take(1000).collect::<String>();
+            if message.is_empty() {
+                message = status.to_string();
+            }
+            if code == TRY_AGAIN {
+                message.push_str(" (try again later)");
+            }
+            return Err(Error::Plugin { plugin: name, command, sandbox: sandbox.to_string(), code, message });
+        }
+        match (command, answer) {
+            ("ADD", None) => Err(Error::BadResult { plugin: name, reason: "it is not JSON".into() }),
+            (_, answer) => Ok(answer.unwrap_or(Value::Null)),
+        }
+    }
+}
+
+fn kind(plugin: &Map<String, Value>) -> &str {
+    plugin.get("type").and_then(Value::as_str).unwrap_or_default()
+}
+
+fn loopback() -> Map<String, Value> {
+    Map::from_iter([("type".to_owned(), Value::from("loopback"))])
+}
+
+fn write_atomically(path: &Path, value: &impl Serialize) -> Result<()> {
+    let new = path.with_extension("new");
+    let bytes = serde_json::to_vec(value).map_err(|e| io("write", path)(e.into()))?;
+    let write = || {
+        let mut file = fs::File::create(&new)?;
+        std::io::Write::write_all(&mut file, &bytes)?;
+        file.sync_data()
+    };
+    write().map_err(io("write", &new))?;
+    fs::rename(&new, path).map_err(io("write", path))
+}
+
+fn check_name(what: &'static str, value: &str, max: usize) -> Result<()> {
+    let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if value.is_empty() || value.len() > max || value.starts_with(['.', '-']) || !value.chars().all(ok) {
+        let value = value.chars().take(80).collect();
+        return Err(Error::Invalid { what, value, reason: "it is empty, too long or has a character that is not allowed" });
+    }
+    Ok(())
+}
+
+/// IPv4 `a.b.c.d/len` that leaves room for pods.
+fn check_cidr(cidr: &str) -> Result<()> {
+    let ok = cidr.split_once('/').is_some_and(|(address, length)| {
+        address.parse::<std::net::Ipv4Addr>().is_ok() && length.parse::<u8>().is_ok_and(|l| (8..=30).contains(&l))
+    });
+    if ok {
+        return Ok(());
+    }
+    let value = cidr.chars().take(80).collect();
+    Err(Error::Invalid { what: "pod CIDR", value, reason: "it is not an IPv4 range from /8 to /30" })
+}
+
+/// Reads a result of CNI 0.3 to 1.0.
+fn attachment_of(result: &Value) -> Result<Attachment> {
+    let bad = |reason: &str| Error::BadResult { plugin: "chain".into(), reason: reason.into() };
+    let list = |key| result.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let ips: Vec<IpAddr> = list("ips")
+        .iter()
+        .filter_map(|ip| ip.get("address")?.as_str()?.split('/').next()?.parse().ok())
+        .take(16)
+        .collect();
+    if ips.is_empty() {
+        return Err(bad("it has no address"));
+    }
+    let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).map(str::to_owned);
+    let mac = list("interfaces")
+        .iter()
+        .find(|i| text(i, "name").as_deref() == Some(INTERFACE) && text(i, "sandbox").is_some_and(|s| !s.is_empty()))
+        .and_then(|i| text(i, "mac"));
+    Ok(Attachment { ips, interface: INTERFACE.into(), mac })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_result_is_read() {
+        let result = json!({"interfaces": [{"name": "br"}, {"name": "eth0", "mac": "aa", "sandbox": "/x"}],
+            "ips": [{"address": "10.0.0.2/24"}]});
+        let got = attachment_of(&result).unwrap();
+        assert_eq!((got.ips, got.mac), (vec![IpAddr::from([10, 0, 0, 2])], Some("aa".into())));
+        assert!(attachment_of(&Value::Null).is_err());
+    }
+
+    #[test]
+    fn ranges_and_names_are_checked() {
+        assert!(check_cidr("10.0.0.0/24").is_ok());
+        for bad in ["10.0.0.0", "10.0.0.0/31", "x/24", "10.0.0.0/24; flush ruleset"] {
+            assert!(check_cidr(bad).is_err(), "{bad}");
+        }
+        assert!(check_name("pod name", "a;CNI=1", 253).is_err());
     }
 }
