@@ -1,1 +1,182 @@
 //! Container roots and layers on disk: the storage contract and its drivers.
+//!
+//! A *layer* is the extracted content of one image layer, keyed by its chain ID and kept unshifted (uid 0 is 0 on
+//! disk). A *root* is a container's writable copy on top of a stack of layers; it is mounted with its ids shifted by
+//! an [`IdMap`]. Half-made things lie apart from finished ones and are removed when a driver is opened, so the state
+//! of a store is what is on disk.
+
+mod error;
+pub mod idmap;
+pub mod mounts;
+mod overlay;
+mod tree;
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use moxlet_ids::{ChainId, ContainerId};
+use serde::{Deserialize, Serialize};
+
+pub use error::{Error, Result};
+pub use overlay::OverlayDriver;
+
+/// Which ids of the host a pod's ids 0..size become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct IdMap {
+    /// The host id of id 0.
+    pub host_base: u32,
+    /// How many ids the map has.
+    pub size: u32,
+}
+
+impl Default for IdMap {
+    fn default() -> Self {
+        Self { host_base: 100_000, size: 65_536 }
+    }
+}
+
+impl IdMap {
+    /// The host id of an id within the pod; none beyond the map.
+    #[must_use]
+    pub fn host_id(&self, id: u32) -> Option<u32> {
+        if id < self.size { self.host_base.checked_add(id) } else { None }
+    }
+
+    /// Whether the map names at least one id and ends within the ids that the kernel has.
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        self.size > 0 && self.host_base.checked_add(self.size).is_some()
+    }
+}
+
+/// How a driver wants the whiteouts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhiteoutStyle {
+    /// A draft holds only its own layer: a whiteout is a character device 0/0, an opaque directory has
+    /// `trusted.overlay.opaque=y`.
+    Overlay,
+    /// A draft starts as a copy of its parent: a whiteout removes the file at once.
+    Apply,
+}
+
+/// A layer that is being made. Dropped without [`Driver::commit_layer`] it is removed, at the latest when the
+/// driver is opened again.
+#[derive(Debug)]
+pub struct LayerDraft {
+    chain: ChainId,
+    parent: Option<ChainId>,
+    path: PathBuf,
+    scratch: Option<PathBuf>,
+}
+
+impl LayerDraft {
+    /// The directory to extract into.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The chain ID that the layer will have.
+    #[must_use]
+    pub fn chain(&self) -> &ChainId {
+        &self.chain
+    }
+
+    /// The layer below.
+    #[must_use]
+    pub fn parent(&self) -> Option<&ChainId> {
+        self.parent.as_ref()
+    }
+}
+
+impl Drop for LayerDraft {
+    fn drop(&mut self) {
+        // Large trees take seconds to remove and drop may run on a runtime's thread.
+        if let Some(scratch) = self.scratch.take() {
+            let path = std::mem::take(&mut self.path);
+            std::thread::spawn(move || {
+                if let Err(error) = tree::remove(&path, &scratch) {
+                    tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
+                }
+            });
+        }
+    }
+}
+
+/// What a container has written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// Files and directories.
+    pub inodes: u64,
+}
+
+/// Figures of the file system that the store lies on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FsUsage {
+    /// Bytes in use, by anybody.
+    pub used_bytes: u64,
+    /// Inodes in use, by anybody.
+    pub inodes_used: u64,
+    /// Size in bytes.
+    pub capacity_bytes: u64,
+    /// Bytes that can still be written.
+    pub available_bytes: u64,
+    /// Inodes in all; 0 where the file system has no fixed number.
+    pub inodes: u64,
+    /// Inodes that are free.
+    pub inodes_free: u64,
+    /// The store's directory, which names the file system.
+    pub mountpoint: PathBuf,
+}
+
+/// A place for layers and container roots.
+#[async_trait]
+pub trait Driver: Send + Sync {
+    /// How the drafts of this driver want their whiteouts.
+    fn whiteouts(&self) -> WhiteoutStyle;
+    /// Whether a finished layer is here.
+    async fn has_layer(&self, chain: &ChainId) -> Result<bool>;
+    /// Starts a layer on top of `parent`, which a driver with [`WhiteoutStyle::Apply`] needs to have.
+    async fn begin_layer(&self, parent: Option<&ChainId>, chain: &ChainId) -> Result<LayerDraft>;
+    /// Finishes a layer: all of it is on disk, then it appears at once. A layer that somebody else has finished in
+    /// the meantime wins and the draft is removed.
+    async fn commit_layer(&self, draft: LayerDraft) -> Result<()>;
+    /// Removes a layer; [`Error::LayerInUse`] while a root stands on it. Idempotent.
+    async fn remove_layer(&self, chain: &ChainId) -> Result<()>;
+    /// The finished layers.
+    async fn layers(&self) -> Result<Vec<ChainId>>;
+    /// Makes a container's writable root on a stack of layers, the bottom one first; none is an empty root.
+    /// Repeating it with the same layers and map changes nothing.
+    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], map: IdMap) -> Result<()>;
+    /// Mounts a root at `target` (made if missing) in the caller's mount namespace. Idempotent.
+    async fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()>;
+    /// Unmounts a root. Idempotent; a busy one is detached.
+    async fn unmount_root(&self, id: &ContainerId, target: &Path) -> Result<()>;
+    /// Removes a root and what was written in it. Idempotent. It must not be mounted.
+    async fn remove_root(&self, id: &ContainerId) -> Result<()>;
+    /// The roots that are here.
+    async fn roots(&self) -> Result<Vec<ContainerId>>;
+    /// The layers that a root stands on, the bottom one first.
+    async fn root_layers(&self, id: &ContainerId) -> Result<Vec<ChainId>>;
+    /// What was written in a root.
+    async fn root_usage(&self, id: &ContainerId) -> Result<Usage>;
+    /// Figures of the file system below.
+    async fn fs_usage(&self) -> Result<FsUsage>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::IdMap;
+
+    #[test]
+    fn a_map_ends_where_it_says() {
+        let map = IdMap::default();
+        assert_eq!(map.host_id(0), Some(100_000));
+        assert_eq!(map.host_id(65_535), Some(165_535));
+        assert_eq!(map.host_id(65_536), None);
+        assert!(!IdMap { host_base: u32::MAX, size: 1 }.is_valid());
+        assert!(!IdMap { host_base: 0, size: 0 }.is_valid());
+    }
+}

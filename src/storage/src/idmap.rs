@@ -1,0 +1,118 @@
+//! Bind mounts whose ids are shifted (idmapped mounts), made by the kernel's mount API without external programs.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::CWD,
+    mount::{MoveMountFlags, OpenTreeFlags},
+};
+
+use crate::{
+    IdMap,
+    error::{Attempt, Error, Result},
+};
+
+/// A user namespace with the given map for users and groups; it lives as long as the descriptor.
+pub fn user_namespace(map: IdMap) -> Result<OwnedFd> {
+    if !map.is_valid() {
+        return Err(Error::BadIdMap { host_base: map.host_base, size: map.size });
+    }
+    let (wait, release) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .attempt("make a pipe for", "/proc/self/ns/user")?;
+    // SAFETY: a plain fork into a new user namespace. The child shares no memory with us and makes only raw system
+    // calls on descriptors that it inherited, which is sound in a program with threads.
+    #[allow(unsafe_code)]
+    let pid = unsafe {
+        let pid = libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0);
+        if pid == 0 {
+            libc::close(release.as_raw_fd());
+            let mut byte = 0_u8;
+            libc::read(wait.as_raw_fd(), std::ptr::from_mut(&mut byte).cast(), 1);
+            libc::_exit(0);
+        }
+        pid
+    };
+    if pid < 0 {
+        return Err(io::Error::last_os_error()).attempt("create a user namespace for", "/proc/self/ns/user");
+    }
+    let made = map_and_open(pid, map);
+    // The end of the pipe lets the child go.
+    drop(release);
+    let mut status = 0;
+    // SAFETY: the pid is that of our own child, not reaped before.
+    #[allow(unsafe_code)]
+    let pid = libc::pid_t::try_from(pid).map(|pid| unsafe { libc::waitpid(pid, &raw mut status, 0) });
+    debug_assert!(pid.is_ok());
+    made
+}
+
+fn map_and_open(pid: libc::c_long, map: IdMap) -> Result<OwnedFd> {
+    let line = format!("0 {} {}", map.host_base, map.size);
+    for name in ["uid_map", "gid_map"] {
+        let path = format!("/proc/{pid}/{name}");
+        fs::write(&path, &line).attempt("write the id map", path)?;
+    }
+    let path = format!("/proc/{pid}/ns/user");
+    Ok(File::open(&path).attempt("open", path)?.into())
+}
+
+/// Mounts `src` (a file or a directory) at `dst`, which must exist, with its ids shifted by `map`.
+///
+/// With `recursive`, mounts below `src` come along; each of their file systems has to know idmapped mounts.
+pub fn bind_idmapped(src: &Path, dst: &Path, map: IdMap, recursive: bool, read_only: bool) -> Result<()> {
+    let namespace = user_namespace(map)?;
+    bind_with(src, dst, Some(namespace.as_fd()), recursive, read_only)
+}
+
+/// Mounts `src` at `dst` as it is, or shifted by the map of a user namespace.
+pub(crate) fn bind_with(
+    src: &Path,
+    dst: &Path,
+    namespace: Option<std::os::fd::BorrowedFd<'_>>,
+    recursive: bool,
+    read_only: bool,
+) -> Result<()> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree = rustix::mount::open_tree(CWD, src, flags).attempt("clone the mount of", src)?;
+    let mut attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    if let Some(namespace) = namespace {
+        attributes.attr_set |= libc::MOUNT_ATTR_IDMAP;
+        attributes.userns_fd = u64::try_from(namespace.as_raw_fd()).unwrap_or(u64::MAX);
+    }
+    if read_only {
+        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    if attributes.attr_set != 0 {
+        set_attributes(&tree, &attributes, recursive).attempt("shift the ids of", src)?;
+    }
+    rustix::mount::move_mount(&tree, "", CWD, dst, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .attempt("mount at", dst)
+}
+
+fn set_attributes(mount: &OwnedFd, attributes: &libc::mount_attr, recursive: bool) -> io::Result<()> {
+    let mut flags = libc::AT_EMPTY_PATH;
+    if recursive {
+        flags |= libc::AT_RECURSIVE;
+    }
+    // SAFETY: all pointers are valid for the call, the size is that of the structure.
+    #[allow(unsafe_code)]
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attributes),
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

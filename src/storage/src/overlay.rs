@@ -1,0 +1,540 @@
+//! The OverlayFS driver: extracted layers as lower directories, an upper directory for each container.
+//!
+//! ```text
+//! <dir>/layers/<hex of the chain ID>/    finished layers, ids unshifted
+//! <dir>/mapped/<base>-<size>/            the whole of layers/ once more, idmapped: one mount for each map, on demand
+//! <dir>/roots/<container id>/            root.json, upper/ and work/ (owned by the map's root)
+//! <dir>/tmp/                             drafts and what is being removed; emptied by open
+//! ```
+//!
+//! OverlayFS itself cannot be idmapped, but its lower layers can; the upper directory simply belongs to the
+//! container's root. The directory is 0700: layers hold setuid files that no user of the host may run.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::{DirBuilderExt, PermissionsExt, chown},
+    },
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use async_trait::async_trait;
+use moxlet_ids::{ChainId, ContainerId};
+use rustix::{
+    fs::{CWD, Mode, OFlags},
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Driver, FsUsage, IdMap, LayerDraft, Usage, WhiteoutStyle,
+    error::{Attempt, Error, Result},
+    idmap, mounts, tree,
+};
+
+/// The kernel's bound on lower layers (`OVL_MAX_STACK`).
+const MAX_LAYERS: usize = 500;
+/// The kernel's bound on a mount option's text (`fsconfig(2)`), with its final zero.
+const MAX_OPTION: usize = 256;
+/// `OVERLAYFS_SUPER_MAGIC`.
+const OVERLAY_MAGIC: u64 = 0x794c_7630;
+/// The version of `root.json`.
+const ROOT_VERSION: u32 = 1;
+
+/// What `root.json` says of a container's root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Root {
+    version: u32,
+    /// The bottom one first.
+    layers: Vec<ChainId>,
+    map: IdMap,
+}
+
+/// Layers and roots on OverlayFS.
+#[derive(Debug, Clone)]
+pub struct OverlayDriver {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    /// The roots on disk. Its lock also keeps a layer from going while a root on it comes.
+    roots: Mutex<HashMap<ContainerId, Root>>,
+    /// Held while a map's mount is made.
+    mapping: Mutex<()>,
+}
+
+impl OverlayDriver {
+    /// Opens the store in a directory, which is made if missing, and removes what was left half-made in it.
+    pub async fn open(dir: &Path) -> Result<Self> {
+        let dir = dir.to_owned();
+        let inner = blocking(move || Inner::open(dir)).await?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Takes down the mounts that the driver keeps for itself. Roots must be unmounted before.
+    pub async fn close(&self) -> Result<()> {
+        self.run(|inner| mounts::unmount_all_below(&inner.dir.join("mapped"))).await
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || work(&inner)).await
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopped)?
+}
+
+impl Inner {
+    fn open(dir: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&dir).attempt("create", &dir)?;
+        // Option texts hold these paths and must not depend on where we are.
+        let dir = fs::canonicalize(&dir).attempt("look at", &dir)?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).attempt("set the mode of", &dir)?;
+        for name in ["layers", "mapped", "roots", "tmp"] {
+            let path = dir.join(name);
+            make_dir(&path, 0o700)?;
+        }
+        let tmp = dir.join("tmp");
+        for entry in names(&tmp)? {
+            let path = tmp.join(entry);
+            if let Err(error) = tree::remove(&path, &tmp) {
+                tracing::warn!(path = %path.display(), %error, "could not remove what was left half-made");
+            }
+        }
+        let inner = Self { dir, roots: Mutex::default(), mapping: Mutex::default() };
+        let mut roots = HashMap::new();
+        for name in names(&inner.dir.join("roots"))? {
+            let Ok(id) = name.parse::<ContainerId>() else { continue };
+            match read_root(&inner.root_dir(&id)) {
+                Ok(root) => {
+                    roots.insert(id, root);
+                }
+                // After a power cut; its container is gone with the machine's memory.
+                Err(error) => {
+                    tracing::warn!(container = %id, %error, "a container's root is damaged and is removed");
+                    tree::remove(&inner.root_dir(&id), &tmp)?;
+                }
+            }
+        }
+        *inner.roots() = roots;
+        Ok(inner)
+    }
+
+    fn roots(&self) -> MutexGuard<'_, HashMap<ContainerId, Root>> {
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tmp(&self) -> PathBuf {
+        self.dir.join("tmp")
+    }
+
+    fn layer_dir(&self, chain: &ChainId) -> PathBuf {
+        self.dir.join("layers").join(chain.digest().hex())
+    }
+
+    fn root_dir(&self, id: &ContainerId) -> PathBuf {
+        self.dir.join("roots").join(id.as_str())
+    }
+
+    fn begin_layer(&self, parent: Option<&ChainId>, chain: &ChainId) -> Result<LayerDraft> {
+        let path = tree::unique(&self.tmp(), "layer");
+        make_dir(&path, 0o755)?;
+        Ok(LayerDraft { chain: chain.clone(), parent: parent.cloned(), path, scratch: Some(self.tmp()) })
+    }
+
+    fn commit_layer(&self, mut draft: LayerDraft) -> Result<()> {
+        let target = self.layer_dir(&draft.chain);
+        if target.exists() {
+            return Ok(());
+        }
+        // One flush of the file system costs less than one for each of ten thousand files.
+        let fd = fs::File::open(&draft.path).attempt("open", &draft.path)?;
+        rustix::fs::syncfs(&fd).attempt("flush", &draft.path)?;
+        match fs::rename(&draft.path, &target) {
+            Ok(()) => draft.scratch = None,
+            // Another one finished the same layer meanwhile.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EEXIST | libc::ENOTEMPTY)) => return Ok(()),
+            Err(e) => return Err(e).attempt("put in place", target),
+        }
+        sync_dir(&self.dir.join("layers"))
+    }
+
+    fn remove_layer(&self, chain: &ChainId) -> Result<()> {
+        let aside = {
+            let roots = self.roots();
+            if let Some((by, _)) = roots.iter().find(|(_, r)| r.layers.contains(chain)) {
+                return Err(Error::LayerInUse { layer: chain.clone(), by: by.clone() });
+            }
+            tree::set_aside(&self.layer_dir(chain), &self.tmp())?
+        };
+        aside.map_or(Ok(()), |aside| tree::finish(&aside))
+    }
+
+    fn layers(&self) -> Result<Vec<ChainId>> {
+        let names = names(&self.dir.join("layers"))?;
+        Ok(names.into_iter().filter_map(|n| format!("sha256:{n}").parse().ok()).collect())
+    }
+
+    fn create_root(&self, id: &ContainerId, layers: &[ChainId], map: IdMap) -> Result<()> {
+        if !map.is_valid() {
+            return Err(Error::BadIdMap { host_base: map.host_base, size: map.size });
+        }
+        if layers.len() > MAX_LAYERS {
+            return Err(Error::TooManyLayers { layers: layers.len(), max: MAX_LAYERS });
+        }
+        let root = Root { version: ROOT_VERSION, layers: layers.to_vec(), map };
+        let draft = tree::unique(&self.tmp(), "root");
+        let made = self.make_root(&draft, id, root);
+        if made.is_err() || draft.exists() {
+            tree::remove(&draft, &self.tmp())?;
+        }
+        made
+    }
+
+    fn make_root(&self, draft: &Path, id: &ContainerId, root: Root) -> Result<()> {
+        make_dir(draft, 0o700)?;
+        for name in ["upper", "work"] {
+            let path = draft.join(name);
+            make_dir(&path, 0o755)?;
+            chown(&path, Some(root.map.host_base), Some(root.map.host_base))
+                .attempt("change the owner of", path)?;
+        }
+        let path = draft.join("root.json");
+        let text =
+            serde_json::to_vec(&root).map_err(|source| Error::Damaged { path: path.clone(), source })?;
+        fs::write(&path, text).attempt("write", path)?;
+        let mut roots = self.roots();
+        match roots.get(id) {
+            Some(there) if *there == root => return Ok(()),
+            Some(_) => return Err(Error::RootExists(id.clone())),
+            None => {}
+        }
+        if let Some(missing) = root.layers.iter().find(|l| !self.layer_dir(l).is_dir()) {
+            return Err(Error::LayerNotFound(missing.clone()));
+        }
+        let target = self.root_dir(id);
+        fs::rename(draft, &target).attempt("put in place", target)?;
+        roots.insert(id.clone(), root);
+        Ok(())
+    }
+
+    fn root(&self, id: &ContainerId) -> Result<Root> {
+        self.roots().get(id).cloned().ok_or_else(|| Error::RootNotFound(id.clone()))
+    }
+
+    /// The directory where all layers appear with a map's ids; mounted by the first who asks.
+    fn mapped(&self, map: IdMap) -> Result<PathBuf> {
+        let path = self.dir.join("mapped").join(format!("{}-{}", map.host_base, map.size));
+        let _one = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+        if !mounts::is_mounted(&path)? {
+            make_dir(&path, 0o700)?;
+            idmap::bind_idmapped(&self.dir.join("layers"), &path, map, false, true)?;
+        }
+        Ok(path)
+    }
+
+    fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()> {
+        let root = self.root(id)?;
+        fs::create_dir_all(target).attempt("create", target)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let place = rustix::fs::openat(CWD, target, flags, Mode::empty()).attempt("open", target)?;
+        if mounts::is_mounted(target)? && is_overlay(&place).attempt("look at", target)? {
+            return Ok(());
+        }
+        let mapped = self.mapped(root.map)?;
+        let mount = self.overlay(id, &root, &mapped)?;
+        rustix::mount::move_mount(
+            &mount,
+            "",
+            &place,
+            "",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )
+        .attempt("mount at", target)
+    }
+
+    fn overlay(&self, id: &ContainerId, root: &Root, mapped: &Path) -> Result<OwnedFd> {
+        let dir = self.root_dir(id);
+        let fs_fd = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
+            .attempt("open OverlayFS for", &dir)?;
+        // Long paths go in through descriptors, which live until the file system has looked at them.
+        let mut kept = Vec::new();
+        let mut set = |key: &str, path: PathBuf| -> Result<()> {
+            let text = short(path, &mut kept)?;
+            rustix::mount::fsconfig_set_string(fs_fd.as_fd(), key, &text)
+                .map_err(|e| explain(&fs_fd, e))
+                .attempt("stack", text)
+        };
+        // The topmost comes first.
+        for layer in root.layers.iter().rev() {
+            let path = mapped.join(layer.digest().hex());
+            set("lowerdir+", path)?;
+        }
+        if root.layers.is_empty() {
+            let empty = self.dir.join("tmp").join("empty");
+            make_dir(&empty, 0o755)?;
+            set("lowerdir+", empty)?;
+        }
+        set("upperdir", dir.join("upper"))?;
+        set("workdir", dir.join("work"))?;
+        for (key, value) in [
+            ("source", "overlay"),
+            ("index", "off"),
+            ("metacopy", "off"),
+            ("redirect_dir", "off"),
+            ("xino", "off"),
+        ] {
+            rustix::mount::fsconfig_set_string(fs_fd.as_fd(), key, value)
+                .attempt("configure the root in", &dir)?;
+        }
+        rustix::mount::fsconfig_create(fs_fd.as_fd())
+            .map_err(|e| explain(&fs_fd, e))
+            .attempt("stack the layers for", &dir)?;
+        // A device node that an image brings must not open: the file system belongs to the host's user namespace.
+        rustix::mount::fsmount(fs_fd.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NODEV)
+            .attempt("make the mount for", &dir)
+    }
+
+    fn remove_root(&self, id: &ContainerId) -> Result<()> {
+        let aside = {
+            let mut roots = self.roots();
+            let aside = tree::set_aside(&self.root_dir(id), &self.tmp())?;
+            roots.remove(id);
+            aside
+        };
+        aside.map_or(Ok(()), |aside| tree::finish(&aside))
+    }
+}
+
+/// What the kernel's file system context has to say about an error.
+fn explain(context: &OwnedFd, error: rustix::io::Errno) -> io::Error {
+    let mut buffer = [0_u8; 512];
+    let said = match rustix::io::read(context, &mut buffer) {
+        Ok(n) => String::from_utf8_lossy(&buffer[..n]).trim().to_owned(),
+        Err(_) => String::new(),
+    };
+    let error = io::Error::from(error);
+    if said.is_empty() { error } else { io::Error::new(error.kind(), format!("{error} ({said})")) }
+}
+
+/// The path itself, or a short one through a descriptor that is added to `kept`.
+fn short(path: PathBuf, kept: &mut Vec<OwnedFd>) -> Result<PathBuf> {
+    if path.as_os_str().len() < MAX_OPTION {
+        return Ok(path);
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(CWD, &path, flags, Mode::empty()).attempt("open", path)?;
+    let text = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    kept.push(fd);
+    Ok(text)
+}
+
+fn is_overlay(fd: &OwnedFd) -> rustix::io::Result<bool> {
+    Ok(u64::try_from(rustix::fs::fstatfs(fd)?.f_type).is_ok_and(|t| t == OVERLAY_MAGIC))
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<()> {
+    match fs::DirBuilder::new().mode(mode).create(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        // The umask must not decide who can enter a container's root.
+        Ok(()) => {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).attempt("set the mode of", path)
+        }
+        Err(e) => Err(e).attempt("create", path),
+    }
+}
+
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).attempt("list", dir)? {
+        if let Ok(name) = entry.attempt("list", dir)?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+fn read_root(dir: &Path) -> Result<Root> {
+    let path = dir.join("root.json");
+    let text = fs::read(&path).attempt("read", &path)?;
+    serde_json::from_slice(&text).map_err(|source| Error::Damaged { path, source })
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    fs::File::open(dir).and_then(|d| d.sync_all()).attempt("flush", dir)
+}
+
+#[async_trait]
+impl Driver for OverlayDriver {
+    fn whiteouts(&self) -> WhiteoutStyle {
+        WhiteoutStyle::Overlay
+    }
+
+    async fn has_layer(&self, chain: &ChainId) -> Result<bool> {
+        Ok(self.inner.layer_dir(chain).is_dir())
+    }
+
+    async fn begin_layer(&self, parent: Option<&ChainId>, chain: &ChainId) -> Result<LayerDraft> {
+        self.inner.begin_layer(parent, chain)
+    }
+
+    async fn commit_layer(&self, draft: LayerDraft) -> Result<()> {
+        self.run(|inner| inner.commit_layer(draft)).await
+    }
+
+    async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
+        let chain = chain.clone();
+        self.run(move |inner| inner.remove_layer(&chain)).await
+    }
+
+    async fn layers(&self) -> Result<Vec<ChainId>> {
+        self.run(Inner::layers).await
+    }
+
+    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], map: IdMap) -> Result<()> {
+        let (id, layers) = (id.clone(), layers.to_vec());
+        self.run(move |inner| inner.create_root(&id, &layers, map)).await
+    }
+
+    async fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()> {
+        let (id, target) = (id.clone(), target.to_owned());
+        self.run(move |inner| inner.mount_root(&id, &target)).await
+    }
+
+    async fn unmount_root(&self, _id: &ContainerId, target: &Path) -> Result<()> {
+        let target = target.to_owned();
+        self.run(move |_| mounts::unmount(&target)).await
+    }
+
+    async fn remove_root(&self, id: &ContainerId) -> Result<()> {
+        let id = id.clone();
+        self.run(move |inner| inner.remove_root(&id)).await
+    }
+
+    async fn roots(&self) -> Result<Vec<ContainerId>> {
+        Ok(self.inner.roots().keys().cloned().collect())
+    }
+
+    async fn root_layers(&self, id: &ContainerId) -> Result<Vec<ChainId>> {
+        Ok(self.inner.root(id)?.layers)
+    }
+
+    async fn root_usage(&self, id: &ContainerId) -> Result<Usage> {
+        self.inner.root(id)?;
+        let path = self.inner.root_dir(id).join("upper");
+        blocking(move || tree::usage(&path)).await
+    }
+
+    async fn fs_usage(&self) -> Result<FsUsage> {
+        self.run(|inner| {
+            let stat = rustix::fs::statvfs(&inner.dir).attempt("look at", &inner.dir)?;
+            Ok(FsUsage {
+                used_bytes: stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(stat.f_frsize),
+                inodes_used: stat.f_files.saturating_sub(stat.f_ffree),
+                capacity_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
+                available_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
+                inodes: stat.f_files,
+                inodes_free: stat.f_ffree,
+                mountpoint: inner.dir.clone(),
+            })
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use std::os::unix::fs::MetadataExt;
+
+    use moxlet_ids::Digest;
+
+    use super::*;
+
+    async fn layer(driver: &OverlayDriver, name: &str, fill: impl FnOnce(&Path)) -> ChainId {
+        let chain = ChainId::base(&Digest::of(name.as_bytes()));
+        let draft = driver.begin_layer(None, &chain).await.unwrap();
+        fill(draft.path());
+        driver.commit_layer(draft).await.unwrap();
+        chain
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_root_shifts_ids_and_honours_whiteouts() {
+        let dir = tempfile::tempdir().unwrap();
+        let driver = OverlayDriver::open(&dir.path().join("s")).await.unwrap();
+        let mut chains = vec![
+            layer(&driver, "a", |p| {
+                fs::write(p.join("root"), "r").unwrap();
+                fs::write(p.join("nobody"), "n").unwrap();
+                chown(p.join("nobody"), Some(65534), Some(65534)).unwrap();
+                fs::write(p.join("gone"), "g").unwrap();
+            })
+            .await,
+            layer(&driver, "b", |p| {
+                let dev = rustix::fs::makedev(0, 0);
+                let kind = rustix::fs::FileType::CharacterDevice;
+                rustix::fs::mknodat(CWD, p.join("gone"), kind, Mode::empty(), dev).unwrap();
+            })
+            .await,
+        ];
+        for n in 0..130 {
+            chains.push(
+                layer(&driver, &n.to_string(), |p| fs::write(p.join(format!("l{n}")), "x").unwrap()).await,
+            );
+        }
+        let id = ContainerId::random();
+        driver.create_root(&id, &chains, IdMap::default()).await.unwrap();
+        driver.create_root(&id, &chains, IdMap::default()).await.unwrap();
+        let target = dir.path().join("t");
+        driver.mount_root(&id, &target).await.unwrap();
+        driver.mount_root(&id, &target).await.unwrap();
+        let seen = (
+            fs::metadata(target.join("root")).map(|m| m.uid()).ok(),
+            fs::metadata(target.join("nobody")).map(|m| m.gid()).ok(),
+            target.join("gone").exists(),
+            target.join("l129").exists(),
+            fs::metadata(&target).map(|m| m.uid()).ok(),
+            fs::write(target.join("root"), "changed").is_ok(),
+            driver.root_usage(&id).await.unwrap().inodes,
+        );
+        let busy = driver.remove_layer(&chains[0]).await;
+        driver.unmount_root(&id, &target).await.unwrap();
+        driver.unmount_root(&id, &target).await.unwrap();
+        driver.remove_root(&id).await.unwrap();
+        driver.remove_root(&id).await.unwrap();
+        driver.remove_layer(&chains[0]).await.unwrap();
+        driver.close().await.unwrap();
+        assert_eq!(seen, (Some(100_000), Some(165_534), false, true, Some(100_000), true, 1));
+        assert!(matches!(busy, Err(Error::LayerInUse { .. })));
+        assert!(mounts::mounted_below(dir.path()).unwrap().is_empty());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_empty_root_mounts_and_leftovers_go_at_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let driver = OverlayDriver::open(dir.path()).await.unwrap();
+        fs::create_dir_all(dir.path().join("tmp/layer-x/deep")).unwrap();
+        let id = ContainerId::random();
+        driver.create_root(&id, &[], IdMap::default()).await.unwrap();
+        let driver = OverlayDriver::open(dir.path()).await.unwrap();
+        assert!(!dir.path().join("tmp/layer-x").exists());
+        assert_eq!(driver.roots().await.unwrap(), [id.clone()]);
+        let target = dir.path().join("t");
+        let mounted = driver.mount_root(&id, &target).await;
+        driver.unmount_root(&id, &target).await.unwrap();
+        driver.close().await.unwrap();
+        mounted.unwrap();
+    }
+}
