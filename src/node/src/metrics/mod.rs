@@ -2,25 +2,194 @@
 //!
 //! Whoever does the work reports it here by one call; names are the kubelet's where the meaning is the kubelet's.
 
-use std::time::Duration;
+mod process;
+pub(crate) mod resource;
+pub(crate) mod text;
+
+use std::{sync::OnceLock, time::Duration};
+
+use ::metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use self::text::Text;
+use crate::pods::registry::PodRegistry;
+
+static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+
+/// The kubelet's buckets of a pod's start.
+const START: &[f64] = &[0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0];
+/// Everything else, in seconds.
+const TIMES: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 /// Installs the recorder once in the process; later calls do nothing.
-pub fn install() {}
+pub fn install() {
+    HANDLE.get_or_init(|| {
+        let built = PrometheusBuilder::new()
+            .set_buckets(TIMES)
+            .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("pod_start_duration_seconds".into()), START));
+        match built.map(PrometheusBuilder::build_recorder) {
+            Ok(recorder) => {
+                let handle = recorder.handle();
+                if ::metrics::set_global_recorder(recorder).is_err() {
+                    tracing::warn!("another recorder of metrics is installed: /metrics lacks the node's own");
+                    return None;
+                }
+                describe();
+                Some(handle)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no recorder of metrics");
+                None
+            }
+        }
+    });
+}
+
+fn describe() {
+    describe_histogram!("moxlet_pod_start_duration_seconds", "Time from a pod first seen to all its containers started");
+    describe_histogram!(
+        "kubelet_pod_start_duration_seconds",
+        "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run"
+    );
+    describe_histogram!("kubelet_pod_worker_duration_seconds", "Duration in seconds to sync a single pod, by operation");
+    describe_counter!("moxlet_pod_sync_errors_total", "Passes over a pod that failed, by operation");
+    describe_counter!("kubelet_runtime_operations_total", "Cumulative number of runtime operations by operation type");
+    describe_counter!("kubelet_runtime_operations_errors_total", "Cumulative number of runtime operation errors by operation type");
+    describe_histogram!("kubelet_runtime_operations_duration_seconds", "Duration in seconds of runtime operations by operation type");
+    describe_gauge!("workqueue_depth", "Current depth of the work queue");
+    describe_counter!("workqueue_retries_total", "Items put back into the work queue after a failure");
+    describe_histogram!("workqueue_queue_duration_seconds", "How long in seconds an item stays in the work queue");
+    describe_histogram!("workqueue_work_duration_seconds", "How long in seconds an item of the work queue is worked on");
+    describe_counter!("kubelet_http_requests_total", "Number of the http requests received since the server started");
+    describe_histogram!("kubelet_http_requests_duration_seconds", "Duration in seconds to serve http requests");
+    describe_gauge!("kubelet_http_inflight_requests", "Number of the inflight http requests");
+    describe_gauge!("kubelet_running_pods", "Number of pods that have a running pod sandbox");
+    describe_gauge!("kubelet_running_containers", "Number of containers, by state");
+    describe_gauge!("kubelet_node_name", "The node's name. The count is always 1");
+    describe_gauge!("kubernetes_build_info", "A metric with a constant '1' value labeled by the version that the node reports");
+    describe_gauge!("moxlet_build_info", "A metric with a constant '1' value labeled by Moxlet's version");
+}
 
 /// A pod came to run: time since the node saw it first.
-pub fn pod_started(_since_seen: Duration) {}
+pub fn pod_started(since_seen: Duration) {
+    histogram!("moxlet_pod_start_duration_seconds").record(since_seen);
+    histogram!("kubelet_pod_start_duration_seconds").record(since_seen);
+}
 
 /// A worker finished one pass over a pod: `create`, `update`, `sync` or `kill`.
-pub fn pod_synced(_operation: &'static str, _took: Duration, _failed: bool) {}
+pub fn pod_synced(operation: &'static str, took: Duration, failed: bool) {
+    histogram!("kubelet_pod_worker_duration_seconds", "operation_type" => operation).record(took);
+    if failed {
+        counter!("moxlet_pod_sync_errors_total", "operation_type" => operation).increment(1);
+    }
+}
 
 /// A call to the agent ended; `call` is CRI's name of it (`RunPodSandbox`).
-pub fn runtime_operation(_call: &'static str, _took: Duration, _failed: bool) {}
+pub fn runtime_operation(call: &'static str, took: Duration, failed: bool) {
+    counter!("kubelet_runtime_operations_total", "operation_type" => call).increment(1);
+    histogram!("kubelet_runtime_operations_duration_seconds", "operation_type" => call).record(took);
+    if failed {
+        counter!("kubelet_runtime_operations_errors_total", "operation_type" => call).increment(1);
+    }
+}
 
 /// How many items wait in a queue.
-pub fn queue_depth(_queue: &'static str, _depth: usize) {}
+pub fn queue_depth(queue: &'static str, depth: usize) {
+    gauge!("workqueue_depth", "name" => queue).set(depth as f64);
+}
 
 /// An item left a queue after this wait.
-pub fn queue_waited(_queue: &'static str, _waited: Duration) {}
+pub fn queue_waited(queue: &'static str, waited: Duration) {
+    histogram!("workqueue_queue_duration_seconds", "name" => queue).record(waited);
+}
 
 /// Work on an item of a queue took this long; `retried` when it goes back in.
-pub fn queue_worked(_queue: &'static str, _took: Duration, _retried: bool) {}
+pub fn queue_worked(queue: &'static str, took: Duration, retried: bool) {
+    histogram!("workqueue_work_duration_seconds", "name" => queue).record(took);
+    if retried {
+        counter!("workqueue_retries_total", "name" => queue).increment(1);
+    }
+}
+
+/// A request of the kubelet API has come; `path` is its first part.
+pub(crate) fn request_begun() {
+    gauge!("kubelet_http_inflight_requests").increment(1.0);
+}
+
+/// It has been answered (a stream: its answer has begun).
+pub(crate) fn request_done(method: &'static str, path: &'static str, code: u16, took: Duration) {
+    gauge!("kubelet_http_inflight_requests").decrement(1.0);
+    counter!("kubelet_http_requests_total", "method" => method, "path" => path, "code" => code.to_string()).increment(1);
+    histogram!("kubelet_http_requests_duration_seconds", "method" => method, "path" => path).record(took);
+}
+
+/// The text of `/metrics`.
+pub(crate) fn render(node: &str, kubelet_version: &str, registry: &PodRegistry) -> String {
+    install();
+    let (mut pods, mut running, mut waiting, mut exited) = (0_u32, 0_u32, 0_u32, 0_u32);
+    for view in registry.list() {
+        let Some(status) = view.pod.status.as_ref() else { continue };
+        let finished = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        pods += u32::from(view.sandbox_id.is_some() && !finished);
+        for state in status.container_statuses.iter().flatten().filter_map(|c| c.state.as_ref()) {
+            running += u32::from(state.running.is_some());
+            waiting += u32::from(state.waiting.is_some());
+            exited += u32::from(state.terminated.is_some());
+        }
+    }
+    gauge!("kubelet_running_pods").set(pods);
+    for (state, count) in [("running", running), ("created", waiting), ("exited", exited)] {
+        gauge!("kubelet_running_containers", "container_state" => state).set(count);
+    }
+    gauge!("kubelet_node_name", "node" => node.to_owned()).set(1);
+    gauge!("kubernetes_build_info", "git_version" => kubelet_version.to_owned(), "platform" => platform()).set(1);
+    gauge!("moxlet_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1);
+    let mut text = match HANDLE.get() {
+        Some(Some(handle)) => {
+            handle.run_upkeep();
+            handle.render()
+        }
+        _ => String::new(),
+    };
+    let mut own = Text::default();
+    process::encode(&mut own);
+    text.push_str(&own.finish());
+    text
+}
+
+fn platform() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "linux/amd64",
+        "aarch64" => "linux/arm64",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_reported_is_shown() {
+        install();
+        install();
+        pod_started(Duration::from_millis(150));
+        runtime_operation("RunPodSandbox", Duration::from_millis(3), true);
+        queue_depth("pods", 2);
+        queue_worked("pods", Duration::from_millis(1), true);
+        let text = render("n1", "v1.36.0", &PodRegistry::default());
+        for part in [
+            "kubelet_pod_start_duration_seconds_bucket{le=\"0.2\"}",
+            "moxlet_pod_start_duration_seconds_count",
+            "kubelet_runtime_operations_errors_total{operation_type=\"RunPodSandbox\"} ",
+            "workqueue_depth{name=\"pods\"} 2",
+            "kubelet_running_pods 0",
+            "kubelet_node_name{node=\"n1\"} 1",
+            "process_resident_memory_bytes",
+            "# HELP kubelet_running_pods",
+            "# TYPE kubelet_pod_start_duration_seconds histogram",
+        ] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+    }
+}
