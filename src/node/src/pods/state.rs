@@ -3,7 +3,7 @@
 use moxlet_cri::v1;
 
 use super::names;
-use crate::{cri_client::Agent, error::{Error, Result}};
+use crate::{cri_client::Runtime, error::{Error, Result}};
 
 /// State of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +96,7 @@ impl PodState {
     }
 
     /// Asks the agent.
-    pub(crate) async fn read(agent: &Agent, uid: &str) -> Result<Self> {
+    pub(crate) async fn read(agent: &dyn Runtime, uid: &str) -> Result<Self> {
         let sandboxes = agent.list_pod_sandbox(v1::ListPodSandboxRequest {
             filter: Some(v1::PodSandboxFilter { label_selector: names::selector(uid), ..Default::default() }),
         });
@@ -125,7 +125,7 @@ fn found<T>(answer: Result<T>) -> Result<Option<T>> {
     }
 }
 
-async fn sandbox(agent: &Agent, listed: v1::PodSandbox) -> Result<Option<Sandbox>> {
+async fn sandbox(agent: &dyn Runtime, listed: v1::PodSandbox) -> Result<Option<Sandbox>> {
     let request = v1::PodSandboxStatusRequest { pod_sandbox_id: listed.id.clone(), verbose: false };
     let Some(answer) = found(agent.pod_sandbox_status(request).await)? else { return Ok(None) };
     let status =
@@ -144,7 +144,7 @@ async fn sandbox(agent: &Agent, listed: v1::PodSandbox) -> Result<Option<Sandbox
     }))
 }
 
-async fn container(agent: &Agent, listed: v1::Container) -> Result<Option<Container>> {
+async fn container(agent: &dyn Runtime, listed: v1::Container) -> Result<Option<Container>> {
     let request = v1::ContainerStatusRequest { container_id: listed.id.clone(), verbose: false };
     let Some(answer) = found(agent.container_status(request).await)? else { return Ok(None) };
     let status =
