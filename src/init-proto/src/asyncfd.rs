@@ -26,7 +26,7 @@ impl AsyncFile {
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
-        Ok(Self(AsyncFd::register(fd)?))
+        register(fd)
     }
 
     /// Another handle to the same stream.
@@ -34,7 +34,7 @@ impl AsyncFile {
     /// # Errors
     /// What the system says.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self(AsyncFd::register(self.0.get_ref().try_clone()?)?))
+        register(self.0.get_ref().try_clone()?)
     }
 
     /// Sets the size of the terminal that this is the master of.
@@ -44,6 +44,12 @@ impl AsyncFile {
     pub fn resize(&self, width: u16, height: u16) -> io::Result<()> {
         Ok(tcsetwinsize(self.0.get_ref(), Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 })?)
     }
+}
+
+fn register(fd: OwnedFd) -> io::Result<AsyncFile> {
+    // SAFETY: an `OwnedFd` always is the same open descriptor, and nothing here takes it out of the `AsyncFd`.
+    let registered = unsafe { AsyncFd::register(fd) };
+    Ok(AsyncFile(registered?))
 }
 
 impl AsFd for AsyncFile {
