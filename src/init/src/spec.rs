@@ -1,0 +1,94 @@
+//! The OCI spec as libcontainer takes it in a CT: what it refuses or cannot do there is left out.
+
+use moxlet_init_proto::CreateRequest;
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+
+/// Adjusts the request's spec and returns it as the bundle's `config.json`.
+pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Vec<u8>> {
+    let mut spec = request.spec.take();
+    let wrong = |what: &str| Error::Invalid(format!("the spec of container {:?} {what}", request.id));
+    if !spec["root"]["path"].as_str().is_some_and(|p| p.starts_with('/')) {
+        return Err(wrong("has no absolute root.path"));
+    }
+    if !spec["process"]["args"].as_array().is_some_and(|a| !a.is_empty() && a.iter().all(Value::is_string)) {
+        return Err(wrong("has no process.args"));
+    }
+    let new_uts = spec["linux"]["namespaces"]
+        .as_array()
+        .is_some_and(|all| all.iter().any(|n| n["type"] == "uts" && n["path"].is_null()));
+    let Some(top) = spec.as_object_mut() else { return Err(wrong("is no object")) };
+    if !new_uts {
+        // The CT has the pod's name already; libcontainer refuses one without a UTS namespace.
+        top.remove("hostname");
+        top.remove("domainname");
+    }
+    let Some(process) = top.get_mut("process").and_then(Value::as_object_mut) else { return Err(wrong("has no process")) };
+    process.insert("terminal".into(), json!(request.tty));
+    // Set by the agent from the host: lowering it is forbidden in a CT.
+    process.remove("oomScoreAdj");
+    if process.get("noNewPrivileges") == Some(&json!(false)) {
+        // libcontainer takes an explicit false for "load the filter after the capabilities are gone", which must fail.
+        process.remove("noNewPrivileges");
+    }
+    let Some(linux) = top.get_mut("linux").and_then(Value::as_object_mut) else { return Err(wrong("has no linux part")) };
+    let path = linux.entry("cgroupsPath").or_insert_with(|| json!(format!("/{}", request.id)));
+    if !path.as_str().is_some_and(|p| p.starts_with('/') && !p.split('/').any(|part| part == "..")) {
+        return Err(wrong("has a cgroupsPath that is not absolute"));
+    }
+    serde_json::to_vec(&spec).map_err(|e| wrong(&e.to_string()))
+}
+
+/// The cgroupsPath of a prepared spec.
+pub(crate) fn cgroups_path(id: &str, spec: &Value) -> String {
+    spec["linux"]["cgroupsPath"].as_str().map_or_else(|| format!("/{id}"), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    fn request(spec: Value) -> CreateRequest {
+        CreateRequest { id: "abc".into(), spec, ..CreateRequest::default() }
+    }
+
+    #[test]
+    fn what_libcontainer_refuses_is_left_out() {
+        let mut r = request(json!({
+            "ociVersion": "1.0.2", "hostname": "web", "root": {"path": "/x"},
+            "process": {"args": ["a"], "cwd": "/", "noNewPrivileges": false, "oomScoreAdj": -998},
+            "linux": {"namespaces": [{"type": "pid"}]},
+        }));
+        let spec: Value = serde_json::from_slice(&prepare(&mut r).unwrap()).unwrap();
+        assert!(spec.get("hostname").is_none());
+        assert_eq!(spec["process"], json!({"args": ["a"], "cwd": "/", "terminal": false}));
+        assert_eq!(spec["linux"]["cgroupsPath"], "/abc");
+    }
+
+    #[test]
+    fn no_new_privileges_and_a_new_uts_namespace_stay() {
+        let mut r = request(json!({
+            "hostname": "web", "root": {"path": "/x"}, "process": {"args": ["a"], "noNewPrivileges": true},
+            "linux": {"namespaces": [{"type": "uts"}], "cgroupsPath": "/c"},
+        }));
+        let spec: Value = serde_json::from_slice(&prepare(&mut r).unwrap()).unwrap();
+        assert_eq!(spec["hostname"], "web");
+        assert_eq!(spec["process"]["noNewPrivileges"], true);
+        assert_eq!(cgroups_path("abc", &spec), "/c");
+    }
+
+    #[test]
+    fn a_spec_that_makes_no_sense_is_refused_by_name() {
+        for spec in [
+            json!(null),
+            json!({"root": {"path": "x"}}),
+            json!({"root": {"path": "/x"}, "process": {"args": []}, "linux": {}}),
+            json!({"root": {"path": "/x"}, "process": {"args": ["a"]}}),
+            json!({"root": {"path": "/x"}, "process": {"args": ["a"]}, "linux": {"cgroupsPath": "/../x"}}),
+        ] {
+            assert!(matches!(prepare(&mut request(spec)), Err(Error::Invalid(_))));
+        }
+    }
+}
