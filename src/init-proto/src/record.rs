@@ -68,7 +68,8 @@ pub fn read_exit_record(path: &Path) -> Result<Option<ContainerState>> {
     Ok(Some(checked(state)?))
 }
 
-/// Replaces `<dir>/<id>.json` by rename. For the init; the directory is made where it is missing.
+/// Replaces `<dir>/<id>.json` by rename. For the init; the directory is made where it is missing. Not synced to the disk: it
+/// has to outlive the CT and the agent, and after a crash of the host the CT is gone with all that the record speaks of.
 ///
 /// # Errors
 /// [`Error::Record`] with what the system says.
@@ -79,7 +80,6 @@ pub fn write_exit_record(dir: &Path, state: &ContainerState) -> Result<()> {
         let draft = dir.join(format!(".{}.json", state.id));
         let mut file = File::create(&draft)?;
         file.write_all(&serde_json::to_vec(state)?)?;
-        file.sync_data()?;
         fs::rename(&draft, &path)
     };
     write().map_err(|e| Error::Record { path: path.clone(), reason: e.to_string() })

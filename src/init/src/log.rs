@@ -138,7 +138,7 @@ impl Lines {
         while !bytes.is_empty() {
             let room = MAX_LINE - self.rest.len();
             let window = &bytes[..bytes.len().min(room)];
-            if let Some(end) = window.iter().position(|b| *b == b'\n') {
+            if let Some(end) = line_end(window) {
                 if self.rest.is_empty() {
                     log.add(&head, b"F ", &window[..end]);
                 } else {
@@ -172,6 +172,12 @@ impl Lines {
         }
         self.rest = Vec::new();
     }
+}
+
+fn line_end(bytes: &[u8]) -> Option<usize> {
+    // SAFETY: the pointer is valid for the length; the C library's search is the fast one.
+    let found = unsafe { libc::memchr(bytes.as_ptr().cast(), i32::from(b'\n'), bytes.len()) };
+    (!found.is_null()).then(|| found as usize - bytes.as_ptr() as usize)
 }
 
 fn head(ns: i64, stream: Stream) -> Vec<u8> {

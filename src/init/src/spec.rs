@@ -5,8 +5,17 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 
-/// Adjusts the request's spec and returns it as the bundle's `config.json`.
-pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Vec<u8>> {
+/// A spec that libcontainer takes.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    /// The bundle's `config.json`.
+    pub(crate) config: Vec<u8>,
+    /// The container's cgroup as the CT sees it, absolute.
+    pub(crate) cgroups_path: String,
+}
+
+/// Adjusts the request's spec, taking it out of the request.
+pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Prepared> {
     let mut spec = request.spec.take();
     let wrong = |what: &str| Error::Invalid(format!("the spec of container {:?} {what}", request.id));
     if !spec["root"]["path"].as_str().is_some_and(|p| p.starts_with('/')) {
@@ -34,15 +43,12 @@ pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Vec<u8>> {
     }
     let Some(linux) = top.get_mut("linux").and_then(Value::as_object_mut) else { return Err(wrong("has no linux part")) };
     let path = linux.entry("cgroupsPath").or_insert_with(|| json!(format!("/{}", request.id)));
-    if !path.as_str().is_some_and(|p| p.starts_with('/') && !p.split('/').any(|part| part == "..")) {
+    let Some(cgroups_path) = path.as_str().filter(|p| p.starts_with('/') && !p.split('/').any(|part| part == "..")) else {
         return Err(wrong("has a cgroupsPath that is not absolute"));
-    }
-    serde_json::to_vec(&spec).map_err(|e| wrong(&e.to_string()))
-}
-
-/// The cgroupsPath of a prepared spec.
-pub(crate) fn cgroups_path(id: &str, spec: &Value) -> String {
-    spec["linux"]["cgroupsPath"].as_str().map_or_else(|| format!("/{id}"), str::to_owned)
+    };
+    let cgroups_path = cgroups_path.to_owned();
+    let config = serde_json::to_vec(&spec).map_err(|e| wrong(&e.to_string()))?;
+    Ok(Prepared { config, cgroups_path })
 }
 
 #[cfg(test)]
@@ -61,7 +67,7 @@ mod tests {
             "process": {"args": ["a"], "cwd": "/", "noNewPrivileges": false, "oomScoreAdj": -998},
             "linux": {"namespaces": [{"type": "pid"}]},
         }));
-        let spec: Value = serde_json::from_slice(&prepare(&mut r).unwrap()).unwrap();
+        let spec: Value = serde_json::from_slice(&prepare(&mut r).unwrap().config).unwrap();
         assert!(spec.get("hostname").is_none());
         assert_eq!(spec["process"], json!({"args": ["a"], "cwd": "/", "terminal": false}));
         assert_eq!(spec["linux"]["cgroupsPath"], "/abc");
@@ -73,10 +79,10 @@ mod tests {
             "hostname": "web", "root": {"path": "/x"}, "process": {"args": ["a"], "noNewPrivileges": true},
             "linux": {"namespaces": [{"type": "uts"}], "cgroupsPath": "/c"},
         }));
-        let spec: Value = serde_json::from_slice(&prepare(&mut r).unwrap()).unwrap();
+        let spec: Value = serde_json::from_slice(&prepare(&mut r).unwrap().config).unwrap();
         assert_eq!(spec["hostname"], "web");
         assert_eq!(spec["process"]["noNewPrivileges"], true);
-        assert_eq!(cgroups_path("abc", &spec), "/c");
+        assert_eq!(spec["linux"]["cgroupsPath"], "/c");
     }
 
     #[test]
