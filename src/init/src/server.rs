@@ -23,7 +23,7 @@ use crate::{
     Options, cgroup,
     error::{Context, Error, Result},
     pod::Pod,
-    sys::{frugal_memory, thread, wait_ready},
+    sys::{frugal_memory, loopback_up, thread, wait_ready},
 };
 
 /// Requests at one time; each is a thread.
@@ -42,6 +42,10 @@ pub(crate) fn run(options: Options) -> Result<()> {
     }
     let signals = block_signals();
     cgroup::hand_down();
+    // Not fatal: who runs this elsewhere (a test without privileges) has a loopback of its own.
+    if let Err(e) = loopback_up() {
+        eprintln!("moxlet-init: {e}");
+    }
     for dir in [&options.run, &options.state] {
         fs::create_dir_all(dir).context(format!("making {}", dir.display()))?;
     }

@@ -106,14 +106,34 @@ pub(crate) fn spawn_self(role: &str, args: &[&Path], stdio: [Stdio; 3]) -> Resul
     Ok(ours)
 }
 
-/// What a child inherits from PID 1 and a container must not: ignored signals and a signal mask.
+/// What a container must not inherit: ignored signals (the C library's wrapper refuses two of its own) and a signal mask.
 pub(crate) fn reset_signals() {
-    // SAFETY: plain calls with valid arguments; nothing else runs in this process.
+    // The kernel's `struct sigaction` with the default action, which is zero in all fields.
+    let default = [0_u64; 4];
+    // SAFETY: valid pointers of the size that the kernel reads; nothing else runs in this process.
     unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        for signal in 1..=64 {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8);
+        }
         let mut empty = std::mem::zeroed();
         libc::sigemptyset(&raw mut empty);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut());
+    }
+}
+
+/// Sets the loopback interface up: nobody else does in a network namespace that was made empty.
+pub(crate) fn loopback_up() -> Result<()> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).context("loopback")?;
+    // SAFETY: an all-zero request is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or_default();
+    // SAFETY: the request names an interface and its flags.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()).context("setting the loopback interface up"),
     }
 }
 

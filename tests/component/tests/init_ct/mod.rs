@@ -16,7 +16,7 @@ use moxlet_storage::mounts;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
-pub const MAP: IdMap = IdMap { host_base: 100_000, size: 65_536 };
+pub(crate) const MAP: IdMap = IdMap { host_base: 100_000, size: 65_536 };
 
 /// The static program, built once by the project's own script, or the one that `MOXLET_INIT` names.
 fn init_binary() -> &'static Path {
@@ -32,17 +32,17 @@ fn init_binary() -> &'static Path {
     })
 }
 
-pub struct Ct {
-    pub engine: LxcEngine,
-    pub id: SandboxId,
-    pub pid: u32,
-    pub client: Client,
-    pub shared: PathBuf,
+pub(crate) struct Ct {
+    pub(crate) engine: LxcEngine,
+    pub(crate) id: SandboxId,
+    pub(crate) pid: u32,
+    pub(crate) client: Client,
+    pub(crate) shared: PathBuf,
     top: Option<tempfile::TempDir>,
 }
 
 impl Ct {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let top = tempfile::Builder::new().prefix("moxlet-init-").tempdir().unwrap();
         fs::set_permissions(top.path(), fs::Permissions::from_mode(0o711)).unwrap();
         let pods = top.path().join("pods");
@@ -105,7 +105,7 @@ impl Ct {
     }
 
     /// A request as the agent makes it.
-    pub fn request(&self, id: &str, args: &[&str]) -> CreateRequest {
+    pub(crate) fn request(&self, id: &str, args: &[&str]) -> CreateRequest {
         let spec = json!({
             "ociVersion": "1.2.0",
             "hostname": "ignored",
@@ -145,7 +145,7 @@ impl Ct {
     }
 
     /// Creates and starts.
-    pub async fn run(&self, request: CreateRequest) -> ContainerState {
+    pub(crate) async fn run(&self, request: CreateRequest) -> ContainerState {
         let id = request.id.clone();
         let made = self.client.create(request).await.unwrap();
         assert_eq!(made.status, Status::Created);
@@ -153,7 +153,7 @@ impl Ct {
     }
 
     /// Waits for a container's exit: code and signal.
-    pub async fn exited(&self, id: &str) -> (i32, Option<i32>) {
+    pub(crate) async fn exited(&self, id: &str) -> (i32, Option<i32>) {
         let wait = async {
             let mut events = self.client.events().await.unwrap();
             loop {
@@ -168,23 +168,23 @@ impl Ct {
     }
 
     /// Creates, starts and waits; the exit code and what was logged.
-    pub async fn output(&self, id: &str, args: &[&str]) -> (i32, String) {
+    pub(crate) async fn output(&self, id: &str, args: &[&str]) -> (i32, String) {
         self.run(self.request(id, args)).await;
         let (code, _) = self.exited(id).await;
         (code, self.log(id))
     }
 
-    pub fn log_path(&self, id: &str) -> PathBuf {
+    pub(crate) fn log_path(&self, id: &str) -> PathBuf {
         self.shared.join(format!("logs/{id}.log"))
     }
 
     /// The live log file's content as a reader puts it together.
-    pub fn log(&self, id: &str) -> String {
+    pub(crate) fn log(&self, id: &str) -> String {
         String::from_utf8(content(&fs::read(self.log_path(id)).unwrap())).unwrap()
     }
 
     /// Runs a command without terminal: exit code, output, errors.
-    pub async fn exec(&self, id: &str, args: &[&str]) -> (i32, String, String) {
+    pub(crate) async fn exec(&self, id: &str, args: &[&str]) -> (i32, String, String) {
         let request = ExecRequest {
             id: id.into(),
             args: args.iter().map(|a| (*a).into()).collect(),
@@ -200,7 +200,7 @@ impl Ct {
     }
 
     /// A line of the init's `/proc/PID/status`, in kB.
-    pub fn init_status_kb(&self, key: &str) -> u64 {
+    pub(crate) fn init_status_kb(&self, key: &str) -> u64 {
         let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
         text.lines().find_map(|l| l.strip_prefix(key)).unwrap().split_whitespace().find_map(|w| w.parse().ok()).unwrap()
     }
@@ -218,6 +218,7 @@ impl Drop for Ct {
             });
         });
         let _ = mounts::unmount_all_below(shared);
+        let _ = mounts::unmount(shared);
         if std::env::var_os("MOXLET_KEEP").is_some()
             && let Some(top) = self.top.take()
         {
@@ -227,7 +228,7 @@ impl Drop for Ct {
 }
 
 /// Puts CRI log bytes together as a reader does.
-pub fn content(log: &[u8]) -> Vec<u8> {
+pub(crate) fn content(log: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     for line in log.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         let mut words = line.splitn(4, |b| *b == b' ');
@@ -244,7 +245,7 @@ pub fn content(log: &[u8]) -> Vec<u8> {
 }
 
 /// containerd's default set.
-pub const CAPS: [&str; 14] = [
+pub(crate) const CAPS: [&str; 14] = [
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
     "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
 ];
