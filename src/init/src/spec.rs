@@ -42,6 +42,7 @@ pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Prepared> {
         process.remove("noNewPrivileges");
     }
     let Some(linux) = top.get_mut("linux").and_then(Value::as_object_mut) else { return Err(wrong("has no linux part")) };
+    exchange_masked_values(linux.get_mut("seccomp"));
     let path = linux.entry("cgroupsPath").or_insert_with(|| json!(format!("/{}", request.id)));
     let Some(cgroups_path) = path.as_str().filter(|p| p.starts_with('/') && !p.split('/').any(|part| part == "..")) else {
         return Err(wrong("has a cgroupsPath that is not absolute"));
@@ -49,6 +50,21 @@ pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Prepared> {
     let cgroups_path = cgroups_path.to_owned();
     let config = serde_json::to_vec(&spec).map_err(|e| wrong(&e.to_string()))?;
     Ok(Prepared { config, cgroups_path })
+}
+
+/// In a masked comparison OCI's `value` is the mask and `valueTwo` what must be left (so does runc); libcontainer 0.7 reads
+/// them the other way round, by which containerd's default profile would allow `clone` with every flag.
+fn exchange_masked_values(seccomp: Option<&mut Value>) {
+    let rules = seccomp.and_then(|s| s.get_mut("syscalls")).and_then(Value::as_array_mut);
+    for rule in rules.into_iter().flatten() {
+        for arg in rule.get_mut("args").and_then(Value::as_array_mut).into_iter().flatten() {
+            if arg["op"] == "SCMP_CMP_MASKED_EQ" {
+                let (mask, left) = (arg["value"].take(), arg["valueTwo"].take());
+                arg["value"] = if left.is_null() { json!(0) } else { left };
+                arg["valueTwo"] = if mask.is_null() { json!(0) } else { mask };
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -83,6 +99,19 @@ mod tests {
         assert_eq!(spec["hostname"], "web");
         assert_eq!(spec["process"]["noNewPrivileges"], true);
         assert_eq!(spec["linux"]["cgroupsPath"], "/c");
+    }
+
+    #[test]
+    fn masked_comparisons_are_exchanged_and_no_others() {
+        let arg = |op: &str| json!({"index": 0, "value": 7, "op": op});
+        let mut r = request(json!({
+            "root": {"path": "/x"}, "process": {"args": ["a"]},
+            "linux": {"seccomp": {"syscalls": [{"args": [arg("SCMP_CMP_MASKED_EQ"), arg("SCMP_CMP_EQ")]}, {}]}},
+        }));
+        let spec: Value = serde_json::from_slice(&prepare(&mut r).unwrap().config).unwrap();
+        let args = &spec["linux"]["seccomp"]["syscalls"][0]["args"];
+        assert_eq!((&args[0]["value"], &args[0]["valueTwo"]), (&json!(0), &json!(7)));
+        assert_eq!(args[1], arg("SCMP_CMP_EQ"));
     }
 
     #[test]

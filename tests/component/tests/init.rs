@@ -137,6 +137,49 @@ async fn start_and_exec_are_confined_alike() {
     assert!(seen.contains("/d1\n"), "{seen}");
 }
 
+/// A program that does `clone(flags)` by itself and exits with the error's number.
+fn clone_program(flags: u32) -> Vec<u8> {
+    let mut code = vec![0xb8, 56, 0, 0, 0, 0xbf];
+    code.extend(flags.to_le_bytes());
+    // xor esi/edx/r10/r8; syscall; neg eax; mov edi, eax; mov eax, 60 (exit); syscall
+    code.extend([0x31, 0xf6, 0x31, 0xd2, 0x4d, 0x31, 0xd2, 0x4d, 0x31, 0xc0, 0x0f, 0x05, 0xf7, 0xd8, 0x89, 0xc7, 0xb8, 60, 0, 0, 0, 0x0f, 0x05]);
+    let size = (0x78 + code.len()) as u64;
+    let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0x3e, 0, 1, 0, 0, 0];
+    elf.extend(0x40_0078_u64.to_le_bytes());
+    elf.extend(0x40_u64.to_le_bytes());
+    elf.extend(0_u64.to_le_bytes());
+    elf.extend([0, 0, 0, 0, 0x40, 0, 0x38, 0, 1, 0, 0x40, 0, 0, 0, 0, 0]);
+    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    for word in [0, 0x40_0000, 0x40_0000, size, size, 0x1000_u64] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend(code);
+    elf
+}
+
+#[tokio::test]
+async fn the_seccomp_profile_holds_in_start_and_exec() {
+    use std::os::unix::fs::PermissionsExt;
+    let ct = Ct::start().await;
+    // EPERM for a new user namespace; a plain fork is allowed (0 in the child, minus its PID in the parent).
+    for (id, flags, refused) in [("ee1", 0x1000_0011, true), ("ee2", 0x11, false)] {
+        let request = ct.request(id, &["/bin/probe"]);
+        let probe = ct.shared.join("rootfs").join(id).join("bin/probe");
+        fs::write(&probe, clone_program(flags)).unwrap();
+        fs::set_permissions(&probe, fs::Permissions::from_mode(0o755)).unwrap();
+        ct.run(request).await;
+        assert_eq!(ct.exited(id).await.0 == 1, refused, "start {id}");
+        let holder = format!("{id}f");
+        ct.run(ct.request(&holder, &["sleep", "1000"])).await;
+        let probe = ct.shared.join("rootfs").join(&holder).join("bin/probe");
+        fs::write(&probe, clone_program(flags)).unwrap();
+        fs::set_permissions(&probe, fs::Permissions::from_mode(0o755)).unwrap();
+        for turn in ["compiled", "kept"] {
+            assert_eq!(ct.exec(&holder, &["/bin/probe"]).await.0 == 1, refused, "exec {id}, filter {turn}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn mounts_root_and_limits_are_as_asked() {
     let ct = Ct::start().await;

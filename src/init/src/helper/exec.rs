@@ -9,15 +9,15 @@ use std::{
     process::ExitCode,
 };
 
-use libcontainer::{apparmor, capabilities, seccomp, syscall::syscall::create_syscall};
+use libcontainer::{apparmor, capabilities, syscall::syscall::create_syscall};
 use moxlet_init_proto::ExecRequest;
-use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{LinuxCapabilities, Process, Spec};
 use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
     termios::{Winsize, tcsetwinsize},
 };
 
-use super::{Control, Note, command, own};
+use super::{Control, Note, command, filter::Filter, own};
 
 /// Whose fault it is: the command's (a StartError) or ours.
 enum Failure {
@@ -62,6 +62,8 @@ fn run(control: Control, bundle: &Path, pid: i32) -> Result<(), Failure> {
     let spec = Spec::load(bundle.join("config.json")).map_err(|e| Failure::Internal(format!("the container's spec: {e}")))?;
     let target = Pid::from_raw(pid).ok_or_else(|| Failure::Internal("no PID".into()))?;
     let pidfd = pidfd_open(target, PidfdFlags::empty()).map_err(|e| internal("the container's process")(e.into()))?;
+    let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    let filter = profile.map(|p| Filter::of(bundle, p)).transpose().map_err(Failure::Internal)?;
     crate::cgroup::join(pid).map_err(internal("joining the container's cgroup"))?;
     // As killable as the container: raising is always allowed, lowering is not and not needed.
     if let Ok(score) = fs::read(format!("/proc/{pid}/oom_score_adj")) {
@@ -78,7 +80,7 @@ fn run(control: Control, bundle: &Path, pid: i32) -> Result<(), Failure> {
     match unsafe { libc::fork() } {
         -1 => Err(internal("fork")(io::Error::last_os_error())),
         0 => {
-            let failure = match enter(control, &request, &spec) {
+            let failure = match enter(control, &request, &spec, filter.as_ref()) {
                 Ok(reason) => Failure::Start(reason),
                 Err(failure) => failure,
             };
@@ -94,7 +96,7 @@ fn run(control: Control, bundle: &Path, pid: i32) -> Result<(), Failure> {
 }
 
 /// In the container, as its root: becomes the command. Returns why it could not be executed.
-fn enter(control: Control, request: &ExecRequest, spec: &Spec) -> Result<String, Failure> {
+fn enter(control: Control, request: &ExecRequest, spec: &Spec, filter: Option<&Filter>) -> Result<String, Failure> {
     let process = spec.process().as_ref().ok_or_else(|| Failure::Internal("the spec has no process".into()))?;
     // SAFETY: a plain call.
     check(unsafe { libc::setsid() }).map_err(internal("setsid"))?;
@@ -110,7 +112,6 @@ fn enter(control: Control, request: &ExecRequest, spec: &Spec) -> Result<String,
     // SAFETY: a plain call.
     unsafe { libc::umask(process.user().umask().unwrap_or(0o022)) };
     let no_new_privileges = process.no_new_privileges().unwrap_or(false);
-    let filter = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
     if no_new_privileges {
         // SAFETY: a plain call.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).map_err(internal("no_new_privs"))?;
@@ -204,10 +205,6 @@ fn set_capabilities(wanted: Option<&LinuxCapabilities>) -> Result<(), Failure> {
     wanted.map_or(Ok(()), |caps| capabilities::drop_privileges(caps, syscall.as_ref()).map_err(failed))
 }
 
-fn set_filter(filter: Option<&LinuxSeccomp>) -> Result<(), Failure> {
-    match filter.map(seccomp::initialize_seccomp) {
-        None | Some(Ok(None)) => Ok(()),
-        Some(Ok(Some(_))) => Err(Failure::Internal("seccomp notifications are not supported".into())),
-        Some(Err(e)) => Err(Failure::Internal(format!("seccomp filter: {e}"))),
-    }
+fn set_filter(filter: Option<&Filter>) -> Result<(), Failure> {
+    filter.map_or(Ok(()), |f| f.load().map_err(internal("loading the seccomp filter")))
 }

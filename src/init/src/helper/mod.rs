@@ -6,6 +6,7 @@
 pub(crate) mod command;
 pub(crate) mod create;
 pub(crate) mod exec;
+mod filter;
 
 use std::{
     os::{
