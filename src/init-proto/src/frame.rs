@@ -61,7 +61,8 @@ impl Decoder {
         self.bytes.is_empty()
     }
 
-    /// The next whole message and its descriptors.
+    /// The next whole message and the descriptors that have come so far. A stream socket may hand out the descriptors of a
+    /// message together with the message before it: whoever sends several in a row takes that into account.
     ///
     /// # Errors
     /// An announced length beyond [`MAX_MESSAGE`], or bytes that are not such a message.

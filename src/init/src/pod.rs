@@ -291,10 +291,10 @@ impl Pod {
         notes.send(request)?;
         let mut child = None;
         while let Some((note, fd)) = notes.next()? {
-            match note {
-                Note::Pid(pid) => child = i32::try_from(pid).ok(),
-                Note::Terminal => ours.extend(fd),
-                Note::Failed { .. } => {}
+            // Two processes write notes: what came with the second may be received with the first.
+            ours.extend(fd);
+            if let Note::Pid(pid) = note {
+                child = i32::try_from(pid).ok();
             }
         }
         set.terminal = request.tty;
