@@ -42,7 +42,10 @@ impl AsyncFile {
     /// # Errors
     /// What the system says.
     pub fn resize(&self, width: u16, height: u16) -> io::Result<()> {
-        Ok(tcsetwinsize(self.0.get_ref(), Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 })?)
+        Ok(tcsetwinsize(
+            self.0.get_ref(),
+            Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 },
+        )?)
     }
 }
 

@@ -16,7 +16,9 @@ use tokio::{
 
 use crate::{
     ContainerState, CreateRequest, Error, Event, ExecRequest, MAX_CONTAINERS, Request, Response, Result,
-    StreamSet, VERSION, asyncfd::AsyncFile, bounded, frame,
+    StreamSet, VERSION,
+    asyncfd::AsyncFile,
+    bounded, frame,
     record::{checked, open_untrusted},
 };
 
@@ -178,7 +180,10 @@ impl Client {
     /// # Errors
     /// [`crate::ErrorClass::InvalidState`] when it does not run.
     pub async fn attach(&self, id: &str, stdin: bool, stdout: bool, stderr: bool) -> Result<Streams> {
-        match self.ask(&Request::Attach { id: id.into(), stdin, stdout, stderr }, "attach", Some(PATIENCE)).await? {
+        match self
+            .ask(&Request::Attach { id: id.into(), stdin, stdout, stderr }, "attach", Some(PATIENCE))
+            .await?
+        {
             (Response::Attached { streams }, fds) => Streams::new(streams, fds),
             (other, _) => Err(unexpected(&other)),
         }
@@ -220,7 +225,8 @@ impl Client {
     pub async fn connect_port(&self, port: u16) -> Result<TcpStream> {
         match self.ask(&Request::Connect { port }, "connect", Some(PATIENCE)).await? {
             (Response::Done, fds) => {
-                let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Error::Malformed("not one socket".into()))?;
+                let [fd] =
+                    <[OwnedFd; 1]>::try_from(fds).map_err(|_| Error::Malformed("not one socket".into()))?;
                 let stream = std::net::TcpStream::from(fd);
                 // Fails on anything that is no connected internet socket.
                 stream.peer_addr()?;
@@ -251,7 +257,11 @@ impl Client {
     /// As every request.
     pub async fn shutdown(&self, grace: Duration) -> Result<()> {
         let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-        match self.ask(&Request::Shutdown { grace_ms }, "shutdown", Some(grace.saturating_add(PATIENCE))).await?.0 {
+        match self
+            .ask(&Request::Shutdown { grace_ms }, "shutdown", Some(grace.saturating_add(PATIENCE)))
+            .await?
+            .0
+        {
             Response::Done => Ok(()),
             other => Err(unexpected(&other)),
         }
@@ -264,7 +274,12 @@ impl Client {
         }
     }
 
-    async fn ask(&self, request: &Request, name: &'static str, limit: Option<Duration>) -> Result<(Response, Vec<OwnedFd>)> {
+    async fn ask(
+        &self,
+        request: &Request,
+        name: &'static str,
+        limit: Option<Duration>,
+    ) -> Result<(Response, Vec<OwnedFd>)> {
         let talk = async {
             let mut connection = Connection::open(&self.path).await?;
             connection.send(request).await?;
@@ -277,7 +292,9 @@ impl Client {
                 .map_err(|_| Error::Timeout { seconds: limit.as_secs(), request: name })??,
         };
         match answer {
-            (Response::Error { class, message }, _) => Err(Error::Remote { class, message: bounded(&message) }),
+            (Response::Error { class, message }, _) => {
+                Err(Error::Remote { class, message: bounded(&message) })
+            }
             other => Ok(other),
         }
     }
@@ -340,7 +357,8 @@ impl Connection {
         if FileType::from_raw_mode(kind.st_mode) != FileType::Socket {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is not a socket")));
         }
-        let stream = UnixStream::connect(format!("/proc/self/fd/{}", node.as_raw_fd())).await.map_err(failed)?;
+        let stream =
+            UnixStream::connect(format!("/proc/self/fd/{}", node.as_raw_fd())).await.map_err(failed)?;
         Ok(Self { stream, decoder: frame::Decoder::default() })
     }
 
@@ -362,7 +380,8 @@ impl Connection {
                 return Ok(Some(message));
             }
             self.stream.readable().await?;
-            match self.stream.try_io(Interest::READABLE, || frame::receive(self.stream.as_fd(), &mut buffer)) {
+            match self.stream.try_io(Interest::READABLE, || frame::receive(self.stream.as_fd(), &mut buffer))
+            {
                 Ok((0, _)) => return if self.decoder.is_empty() { Ok(None) } else { Err(Error::Closed) },
                 Ok((length, fds)) => self.decoder.push(&buffer[..length], fds)?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}

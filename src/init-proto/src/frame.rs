@@ -9,8 +9,8 @@ use std::{
 use rustix::{
     io::Errno,
     net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-        recvmsg, sendmsg,
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -140,7 +140,10 @@ pub fn write<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>
 ///
 /// # Errors
 /// An end within a message, a malformed message, or what the system says.
-pub fn read<T: DeserializeOwned>(socket: impl AsFd, decoder: &mut Decoder) -> Result<Option<(T, Vec<OwnedFd>)>> {
+pub fn read<T: DeserializeOwned>(
+    socket: impl AsFd,
+    decoder: &mut Decoder,
+) -> Result<Option<(T, Vec<OwnedFd>)>> {
     let mut buffer = [0; 4096];
     loop {
         if let Some(message) = decoder.next()? {
@@ -224,12 +227,18 @@ mod tests {
 
     #[test]
     fn a_later_version_is_understood_as_far_as_possible() {
-        let request: Envelope = serde_json::from_str(r#"{"version":9,"request":{"op":"levitate","height":3},"more":1}"#).unwrap();
+        let request: Envelope =
+            serde_json::from_str(r#"{"version":9,"request":{"op":"levitate","height":3},"more":1}"#).unwrap();
         assert!(matches!(request.request, Request::Unknown));
-        let start: Envelope = serde_json::from_str(r#"{"request":{"op":"start","id":"a","colour":"red"}}"#).unwrap();
+        let start: Envelope =
+            serde_json::from_str(r#"{"request":{"op":"start","id":"a","colour":"red"}}"#).unwrap();
         assert!(matches!(start.request, Request::Start { .. }));
-        assert_eq!(serde_json::from_str::<Event>(r#"{"event":"melted","container":{}}"#).unwrap(), Event::Unknown);
-        let create: Envelope = serde_json::from_str(r#"{"version":1,"request":{"op":"create","id":"a"}}"#).unwrap();
+        assert_eq!(
+            serde_json::from_str::<Event>(r#"{"event":"melted","container":{}}"#).unwrap(),
+            Event::Unknown
+        );
+        let create: Envelope =
+            serde_json::from_str(r#"{"version":1,"request":{"op":"create","id":"a"}}"#).unwrap();
         assert!(matches!(create.request, Request::Create(c) if c.log_max_bytes == 0));
     }
 }

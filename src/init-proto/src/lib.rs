@@ -8,7 +8,7 @@
 //!
 //! **Logs.** A container's log is `log_path`; when it would grow beyond `log_max_bytes` it is renamed to
 //! `log_path.<YYYYMMDD-HHMMSS.nanoseconds>` (UTC; so sorting by name is sorting by age) and a new one is begun. At most
-//! `log_max_files` exist, the live one included; the oldest go. A line is never split between two files.
+//! `log_max_files` exist, the live one included; the oldest go. A record of the log (`<time> <stream> P|F <text>`) is never split between two files.
 //!
 //! **Exit records.** `state/<container id>.json` beside the socket's directory holds a [`ContainerState`], replaced atomically
 //! before an exit is reported; [`read_exit_record`] reads it when the CT is gone.

@@ -29,7 +29,8 @@ pub(crate) fn open_untrusted(path: &Path, flags: OFlags) -> std::result::Result<
         }
         _ => (parent, Path::new(name).to_path_buf()),
     };
-    let top = rustix::fs::openat(CWD, trusted, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let top =
+        rustix::fs::openat(CWD, trusted, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::fs::openat2(
         top,
         relative,
@@ -106,7 +107,13 @@ mod tests {
     fn exited(id: &str) -> ContainerState {
         ContainerState {
             id: id.into(),
-            status: Status::Exited { code: 137, signal: Some(9), started_at_ns: 1, finished_at_ns: 2, message: None },
+            status: Status::Exited {
+                code: 137,
+                signal: Some(9),
+                started_at_ns: 1,
+                finished_at_ns: 2,
+                message: None,
+            },
             pid: None,
             created_at_ns: 1,
         }

@@ -1,6 +1,9 @@
 //! cgroups from inside the CT: on v2 the controllers are handed down, on both versions an exec joins its container's.
 
-use std::{fs, io, path::{Path, PathBuf}};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 const ROOT: &str = "/sys/fs/cgroup";
 

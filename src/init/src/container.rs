@@ -111,7 +111,8 @@ impl Container {
             if left == Duration::ZERO {
                 return false;
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
         true
     }

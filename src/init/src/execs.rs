@@ -31,7 +31,11 @@ impl Exec {
             if let Some(code) = *code {
                 return Some(code);
             }
-            code = self.changed.wait_timeout(code, Duration::from_secs(5)).unwrap_or_else(PoisonError::into_inner).0;
+            code = self
+                .changed
+                .wait_timeout(code, Duration::from_secs(5))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
             if code.is_none() && !wanted() {
                 return None;
             }
@@ -60,8 +64,12 @@ impl Execs {
         let mut inner = lock(&self.0);
         inner.last += 1;
         let id = format!("exec-{}", inner.last);
-        let exec =
-            Arc::new(Exec { pid, container: container.to_owned(), code: Mutex::new(None), changed: Condvar::new() });
+        let exec = Arc::new(Exec {
+            pid,
+            container: container.to_owned(),
+            code: Mutex::new(None),
+            changed: Condvar::new(),
+        });
         inner.all.insert(id.clone(), Arc::clone(&exec));
         (id, exec)
     }
@@ -81,7 +89,11 @@ impl Execs {
 
     pub(crate) fn get(&self, id: &str) -> Result<Arc<Exec>> {
         let inner = lock(&self.0);
-        inner.all.get(id).cloned().ok_or_else(|| Error::NotFound { kind: "exec", id: id.chars().take(80).collect() })
+        inner
+            .all
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Error::NotFound { kind: "exec", id: id.chars().take(80).collect() })
     }
 
     /// Its exit code was told.

@@ -44,7 +44,12 @@ impl LogFile {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;
         }
-        let file = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW).open(path)?;
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o640)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)?;
         self.size = file.metadata()?.len();
         self.file = Some(file);
         Ok(())
@@ -106,13 +111,19 @@ impl LogFile {
 
     /// The rotated files, oldest first.
     fn rotated(&self, path: &Path) -> Vec<PathBuf> {
-        let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else { return Vec::new() };
+        let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
+            return Vec::new();
+        };
         let prefix = format!("{name}.");
         let mut found: Vec<PathBuf> = fs::read_dir(dir)
             .into_iter()
             .flatten()
             .flatten()
-            .filter(|e| e.file_name().to_str().is_some_and(|n| n.strip_prefix(&prefix).is_some_and(is_rotation_suffix)))
+            .filter(|e| {
+                e.file_name()
+                    .to_str()
+                    .is_some_and(|n| n.strip_prefix(&prefix).is_some_and(is_rotation_suffix))
+            })
             .map(|e| e.path())
             .collect();
         found.sort();
@@ -186,13 +197,19 @@ fn head(ns: i64, stream: Stream) -> Vec<u8> {
         Stream::Stdout => "stdout",
         Stream::Stderr => "stderr",
     };
-    format!("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z {name} ", t.year, t.month, t.day, t.hour, t.minute, t.second, t.nanos)
-        .into_bytes()
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z {name} ",
+        t.year, t.month, t.day, t.hour, t.minute, t.second, t.nanos
+    )
+    .into_bytes()
 }
 
 fn rotation_suffix(ns: i64) -> String {
     let t = Utc::new(ns);
-    format!("{:04}{:02}{:02}-{:02}{:02}{:02}.{:09}", t.year, t.month, t.day, t.hour, t.minute, t.second, t.nanos)
+    format!(
+        "{:04}{:02}{:02}-{:02}{:02}{:02}.{:09}",
+        t.year, t.month, t.day, t.hour, t.minute, t.second, t.nanos
+    )
 }
 
 fn is_rotation_suffix(text: &str) -> bool {
@@ -262,7 +279,10 @@ mod tests {
 
     #[test]
     fn times_are_rfc3339() {
-        assert_eq!(head(1_700_000_000_000_000_042, Stream::Stderr), b"2023-11-14T22:13:20.000000042Z stderr ");
+        assert_eq!(
+            head(1_700_000_000_000_000_042, Stream::Stderr),
+            b"2023-11-14T22:13:20.000000042Z stderr "
+        );
         assert_eq!(head(951_782_400_000_000_000, Stream::Stdout), b"2000-02-29T00:00:00.000000000Z stdout ");
         assert!(is_rotation_suffix(&rotation_suffix(now_ns())));
         assert!(!is_rotation_suffix("gz"));

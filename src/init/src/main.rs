@@ -58,7 +58,8 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
             "--state-dir" => options.state = value()?.into(),
             "--run-dir" => options.run = value()?.into(),
             "--grace" => {
-                let seconds = value()?.parse().map_err(|_| Error::Usage("--grace needs a number of seconds".into()))?;
+                let seconds =
+                    value()?.parse().map_err(|_| Error::Usage("--grace needs a number of seconds".into()))?;
                 options.grace = Duration::from_secs(seconds);
             }
             _ => return Err(Error::Usage(format!("unknown argument {name}"))),

@@ -28,7 +28,13 @@ pub(crate) struct Source {
 
 /// Reads until the container is dead and drained, then finishes it.
 pub(crate) fn run(pod: &Pod, container: &Arc<Container>, sources: Vec<Source>) {
-    let mut sources: Vec<(Source, Lines)> = sources.into_iter().map(|s| { let lines = Lines::new(s.stream); (s, lines) }).collect();
+    let mut sources: Vec<(Source, Lines)> = sources
+        .into_iter()
+        .map(|s| {
+            let lines = Lines::new(s.stream);
+            (s, lines)
+        })
+        .collect();
     let mut buffer = vec![0; 32 << 10];
     let mut idle = false;
     loop {

@@ -18,7 +18,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use moxlet_init_proto::{ContainerState, CreateRequest, Event, ExecRequest, MAX_CONTAINERS, StreamSet, valid_id};
+use moxlet_init_proto::{
+    ContainerState, CreateRequest, Event, ExecRequest, MAX_CONTAINERS, StreamSet, valid_id,
+};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::{
@@ -67,7 +69,10 @@ impl Pod {
 
     fn get(&self, id: &str) -> Result<Arc<Container>> {
         let all = lock(&self.containers);
-        all.get(id).cloned().flatten().ok_or_else(|| Error::NotFound { kind: "container", id: id.chars().take(80).collect() })
+        all.get(id)
+            .cloned()
+            .flatten()
+            .ok_or_else(|| Error::NotFound { kind: "container", id: id.chars().take(80).collect() })
     }
 
     fn runtime_root(&self) -> PathBuf {
@@ -78,7 +83,10 @@ impl Pod {
     pub(crate) fn create(self: &Arc<Self>, mut request: CreateRequest) -> Result<ContainerState> {
         let id = request.id.clone();
         if !valid_id(&id) {
-            return Err(Error::Invalid(format!("{:?} cannot be a container's id", id.chars().take(80).collect::<String>())));
+            return Err(Error::Invalid(format!(
+                "{:?} cannot be a container's id",
+                id.chars().take(80).collect::<String>()
+            )));
         }
         if self.stopping.load(Ordering::SeqCst) {
             return Err(Error::Invalid("the pod is being stopped".into()));
@@ -147,7 +155,11 @@ impl Pod {
         let mut notes = Notes::new(spawn_self("create", &[&bundle, &root, request.id.as_ref()], stdio)?);
         let (pid, master) = match notes.next()? {
             Some((Note::Pid(pid), master)) => (i32::try_from(pid).unwrap_or_default(), master),
-            _ => return Err(Error::Container("the process that creates containers ended without a word".into())),
+            _ => {
+                return Err(Error::Container(
+                    "the process that creates containers ended without a word".into(),
+                ));
+            }
         };
         if let Some(master) = &master {
             let copy = master.try_clone().context("terminal")?;
@@ -161,7 +173,11 @@ impl Pod {
             cgroups_path: prepared.cgroups_path,
             wants_stdin: request.stdin,
             stdin_once: request.stdin_once,
-            stop_signal: if (1..65).contains(&request.stop_signal) { request.stop_signal } else { libc::SIGTERM },
+            stop_signal: if (1..65).contains(&request.stop_signal) {
+                request.stop_signal
+            } else {
+                libc::SIGTERM
+            },
             stdin: Mutex::new(stdin),
             master,
             log: Mutex::new(log),
@@ -272,7 +288,12 @@ impl Pod {
         let mut ours = Vec::new();
         let mut stdio = [Stdio::null(), Stdio::null(), Stdio::null()];
         if !request.tty {
-            set = StreamSet { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: false };
+            set = StreamSet {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: false,
+            };
             if request.stdin {
                 let (read, write) = pipe(PIPE)?;
                 stdio[0] = read.into();
@@ -327,7 +348,13 @@ impl Pod {
     }
 
     /// A container's input and copies of its output.
-    pub(crate) fn attach(&self, id: &str, stdin: bool, stdout: bool, stderr: bool) -> Result<(StreamSet, Vec<OwnedFd>)> {
+    pub(crate) fn attach(
+        &self,
+        id: &str,
+        stdin: bool,
+        stdout: bool,
+        stderr: bool,
+    ) -> Result<(StreamSet, Vec<OwnedFd>)> {
         let container = self.get(id)?;
         container.alive()?;
         let mut set = StreamSet::default();
@@ -404,7 +431,8 @@ impl Pod {
                 Err(e) => first = first.or(Some(e)),
             }
         }
-        Err(first.unwrap_or_else(|| std::io::ErrorKind::NotFound.into())).context(format!("connecting to port {port} of the pod"))
+        Err(first.unwrap_or_else(|| std::io::ErrorKind::NotFound.into()))
+            .context(format!("connecting to port {port} of the pod"))
     }
 
     /// Stops all containers: their stop signal, then SIGKILL. Nothing can be created any more.

@@ -189,7 +189,8 @@ fn answer(pod: &Arc<Pod>, request: Request, caller: &UnixStream) -> Result<Answe
         }
         Request::WaitExec { exec_id } => {
             let exec = pod.execs.get(&exec_id)?;
-            let code = exec.wait(|| !hung_up(caller)).ok_or(Error::Proto(moxlet_init_proto::Error::Closed))?;
+            let code =
+                exec.wait(|| !hung_up(caller)).ok_or(Error::Proto(moxlet_init_proto::Error::Closed))?;
             pod.execs.forget(&exec_id);
             plain(Response::ExecExited { code })
         }
@@ -213,5 +214,6 @@ fn answer(pod: &Arc<Pod>, request: Request, caller: &UnixStream) -> Result<Answe
 
 fn hung_up(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
-    wait_ready(&mut fds, Some(Duration::ZERO)) && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
+    wait_ready(&mut fds, Some(Duration::ZERO))
+        && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
 }

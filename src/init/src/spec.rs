@@ -33,7 +33,9 @@ pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Prepared> {
         top.remove("hostname");
         top.remove("domainname");
     }
-    let Some(process) = top.get_mut("process").and_then(Value::as_object_mut) else { return Err(wrong("has no process")) };
+    let Some(process) = top.get_mut("process").and_then(Value::as_object_mut) else {
+        return Err(wrong("has no process"));
+    };
     process.insert("terminal".into(), json!(request.tty));
     // Set by the agent from the host: lowering it is forbidden in a CT.
     process.remove("oomScoreAdj");
@@ -41,10 +43,14 @@ pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Prepared> {
         // libcontainer takes an explicit false for "load the filter after the capabilities are gone", which must fail.
         process.remove("noNewPrivileges");
     }
-    let Some(linux) = top.get_mut("linux").and_then(Value::as_object_mut) else { return Err(wrong("has no linux part")) };
+    let Some(linux) = top.get_mut("linux").and_then(Value::as_object_mut) else {
+        return Err(wrong("has no linux part"));
+    };
     exchange_masked_values(linux.get_mut("seccomp"));
     let path = linux.entry("cgroupsPath").or_insert_with(|| json!(format!("/{}", request.id)));
-    let Some(cgroups_path) = path.as_str().filter(|p| p.starts_with('/') && !p.split('/').any(|part| part == "..")) else {
+    let Some(cgroups_path) =
+        path.as_str().filter(|p| p.starts_with('/') && !p.split('/').any(|part| part == ".."))
+    else {
         return Err(wrong("has a cgroupsPath that is not absolute"));
     };
     let cgroups_path = cgroups_path.to_owned();

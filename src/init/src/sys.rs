@@ -123,7 +123,8 @@ pub(crate) fn reset_signals() {
 
 /// Sets the loopback interface up: nobody else does in a network namespace that was made empty.
 pub(crate) fn loopback_up() -> Result<()> {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).context("loopback")?;
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)
+        .context("loopback")?;
     // SAFETY: an all-zero request is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
@@ -157,7 +158,11 @@ pub(crate) fn trim_memory() {
 
 /// Starts a thread with a small stack.
 pub(crate) fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
-    std::thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(run).context("starting a thread")?;
+    std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(256 << 10)
+        .spawn(run)
+        .context("starting a thread")?;
     Ok(())
 }
 

@@ -27,14 +27,19 @@ async fn a_container_starts_exits_and_is_forgotten() {
     let ct = Ct::start().await;
     let mut events = ct.client.events().await.unwrap();
     let begun = Instant::now();
-    let state = ct.client.create(ct.request("a1", &["sh", "-c", "echo out; echo err >&2; exit 42"])).await.unwrap();
+    let state =
+        ct.client.create(ct.request("a1", &["sh", "-c", "echo out; echo err >&2; exit 42"])).await.unwrap();
     assert_eq!(state.status, Status::Created);
     assert!(state.pid.is_some());
     let created = begun.elapsed();
     ct.client.start("a1").await.unwrap();
     println!("create {created:?}, create and start {:?}", begun.elapsed());
-    assert!(matches!(events.next().await.unwrap(), Some(Event::Started { container }) if container.id == "a1"));
-    assert!(matches!(events.next().await.unwrap(), Some(Event::Exited { container }) if container.id == "a1"));
+    assert!(
+        matches!(events.next().await.unwrap(), Some(Event::Started { container }) if container.id == "a1")
+    );
+    assert!(
+        matches!(events.next().await.unwrap(), Some(Event::Exited { container }) if container.id == "a1")
+    );
     assert_eq!(ct.exited("a1").await, (42, None));
     let log = fs::read_to_string(ct.log_path("a1")).unwrap();
     assert!(log.contains(" stdout F out\n") && log.contains(" stderr F err\n"), "{log}");
@@ -96,11 +101,27 @@ async fn start_and_exec_are_confined_alike() {
     let ct = Ct::start().await;
     let mut bits = 0_u64;
     for cap in CAPS {
-        let numbers = [("CHOWN", 0), ("DAC_OVERRIDE", 1), ("FOWNER", 3), ("FSETID", 4), ("KILL", 5), ("SETGID", 6), ("SETUID", 7),
-            ("SETPCAP", 8), ("NET_BIND_SERVICE", 10), ("NET_RAW", 13), ("SYS_CHROOT", 18), ("MKNOD", 27), ("AUDIT_WRITE", 29), ("SETFCAP", 31)];
+        let numbers = [
+            ("CHOWN", 0),
+            ("DAC_OVERRIDE", 1),
+            ("FOWNER", 3),
+            ("FSETID", 4),
+            ("KILL", 5),
+            ("SETGID", 6),
+            ("SETUID", 7),
+            ("SETPCAP", 8),
+            ("NET_BIND_SERVICE", 10),
+            ("NET_RAW", 13),
+            ("SYS_CHROOT", 18),
+            ("MKNOD", 27),
+            ("AUDIT_WRITE", 29),
+            ("SETFCAP", 31),
+        ];
         bits |= 1 << numbers.iter().find(|(n, _)| format!("CAP_{n}") == cap).unwrap().1;
     }
-    for (id, no_new_privileges, user) in [("d1", false, 0), ("d2", true, 0), ("d3", true, 1000), ("d4", false, 1000)] {
+    for (id, no_new_privileges, user) in
+        [("d1", false, 0), ("d2", true, 0), ("d3", true, 1000), ("d4", false, 1000)]
+    {
         let mut request = ct.request(id, &["sh", "-c", "cat /proc/self/status; sleep 1000"]);
         request.spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
         request.spec["process"]["user"] = json!({"uid": user, "gid": user, "additionalGids": [10, 20]});
@@ -126,7 +147,16 @@ async fn start_and_exec_are_confined_alike() {
             assert_eq!(value(status, "SigBlk:"), "0000000000000000");
         }
     }
-    let (_, masked, _) = ct.exec("d1", &["sh", "-c", "cat /proc/keys | head -c 9; echo x >/proc/sys/kernel/domainname; hostname; ls /sys/firmware"]).await;
+    let (_, masked, _) = ct
+        .exec(
+            "d1",
+            &[
+                "sh",
+                "-c",
+                "cat /proc/keys | head -c 9; echo x >/proc/sys/kernel/domainname; hostname; ls /sys/firmware",
+            ],
+        )
+        .await;
     assert_eq!(masked, "test\n", "masked, read-only, the CT's name");
     let (_, _, err) = ct.exec("d1", &["sh", "-c", "echo 1 >/proc/sys/kernel/domainname"]).await;
     assert!(err.contains("Read-only file system"), "{err}");
@@ -142,7 +172,10 @@ fn clone_program(flags: u32) -> Vec<u8> {
     let mut code = vec![0xb8, 56, 0, 0, 0, 0xbf];
     code.extend(flags.to_le_bytes());
     // xor esi/edx/r10/r8; syscall; neg eax; mov edi, eax; mov eax, 60 (exit); syscall
-    code.extend([0x31, 0xf6, 0x31, 0xd2, 0x4d, 0x31, 0xd2, 0x4d, 0x31, 0xc0, 0x0f, 0x05, 0xf7, 0xd8, 0x89, 0xc7, 0xb8, 60, 0, 0, 0, 0x0f, 0x05]);
+    code.extend([
+        0x31, 0xf6, 0x31, 0xd2, 0x4d, 0x31, 0xd2, 0x4d, 0x31, 0xc0, 0x0f, 0x05, 0xf7, 0xd8, 0x89, 0xc7, 0xb8,
+        60, 0, 0, 0, 0x0f, 0x05,
+    ]);
     let size = (0x78 + code.len()) as u64;
     let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0x3e, 0, 1, 0, 0, 0];
     elf.extend(0x40_0078_u64.to_le_bytes());
@@ -183,16 +216,22 @@ async fn the_seccomp_profile_holds_in_start_and_exec() {
 #[tokio::test]
 async fn mounts_root_and_limits_are_as_asked() {
     let ct = Ct::start().await;
-    let mut request = ct.request("e1", &["sh", "-c", "touch /x; echo new >/tmp/file; cat /vol/hello; touch /vol/y; sleep 1000"]);
+    let mut request = ct.request(
+        "e1",
+        &["sh", "-c", "touch /x; echo new >/tmp/file; cat /vol/hello; touch /vol/y; sleep 1000"],
+    );
     fs::create_dir(ct.shared.join("vol")).unwrap();
     fs::write(ct.shared.join("vol/hello"), "hello\n").unwrap();
     request.spec["root"]["readonly"] = json!(true);
     request.spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 64, "hard": 128}]);
     let mounts = request.spec["mounts"].as_array_mut().unwrap();
     mounts.push(json!({"destination": "/home", "type": "bind", "source": "/run/moxlet/pod/vol", "options": ["rbind", "ro", "rprivate"]}));
-    mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=1m"]}));
+    mounts.push(
+        json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=1m"]}),
+    );
     ct.run(request).await;
-    let (_, out, err) = ct.exec("e1", &["sh", "-c", "ulimit -n; cat /home/hello /tmp/file; touch /x; touch /home/y"]).await;
+    let (_, out, err) =
+        ct.exec("e1", &["sh", "-c", "ulimit -n; cat /home/hello /tmp/file; touch /x; touch /home/y"]).await;
     assert_eq!(out, "64\nhello\nnew\n");
     assert_eq!(err.matches("Read-only file system").count(), 2, "{err}");
 }
@@ -200,7 +239,8 @@ async fn mounts_root_and_limits_are_as_asked() {
 #[tokio::test]
 async fn long_lines_are_parts_and_logs_rotate() {
     let ct = Ct::start().await;
-    let (code, text) = ct.output("f1", &["sh", "-c", "head -c 40000 /dev/zero | tr '\\0' x; echo; printf end"]).await;
+    let (code, text) =
+        ct.output("f1", &["sh", "-c", "head -c 40000 /dev/zero | tr '\\0' x; echo; printf end"]).await;
     assert_eq!(code, 0);
     assert_eq!(text, format!("{}\nend", "x".repeat(40000)));
     let raw = fs::read_to_string(ct.log_path("f1")).unwrap();
@@ -210,7 +250,8 @@ async fn long_lines_are_parts_and_logs_rotate() {
     request.log_max_files = 3;
     ct.run(request).await;
     ct.exited("f2").await;
-    let mut files: Vec<_> = fs::read_dir(ct.shared.join("logs")).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut files: Vec<_> =
+        fs::read_dir(ct.shared.join("logs")).unwrap().map(|e| e.unwrap().path()).collect();
     files.retain(|f| f.file_name().unwrap().to_str().unwrap().starts_with("f2.log."));
     files.sort();
     files.push(ct.log_path("f2"));
@@ -231,15 +272,26 @@ async fn fifty_megabytes_of_output_lose_no_line_and_init_stays_small() {
     println!("50 MB in {:?}", begun.elapsed());
     let text = content(&fs::read(ct.log_path("bb1")).unwrap());
     assert_eq!(text.len(), 5_600_001 * 9);
-    assert!(text.split(|b| *b == b'\n').zip(10_000_000_u32..).all(|(l, n)| l.is_empty() || l == n.to_string().as_bytes()));
-    println!("VmRSS idle {idle} kB, after {} kB, highest {} kB", ct.init_status_kb("VmRSS:"), ct.init_status_kb("VmHWM:"));
+    assert!(
+        text.split(|b| *b == b'\n')
+            .zip(10_000_000_u32..)
+            .all(|(l, n)| l.is_empty() || l == n.to_string().as_bytes())
+    );
+    println!(
+        "VmRSS idle {idle} kB, after {} kB, highest {} kB",
+        ct.init_status_kb("VmRSS:"),
+        ct.init_status_kb("VmHWM:")
+    );
     assert!(ct.init_status_kb("VmHWM:") < 4096);
 }
 
 #[tokio::test]
 async fn a_terminal_is_logged_attached_and_resized() {
     let ct = Ct::start().await;
-    let mut request = ct.request("ab1", &["sh", "-c", "tty; stty size; read line; stty size; echo got $line; ls -l /dev/console | head -c 1"]);
+    let mut request = ct.request(
+        "ab1",
+        &["sh", "-c", "tty; stty size; read line; stty size; echo got $line; ls -l /dev/console | head -c 1"],
+    );
     request.tty = true;
     request.stdin = true;
     ct.client.create(request).await.unwrap();
@@ -253,7 +305,11 @@ async fn a_terminal_is_logged_attached_and_resized() {
     let mut seen = String::new();
     streams.stdout.unwrap().read_to_string(&mut seen).await.unwrap();
     assert_eq!(ct.exited("ab1").await.0, 0);
-    assert_eq!(seen, "/dev/console\r\n40 100\r\nword\r\n30 90\r\ngot word\r\nc".replace("/dev/console", seen.lines().next().unwrap().trim_end()));
+    assert_eq!(
+        seen,
+        "/dev/console\r\n40 100\r\nword\r\n30 90\r\ngot word\r\nc"
+            .replace("/dev/console", seen.lines().next().unwrap().trim_end())
+    );
     assert!(seen.starts_with("/dev/"), "{seen}");
     assert!(ct.log("ab1").contains("got word\r\n"));
 }
@@ -286,7 +342,10 @@ async fn input_ends_with_the_first_attached_one_if_asked() {
     }
     ct.client.signal("ac2", 9, false).await.unwrap();
     ct.exited("ac2").await;
-    assert_eq!(ct.client.attach("ac2", true, true, false).await.unwrap_err().class(), Some(ErrorClass::InvalidState));
+    assert_eq!(
+        ct.client.attach("ac2", true, true, false).await.unwrap_err().class(),
+        Some(ErrorClass::InvalidState)
+    );
 }
 
 #[tokio::test]
@@ -311,7 +370,10 @@ async fn a_reader_that_sleeps_is_dropped_and_the_log_goes_on() {
 async fn execs_have_streams_codes_and_errors() {
     let ct = Ct::start().await;
     ct.run(ct.request("ae1", &["sleep", "1000"])).await;
-    assert_eq!(ct.exec("ae1", &["sh", "-c", "echo out; echo err >&2; exit 3"]).await, (3, "out\n".into(), "err\n".into()));
+    assert_eq!(
+        ct.exec("ae1", &["sh", "-c", "echo out; echo err >&2; exit 3"]).await,
+        (3, "out\n".into(), "err\n".into())
+    );
     assert_eq!(ct.exec("ae1", &["sh", "-c", "kill -9 $$"]).await.0, 137);
     assert_eq!(ct.exec("ae1", &["sh", "-c", "echo $COLOUR $HOME $PATH"]).await.1, "red /root /bin\n");
     let request = |args: &[&str]| ExecRequest {
@@ -321,7 +383,8 @@ async fn execs_have_streams_codes_and_errors() {
     };
     let missing = ct.client.exec(request(&["foo"])).await.unwrap_err();
     assert_eq!(start_error(&missing), "exec: \"foo\": executable file not found in $PATH");
-    let nowhere = ct.client.exec(ExecRequest { cwd: Some("/nowhere".into()), ..request(&["true"]) }).await.unwrap_err();
+    let nowhere =
+        ct.client.exec(ExecRequest { cwd: Some("/nowhere".into()), ..request(&["true"]) }).await.unwrap_err();
     assert!(start_error(&nowhere).contains("no such file or directory"), "{nowhere}");
     let mut with_input = request(&["cat"]);
     (with_input.stdin, with_input.stdout) = (true, true);
@@ -411,7 +474,11 @@ async fn a_signal_to_init_stops_all_and_leaves_records() {
             assert!(begun.elapsed() < Duration::from_secs(10), "signal {signal}");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let code = |id: &str| match read_exit_record(&ct.shared.join(format!("state/{id}.json"))).unwrap().unwrap().status {
+        let code = |id: &str| match read_exit_record(&ct.shared.join(format!("state/{id}.json")))
+            .unwrap()
+            .unwrap()
+            .status
+        {
             Status::Exited { code, .. } => code,
             other => panic!("{other:?}"),
         };
@@ -437,6 +504,7 @@ fn number(name: &str) -> i32 {
 }
 
 fn kill(pid: u32, signal: i32) {
-    let done = std::process::Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status().unwrap();
+    let done =
+        std::process::Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status().unwrap();
     assert!(done.success());
 }

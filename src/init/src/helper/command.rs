@@ -1,11 +1,6 @@
 //! Executing a command as `execvp` does, with the words of runc where it fails.
 
-use std::{
-    collections::BTreeMap,
-    ffi::CString,
-    fs,
-    os::unix::fs::PermissionsExt,
-};
+use std::{collections::BTreeMap, ffi::CString, fs, os::unix::fs::PermissionsExt};
 
 /// Where commands are looked for when the environment has no `PATH`.
 pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -17,9 +12,13 @@ pub(crate) fn execute(args: &[String], env: &BTreeMap<String, String>) -> String
         Ok(file) => file,
         Err(reason) => return reason,
     };
-    let strings = |all: Vec<String>| -> Option<Vec<CString>> { all.into_iter().map(|s| CString::new(s).ok()).collect() };
+    let strings = |all: Vec<String>| -> Option<Vec<CString>> {
+        all.into_iter().map(|s| CString::new(s).ok()).collect()
+    };
     let vars = env.iter().map(|(k, v)| format!("{k}={v}")).collect();
-    let (Some(argv), Some(envp), Ok(path)) = (strings(args.to_vec()), strings(vars), CString::new(file.clone())) else {
+    let (Some(argv), Some(envp), Ok(path)) =
+        (strings(args.to_vec()), strings(vars), CString::new(file.clone()))
+    else {
         return format!("exec: {name:?}: an argument or variable has a NUL byte");
     };
     let pointers = |all: &[CString]| {
@@ -55,7 +54,8 @@ fn find(name: &str, path: &str) -> Result<String, String> {
             Ok(_) => Ok(name.to_owned()),
         };
     }
-    let usable = |file: &String| fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+    let usable =
+        |file: &String| fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
     path.split(':')
         .filter(|_| !name.is_empty())
         .map(|dir| format!("{}/{name}", if dir.is_empty() { "." } else { dir }))
@@ -89,8 +89,14 @@ mod tests {
     #[test]
     fn failures_are_in_runcs_words() {
         let none = BTreeMap::new();
-        assert_eq!(execute(&["foo-bar".into()], &none), "exec: \"foo-bar\": executable file not found in $PATH");
-        assert_eq!(execute(&["/no/foo".into()], &none), "exec: \"/no/foo\": stat /no/foo: no such file or directory");
+        assert_eq!(
+            execute(&["foo-bar".into()], &none),
+            "exec: \"foo-bar\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            execute(&["/no/foo".into()], &none),
+            "exec: \"/no/foo\": stat /no/foo: no such file or directory"
+        );
         assert_eq!(execute(&["/etc".into()], &none), "exec: \"/etc\": is a directory");
         assert_eq!(execute(&["/etc/passwd".into()], &none), "exec: \"/etc/passwd\": permission denied");
         assert_eq!(execute(&[String::new()], &none), "exec: \"\": executable file not found in $PATH");

@@ -85,13 +85,15 @@ fn create(control: Control, bundle: &Path, root: &str, id: String) -> Result<(),
     if tty {
         builder = builder.with_console_socket(Some(&console));
     }
-    let container = builder.as_init(bundle).with_systemd(false).with_detach(true).build().map_err(|e| chain(&e))?;
+    let container =
+        builder.as_init(bundle).with_systemd(false).with_detach(true).build().map_err(|e| chain(&e))?;
     let pid = container.pid().ok_or("libcontainer made no process")?;
     let pid = u32::try_from(pid.as_raw()).map_err(|_| "libcontainer made no process")?;
     let mut master = Vec::new();
     if let Some(listener) = listener {
         let (socket, _) = listener.accept().map_err(|e| format!("console socket: {e}"))?;
-        let (_, fds) = frame::receive(socket.as_fd(), &mut [0; 4096]).map_err(|e| format!("console socket: {e}"))?;
+        let (_, fds) =
+            frame::receive(socket.as_fd(), &mut [0; 4096]).map_err(|e| format!("console socket: {e}"))?;
         let _ = std::fs::remove_file(&console);
         master = fds;
         if master.len() != 1 {

@@ -37,7 +37,9 @@ fn check(result: libc::c_int) -> io::Result<()> {
 pub(crate) fn main(mut args: impl Iterator<Item = String>) -> ExitCode {
     let Some(control) = Control::from_arg(args.next()) else { return ExitCode::FAILURE };
     crate::sys::reset_signals();
-    let (Some(bundle), Some(pid)) = (args.next().map(PathBuf::from), args.next().and_then(|p| p.parse().ok())) else {
+    let (Some(bundle), Some(pid)) =
+        (args.next().map(PathBuf::from), args.next().and_then(|p| p.parse().ok()))
+    else {
         control.fail("the exec helper lacks arguments", false);
         return ExitCode::FAILURE;
     };
@@ -59,9 +61,11 @@ fn report(control: Control, failure: Failure) {
 
 fn run(control: Control, bundle: &Path, pid: i32) -> Result<(), Failure> {
     let request: ExecRequest = control.receive().map_err(|e| Failure::Internal(e.to_string()))?;
-    let spec = Spec::load(bundle.join("config.json")).map_err(|e| Failure::Internal(format!("the container's spec: {e}")))?;
+    let spec = Spec::load(bundle.join("config.json"))
+        .map_err(|e| Failure::Internal(format!("the container's spec: {e}")))?;
     let target = Pid::from_raw(pid).ok_or_else(|| Failure::Internal("no PID".into()))?;
-    let pidfd = pidfd_open(target, PidfdFlags::empty()).map_err(|e| internal("the container's process")(e.into()))?;
+    let pidfd =
+        pidfd_open(target, PidfdFlags::empty()).map_err(|e| internal("the container's process")(e.into()))?;
     let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
     let filter = profile.map(|p| Filter::of(bundle, p)).transpose().map_err(Failure::Internal)?;
     crate::cgroup::join(pid).map_err(internal("joining the container's cgroup"))?;
@@ -72,9 +76,14 @@ fn run(control: Control, bundle: &Path, pid: i32) -> Result<(), Failure> {
     // Nothing in the container may look into this process.
     // SAFETY: a plain call.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
-    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
+    let namespaces = libc::CLONE_NEWNS
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
     // SAFETY: a valid descriptor.
-    check(unsafe { libc::setns(pidfd.as_raw_fd(), namespaces) }).map_err(internal("entering the container"))?;
+    check(unsafe { libc::setns(pidfd.as_raw_fd(), namespaces) })
+        .map_err(internal("entering the container"))?;
     drop(pidfd);
     // SAFETY: this process has one thread.
     match unsafe { libc::fork() } {
@@ -96,25 +105,33 @@ fn run(control: Control, bundle: &Path, pid: i32) -> Result<(), Failure> {
 }
 
 /// In the container, as its root: becomes the command. Returns why it could not be executed.
-fn enter(control: Control, request: &ExecRequest, spec: &Spec, filter: Option<&Filter>) -> Result<String, Failure> {
-    let process = spec.process().as_ref().ok_or_else(|| Failure::Internal("the spec has no process".into()))?;
+fn enter(
+    control: Control,
+    request: &ExecRequest,
+    spec: &Spec,
+    filter: Option<&Filter>,
+) -> Result<String, Failure> {
+    let process =
+        spec.process().as_ref().ok_or_else(|| Failure::Internal("the spec has no process".into()))?;
     // SAFETY: a plain call.
     check(unsafe { libc::setsid() }).map_err(internal("setsid"))?;
     if request.tty {
         terminal(control, request, process).map_err(internal("making a terminal"))?;
     }
     limits(process)?;
-    if let Some(profile) = process.apparmor_profile() {
-        if apparmor::is_enabled().unwrap_or(false) {
-            apparmor::apply_profile(profile).map_err(|e| Failure::Internal(format!("AppArmor profile {profile}: {e}")))?;
-        }
+    if let Some(profile) = process.apparmor_profile()
+        && apparmor::is_enabled().unwrap_or(false)
+    {
+        apparmor::apply_profile(profile)
+            .map_err(|e| Failure::Internal(format!("AppArmor profile {profile}: {e}")))?;
     }
     // SAFETY: a plain call.
     unsafe { libc::umask(process.user().umask().unwrap_or(0o022)) };
     let no_new_privileges = process.no_new_privileges().unwrap_or(false);
     if no_new_privileges {
         // SAFETY: a plain call.
-        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).map_err(internal("no_new_privs"))?;
+        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
+            .map_err(internal("no_new_privs"))?;
     } else {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which goes next.
         set_filter(filter)?;
@@ -124,8 +141,9 @@ fn enter(control: Control, request: &ExecRequest, spec: &Spec, filter: Option<&F
     become_user(process)?;
     set_capabilities(process.capabilities().as_ref())?;
     if early.is_err() {
-        std::env::set_current_dir(&cwd)
-            .map_err(|e| Failure::Start(format!("chdir to cwd ({:?}) set in config.json failed: {}", cwd, plain(&e))))?;
+        std::env::set_current_dir(&cwd).map_err(|e| {
+            Failure::Start(format!("chdir to cwd ({:?}) set in config.json failed: {}", cwd, plain(&e)))
+        })?;
     }
     let mut env = command::environment(process.env().as_ref().map_or(&[], Vec::as_slice));
     env.extend(request.env.iter().map(|(k, v)| (k.clone(), v.clone())));
@@ -153,7 +171,9 @@ fn plain(error: &io::Error) -> String {
 /// A terminal of the container's own devpts; its master goes to PID 1.
 fn terminal(control: Control, request: &ExecRequest, process: &Process) -> io::Result<()> {
     // SAFETY: a valid string; the result is checked.
-    let master = unsafe { own(libc::open(c"/dev/pts/ptmx".as_ptr(), libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC)) }?;
+    let master = unsafe {
+        own(libc::open(c"/dev/pts/ptmx".as_ptr(), libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC))
+    }?;
     let unlocked: libc::c_int = 0;
     // SAFETY: the request takes a pointer to an int.
     check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlocked) })?;
@@ -161,7 +181,10 @@ fn terminal(control: Control, request: &ExecRequest, process: &Process) -> io::R
     // SAFETY: the request takes open flags and returns a descriptor.
     let slave: OwnedFd = unsafe { own(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags)) }?;
     if request.width > 0 && request.height > 0 {
-        tcsetwinsize(&master, Winsize { ws_row: request.height, ws_col: request.width, ws_xpixel: 0, ws_ypixel: 0 })?;
+        tcsetwinsize(
+            &master,
+            Winsize { ws_row: request.height, ws_col: request.width, ws_xpixel: 0, ws_ypixel: 0 },
+        )?;
     }
     // As runc: the user owns its terminal, the group stays.
     // SAFETY: a valid descriptor.
@@ -179,7 +202,9 @@ fn terminal(control: Control, request: &ExecRequest, process: &Process) -> io::R
 fn limits(process: &Process) -> Result<(), Failure> {
     let syscall = create_syscall();
     for limit in process.rlimits().iter().flatten() {
-        syscall.set_rlimit(limit).map_err(|e| Failure::Internal(format!("resource limit {:?}: {e}", limit.typ())))?;
+        syscall
+            .set_rlimit(limit)
+            .map_err(|e| Failure::Internal(format!("resource limit {:?}: {e}", limit.typ())))?;
     }
     Ok(())
 }

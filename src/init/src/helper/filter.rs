@@ -8,7 +8,9 @@ use std::{
     path::Path,
 };
 
-use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall, error::SeccompError};
+use libseccomp::{
+    ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall, error::SeccompError,
+};
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
 };
@@ -37,7 +39,10 @@ impl Filter {
                 program
             }
         };
-        if program.is_empty() || program.len() % INSTRUCTION != 0 || program.len() / INSTRUCTION > MAX_INSTRUCTIONS {
+        if program.is_empty()
+            || program.len() % INSTRUCTION != 0
+            || program.len() / INSTRUCTION > MAX_INSTRUCTIONS
+        {
             return Err(format!("seccomp filter: {} bytes are no program", program.len()));
         }
         let mut flags = 0;
@@ -46,7 +51,8 @@ impl Filter {
                 LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
                 LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
                 // The process has one thread, and no listener.
-                LinuxSeccompFilterFlag::SeccompFilterFlagTsync | LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+                LinuxSeccompFilterFlag::SeccompFilterFlagTsync
+                | LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
             };
         }
         Ok(Self { program, flags })
@@ -60,10 +66,13 @@ impl Filter {
             // SAFETY: any eight bytes are an instruction; the kernel checks the program.
             .map(|bytes| unsafe { bytes.as_ptr().cast::<libc::sock_filter>().read_unaligned() })
             .collect();
-        let length = u16::try_from(instructions.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        let length =
+            u16::try_from(instructions.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
         let program = libc::sock_fprog { len: length, filter: instructions.as_ptr().cast_mut() };
         // SAFETY: the program points to as many instructions as it says.
-        match unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, self.flags, &raw const program) } {
+        match unsafe {
+            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, self.flags, &raw const program)
+        } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }

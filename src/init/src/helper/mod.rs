@@ -8,11 +8,9 @@ pub(crate) mod create;
 pub(crate) mod exec;
 mod filter;
 
-use std::{
-    os::{
-        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+use std::os::{
+    fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+    unix::net::UnixStream,
 };
 
 use moxlet_init_proto::frame;

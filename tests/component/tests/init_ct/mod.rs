@@ -99,7 +99,8 @@ impl Ct {
         for tool in "sh true cat echo sleep id grep head dd tty stty printf kill mkdir touch ls env nc ps seq test base64 yes tr hostname".split(' ') {
             symlink("busybox", root.join("bin").join(tool)).unwrap();
         }
-        fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home:/bin/sh\n").unwrap();
+        fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home:/bin/sh\n")
+            .unwrap();
         fs::write(root.join("bin/plain"), "text").unwrap();
         format!("/run/moxlet/pod/rootfs/{id}")
     }
@@ -134,7 +135,12 @@ impl Ct {
         // As the agent does on cgroup v1: the host makes the container's cgroup.
         ContainerCgroups::detect()
             .unwrap()
-            .create(&self.id, &id.parse().unwrap(), &Limits { memory_bytes: Some(256 << 20), ..Limits::default() }, MAP)
+            .create(
+                &self.id,
+                &id.parse().unwrap(),
+                &Limits { memory_bytes: Some(256 << 20), ..Limits::default() },
+                MAP,
+            )
             .unwrap();
         CreateRequest {
             id: id.into(),
@@ -158,10 +164,14 @@ impl Ct {
             let mut events = self.client.events().await.unwrap();
             loop {
                 let all = self.client.list().await.unwrap();
-                if let Some(Status::Exited { code, signal, .. }) = all.into_iter().find(|c| c.id == id).map(|c| c.status) {
+                if let Some(Status::Exited { code, signal, .. }) =
+                    all.into_iter().find(|c| c.id == id).map(|c| c.status)
+                {
                     return (code, signal);
                 }
-                let Some(Event::Started { .. } | Event::Exited { .. }) = events.next().await.unwrap() else { panic!() };
+                let Some(Event::Started { .. } | Event::Exited { .. }) = events.next().await.unwrap() else {
+                    panic!()
+                };
             }
         };
         tokio::time::timeout(Duration::from_secs(60), wait).await.unwrap()
@@ -202,7 +212,12 @@ impl Ct {
     /// A line of the init's `/proc/PID/status`, in kB.
     pub(crate) fn init_status_kb(&self, key: &str) -> u64 {
         let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
-        text.lines().find_map(|l| l.strip_prefix(key)).unwrap().split_whitespace().find_map(|w| w.parse().ok()).unwrap()
+        text.lines()
+            .find_map(|l| l.strip_prefix(key))
+            .unwrap()
+            .split_whitespace()
+            .find_map(|w| w.parse().ok())
+            .unwrap()
     }
 }
 
@@ -232,7 +247,8 @@ pub(crate) fn content(log: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     for line in log.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         let mut words = line.splitn(4, |b| *b == b' ');
-        let (_, stream, tag, text) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+        let (_, stream, tag, text) =
+            (words.next().unwrap(), words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
         assert!(matches!(stream, b"stdout" | b"stderr"));
         out.extend_from_slice(text);
         if tag == b"F" {
@@ -246,8 +262,20 @@ pub(crate) fn content(log: &[u8]) -> Vec<u8> {
 
 /// containerd's default set.
 pub(crate) const CAPS: [&str; 14] = [
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
-    "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
 ];
 
 fn capabilities() -> Value {
