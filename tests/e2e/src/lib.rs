@@ -4,6 +4,8 @@
 //! A missing cluster fails a test, it does not skip it.
 // Support of tests: what goes wrong here is a failed test, and a panic is how a test fails.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+// Callers write `json!(…)` in place.
+#![allow(clippy::needless_pass_by_value)]
 
 mod kubectl;
 mod namespace;

@@ -86,9 +86,10 @@ fn volumes_of_every_kind_with_their_modes() {
     let ns = Namespace::new("volumes");
     data(&ns);
     let mount = |name: &str| json!({"name": name, "mountPath": format!("/v/{name}")});
+    let mounts = ["cfg", "items", "sec", "down", "all", "empty", "mem"].map(mount);
     let main = container("main", "cat /v/cfg/colour /v/items/deep/shape; stat -Lc %a /v/items/deep/shape; cat /v/sec/password; echo; cat /v/down/labels; echo; \
         cat /v/all/colour /v/all/name; echo; echo x > /v/empty/x && cat /v/empty/x; grep -c ' /v/mem tmpfs ' /proc/mounts; echo y > /v/cfg/colour || echo read-only",
-        json!({"volumeMounts": ["cfg", "items", "sec", "down", "all", "empty", "mem"].map(mount)}));
+        json!({"volumeMounts": mounts}));
     let text = ns.output_of("all", json!({"containers": [main], "volumes": [
         volume("cfg", json!({"configMap": {"name": "cfg", "items": [{"key": "colour", "path": "colour"}]}})),
         volume("items", json!({"configMap": {"name": "cfg", "items": [{"key": "shape", "path": "deep/shape", "mode": 0o440}]}})),

@@ -1,5 +1,5 @@
 //! What keeps a container in its bounds: limits, seccomp, capabilities, users, read-only and masked paths.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::needless_pass_by_value)]
 
 use moxlet_tests_e2e::{LONG, Namespace, busybox, container};
 use serde_json::{Value, json};

@@ -1,1 +1,0 @@
-//! Benchmarks: tables with the peer measured in the same run.

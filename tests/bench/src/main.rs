@@ -1,0 +1,54 @@
+//! The table of `scripts/bench pod`: Moxlet and a kubelet with containerd, two nodes of one cluster, rounds taken in turns.
+//!
+//! It asserts nothing; it prints what was measured beside the bound that is wanted.
+
+mod memory;
+mod pods;
+mod streams;
+mod table;
+
+use anyhow::{Context, Result};
+
+use crate::table::Table;
+
+/// What the environment of `scripts/bench` says.
+pub(crate) struct Bench {
+    /// Moxlet's node, then the peer's.
+    pub(crate) nodes: [String; 2],
+    pub(crate) kubectl: String,
+    pub(crate) image: String,
+    pub(crate) rounds: usize,
+    pub(crate) burst: usize,
+    pub(crate) megabytes: usize,
+}
+
+fn number(name: &str, default: usize) -> Result<usize> {
+    match std::env::var(name) {
+        Ok(text) => text.parse().with_context(|| format!("{name} is no number: {text}")),
+        Err(_) => Ok(default),
+    }
+}
+
+fn text(name: &str) -> Result<String> {
+    std::env::var(name).with_context(|| format!("{name} is not set: run scripts/bench"))
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let bench = Bench {
+        nodes: [text("MOXLET_NODE")?, "peer".to_owned()],
+        kubectl: text("MOXLET_KUBECTL")?,
+        image: format!("{}/demo/busybox:1", text("MOXLET_REGISTRY")?),
+        rounds: number("ROUNDS", 50)?.max(1),
+        burst: number("BURST", 40)?.max(1),
+        megabytes: number("MEGABYTES", 100)?.max(1),
+    };
+    let mut table = Table::default();
+    memory::idle(&mut table, "resident, idle, no pod yet (MB)")?;
+    let client = kube::Client::try_default().await.context("cannot reach the cluster")?;
+    pods::measure(&bench, &client, &mut table).await?;
+    streams::measure(&bench, &client, &mut table).await?;
+    memory::idle(&mut table, "resident, idle, after the run (MB)")?;
+    table.print();
+    Ok(())
+}
