@@ -1,0 +1,101 @@
+//! The agent's error and what its callers see of it: a gRPC status.
+
+use tonic::Status;
+
+/// What can go wrong on a host.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A call to the system failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried, on what.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// There is no such sandbox, container or image.
+    #[error("{0} not found")]
+    NotFound(String),
+    /// The request asks for what this agent does not do; the text names it.
+    #[error("not supported: {0}")]
+    Refused(String),
+    /// It is not in the state that the request needs.
+    #[error("{0}")]
+    State(String),
+    /// It took longer than allowed.
+    #[error("{0}")]
+    Timeout(String),
+    /// The host cannot run pods; the text says what to do.
+    #[error("{0}")]
+    Unfit(String),
+    /// A file of the ledger.
+    #[error("ledger {path}: {reason}")]
+    Ledger {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The CT.
+    #[error(transparent)]
+    Sandbox(#[from] moxlet_sandbox::Error),
+    /// Its network.
+    #[error(transparent)]
+    Network(#[from] moxlet_network::Error),
+    /// Layers and roots.
+    #[error(transparent)]
+    Storage(#[from] moxlet_storage::Error),
+    /// Images.
+    #[error(transparent)]
+    Image(#[from] moxlet_image::Error),
+    /// moxlet-init.
+    #[error(transparent)]
+    Init(#[from] moxlet_init_proto::Error),
+    /// An id from outside.
+    #[error(transparent)]
+    Id(#[from] moxlet_ids::InvalidId),
+}
+
+impl Error {
+    /// A failed call to the system.
+    pub fn io(what: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        Self::Io { what: what.into(), source: source.into() }
+    }
+}
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The error with all its causes, each once.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let text = chain(&error);
+        match error {
+            Error::Invalid(_) | Error::Id(_) => Status::invalid_argument(text),
+            Error::NotFound(_) => Status::not_found(text),
+            Error::Refused(_) => Status::unimplemented(text),
+            Error::State(_) => Status::failed_precondition(text),
+            Error::Timeout(_) => Status::deadline_exceeded(text),
+            Error::Unfit(_) => Status::unavailable(text),
+            Error::Image(moxlet_image::Error::NotFound { .. }) => Status::not_found(text),
+            _ => Status::unknown(text),
+        }
+    }
+}
