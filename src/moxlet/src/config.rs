@@ -228,7 +228,8 @@ mod tests {
     use super::*;
 
     fn load(text: &str) -> Result<Config> {
-        let path = std::env::temp_dir().join(format!("moxlet-config-{}-{:x}", std::process::id(), text.len()));
+        let path =
+            std::env::temp_dir().join(format!("moxlet-config-{}-{:x}", std::process::id(), text.len()));
         std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
         let loaded = Config::load(&CommonArgs { config: Some(path.clone()), ..CommonArgs::default() }, None);
         std::fs::remove_file(path).unwrap();

@@ -1,11 +1,6 @@
 //! Wiring: settings become an agent and a node, signals become one cancellation, and everything is joined.
 
-use std::{
-    fs::File,
-    os::unix::fs::DirBuilderExt,
-    path::Path,
-    time::Duration,
-};
+use std::{fs::File, os::unix::fs::DirBuilderExt, path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
@@ -79,7 +74,9 @@ fn lock(root: &Path) -> Result<File> {
             root.display(),
             path.display()
         ),
-        Err(std::fs::TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+        Err(std::fs::TryLockError::Error(e)) => {
+            Err(e).with_context(|| format!("cannot lock {}", path.display()))
+        }
     }
 }
 
@@ -94,7 +91,9 @@ async fn serve(config: Config, with_node: bool) -> Result<()> {
     info!(socket = %config.cri_socket().display(), "agent ready");
 
     let outcome = if with_node {
-        moxlet_node::run(node_config(&config, &agent.cri_endpoint()), stop.clone()).await.context("the node stopped")
+        moxlet_node::run(node_config(&config, &agent.cri_endpoint()), stop.clone())
+            .await
+            .context("the node stopped")
     } else {
         stop.cancelled().await;
         Ok(())
@@ -115,7 +114,8 @@ async fn serve(config: Config, with_node: bool) -> Result<()> {
 
 /// Turns SIGTERM and SIGINT into the one cancellation; a second one ends the process at once.
 async fn watch_signals(stop: CancellationToken) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         error!("cannot listen for signals");
         return;
     };

@@ -26,7 +26,9 @@ pub enum Error {
         reason: String,
     },
     /// A plugin is in none of the plugin directories.
-    #[error("the CNI plugin {plugin:?} is not in {dirs}: install containernetworking-plugins or set the directory")]
+    #[error(
+        "the CNI plugin {plugin:?} is not in {dirs}: install containernetworking-plugins or set the directory"
+    )]
     NoPlugin {
         /// The plugin's type.
         plugin: String,

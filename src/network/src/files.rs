@@ -21,7 +21,12 @@ pub fn resolv_conf(servers: &[String], searches: &[String], options: &[String]) 
 
 /// `hosts` as a kubelet writes it: loopback, the pod's addresses with its names, then aliases (address, names).
 #[must_use]
-pub fn hosts(ips: &[IpAddr], hostname: &str, fqdn: Option<&str>, aliases: &[(IpAddr, Vec<String>)]) -> String {
+pub fn hosts(
+    ips: &[IpAddr],
+    hostname: &str,
+    fqdn: Option<&str>,
+    aliases: &[(IpAddr, Vec<String>)],
+) -> String {
     let ok = |s: &&str| !s.is_empty() && !s.chars().any(|c| c.is_whitespace() || c.is_control() || c == '#');
     let mut text = String::from(
         "# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n\

@@ -37,7 +37,12 @@ pub(crate) trait Cluster: Send + Sync {
     /// A token of the pod's service account, bound to the pod.
     async fn token(&self, pod: &Pod, audience: Option<&str>, seconds: Option<i64>) -> Result<Token>;
     /// Patches a pod's status (strategic merge); `None`: there is no such pod any more.
-    async fn patch_status(&self, namespace: &str, name: &str, patch: &serde_json::Value) -> Result<Option<()>>;
+    async fn patch_status(
+        &self,
+        namespace: &str,
+        name: &str,
+        patch: &serde_json::Value,
+    ) -> Result<Option<()>>;
     /// Removes the object of a pod that has ended; one that is gone or another pod's is left alone.
     async fn delete_pod(&self, namespace: &str, name: &str, uid: &str) -> Result<()>;
     /// Makes the API server's copy of a static pod.
@@ -97,7 +102,12 @@ impl Cluster for KubeCluster {
         Ok(Token { value, issued, expires })
     }
 
-    async fn patch_status(&self, namespace: &str, name: &str, patch: &serde_json::Value) -> Result<Option<()>> {
+    async fn patch_status(
+        &self,
+        namespace: &str,
+        name: &str,
+        patch: &serde_json::Value,
+    ) -> Result<Option<()>> {
         let api: Api<Pod> = Api::namespaced(self.0.clone(), namespace);
         match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
             Ok(_) => Ok(Some(())),

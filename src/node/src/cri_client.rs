@@ -100,14 +100,20 @@ impl Agent {
     /// The agent at a `unix://` endpoint.
     pub(crate) fn new(endpoint: &str) -> Result<Self> {
         let Some(path) = endpoint.strip_prefix("unix://").map(PathBuf::from) else {
-            return Err(Error::Config { key: "agent_endpoint", reason: format!("{endpoint} is no unix:// endpoint") });
+            return Err(Error::Config {
+                key: "agent_endpoint",
+                reason: format!("{endpoint} is no unix:// endpoint"),
+            });
         };
-        let channel = Endpoint::from_static("http://agent.invalid").connect_with_connector_lazy(tower::service_fn(
-            move |_: Uri| {
-                let path = path.clone();
-                async move { Ok::<_, std::io::Error>(TokioIo::new(tokio::net::UnixStream::connect(path).await?)) }
-            },
-        ));
+        let channel =
+            Endpoint::from_static("http://agent.invalid").connect_with_connector_lazy(tower::service_fn(
+                move |_: Uri| {
+                    let path = path.clone();
+                    async move {
+                        Ok::<_, std::io::Error>(TokioIo::new(tokio::net::UnixStream::connect(path).await?))
+                    }
+                },
+            ));
         Ok(Self { channel })
     }
 

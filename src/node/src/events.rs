@@ -55,9 +55,8 @@ pub(crate) struct Recorder {
 
 /// A pod, or one of its containers, as an event names it.
 pub(crate) fn reference(pod: &Pod, container: Option<&str>) -> ObjectReference {
-    let init = |name: &str| {
-        pod.spec.iter().flat_map(|s| s.init_containers.iter().flatten()).any(|c| c.name == name)
-    };
+    let init =
+        |name: &str| pod.spec.iter().flat_map(|s| s.init_containers.iter().flatten()).any(|c| c.name == name);
     ObjectReference {
         api_version: Some("v1".into()),
         kind: Some("Pod".into()),
@@ -82,13 +81,23 @@ pub(crate) fn node_reference(node: &str) -> ObjectReference {
 
 impl Recorder {
     /// A recorder and the task that writes; without a client events are only logged.
-    pub(crate) fn new(client: Option<Client>, host: String, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
+    pub(crate) fn new(
+        client: Option<Client>,
+        host: String,
+        stop: CancellationToken,
+    ) -> (Self, impl Future<Output = ()>) {
         let (notes, queue) = mpsc::channel(QUEUE);
         (Self { notes }, write(queue, client, host, stop))
     }
 
     /// Says something of an object.
-    pub(crate) fn say(&self, object: ObjectReference, kind: Kind, reason: &'static str, message: impl Into<String>) {
+    pub(crate) fn say(
+        &self,
+        object: ObjectReference,
+        kind: Kind,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
         let mut message = message.into();
         if message.len() > 1024 {
             let end = (0..=1021).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
@@ -102,7 +111,14 @@ impl Recorder {
     }
 
     /// Says something of a pod or of one of its containers.
-    pub(crate) fn pod(&self, pod: &Pod, container: Option<&str>, kind: Kind, reason: &'static str, message: impl Into<String>) {
+    pub(crate) fn pod(
+        &self,
+        pod: &Pod,
+        container: Option<&str>,
+        kind: Kind,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
         self.say(reference(pod, container), kind, reason, message);
     }
 }
@@ -134,7 +150,12 @@ impl Bucket {
     }
 }
 
-async fn write(mut queue: mpsc::Receiver<Note>, client: Option<Client>, host: String, stop: CancellationToken) {
+async fn write(
+    mut queue: mpsc::Receiver<Note>,
+    client: Option<Client>,
+    host: String,
+    stop: CancellationToken,
+) {
     let host = Arc::new(host);
     let mut series: HashMap<SeriesKey, Series> = HashMap::new();
     let mut buckets: HashMap<String, Bucket> = HashMap::new();
@@ -167,7 +188,13 @@ async fn write(mut queue: mpsc::Receiver<Note>, client: Option<Client>, host: St
             (s.name.clone(), s.count)
         });
         let name = known.as_ref().map_or_else(
-            || format!("{}.{:016x}", note.object.name.as_deref().unwrap_or_default(), note.at.as_nanosecond()),
+            || {
+                format!(
+                    "{}.{:016x}",
+                    note.object.name.as_deref().unwrap_or_default(),
+                    note.at.as_nanosecond()
+                )
+            },
             |k| k.0.clone(),
         );
         let outcome = tokio::time::timeout(PATIENCE, async {
@@ -180,7 +207,11 @@ async fn write(mut queue: mpsc::Receiver<Note>, client: Option<Client>, host: St
             }
             let first = series.get(&key).map_or(note.at, |s| s.first);
             let event = Event {
-                metadata: ObjectMeta { name: Some(name.clone()), namespace: Some(namespace.clone()), ..ObjectMeta::default() },
+                metadata: ObjectMeta {
+                    name: Some(name.clone()),
+                    namespace: Some(namespace.clone()),
+                    ..ObjectMeta::default()
+                },
                 involved_object: note.object.clone(),
                 reason: Some(note.reason.into()),
                 message: Some(note.message.clone()),

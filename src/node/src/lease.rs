@@ -60,7 +60,13 @@ async fn renew(client: &Client, node: &str) -> Result<()> {
         Err(e) => return Err(Error::api(format!("renew the lease {NAMESPACE}/{node}"))(e)),
     }
     let nodes: Api<Node> = Api::all(client.clone());
-    let uid = nodes.get(node).await.map_err(Error::api(format!("get node {node}")))?.metadata.uid.unwrap_or_default();
+    let uid = nodes
+        .get(node)
+        .await
+        .map_err(Error::api(format!("get node {node}")))?
+        .metadata
+        .uid
+        .unwrap_or_default();
     let lease = Lease {
         metadata: ObjectMeta {
             name: Some(node.to_owned()),

@@ -110,8 +110,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
         write_events.await;
         Ok(())
     });
-    let registrar =
-        register::Registrar { config: config.clone(), agent: agent.clone(), client: client.clone(), info: info_sender };
+    let registrar = register::Registrar {
+        config: config.clone(),
+        agent: agent.clone(),
+        client: client.clone(),
+        info: info_sender,
+    };
     let child = token.clone();
     tasks.spawn(async move {
         registrar.run(child).await;

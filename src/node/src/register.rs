@@ -10,7 +10,8 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
-        DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus, NodeSystemInfo, Taint,
+        DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
+        NodeSystemInfo, Taint,
     },
     apimachinery::pkg::{
         api::resource::Quantity,
@@ -39,7 +40,10 @@ const HEARTBEAT: Duration = Duration::from_secs(300);
 
 /// Parses `key=value:Effect` (or `key:Effect`).
 pub(crate) fn taint(text: &str) -> Result<Taint> {
-    let wrong = || Error::Config { key: "register_taints", reason: format!("{text:?} is not of the form key=value:Effect") };
+    let wrong = || Error::Config {
+        key: "register_taints",
+        reason: format!("{text:?} is not of the form key=value:Effect"),
+    };
     let (pair, effect) = text.rsplit_once(':').ok_or_else(wrong)?;
     if !matches!(effect, "NoSchedule" | "PreferNoSchedule" | "NoExecute") {
         return Err(wrong());
@@ -82,7 +86,8 @@ impl Registrar {
             }
             let health = self.ask().await;
             let Some(client) = &self.client else { continue };
-            let outcome = tokio::time::timeout(PERIOD, self.keep(client, &health, &mut sent, &mut cidr)).await;
+            let outcome =
+                tokio::time::timeout(PERIOD, self.keep(client, &health, &mut sent, &mut cidr)).await;
             soon = match outcome {
                 Ok(Ok(())) => false,
                 Ok(Err(error)) => {
@@ -103,7 +108,9 @@ impl Registrar {
                     changed
                 });
             }
-            Err(error) => return Health { agent: Err(format!("the agent does not answer: {}", chain(&error))) },
+            Err(error) => {
+                return Health { agent: Err(format!("the agent does not answer: {}", chain(&error))) };
+            }
         }
         let agent = match self.agent.status(v1::StatusRequest { verbose: false }).await {
             Ok(answer) => {
@@ -112,7 +119,9 @@ impl Registrar {
                     .into_iter()
                     .flat_map(|s| s.conditions)
                     .filter(|c| !c.status)
-                    .map(|c| format!("{} is not ready: {} {}", c.r#type, c.reason, c.message).trim().to_owned())
+                    .map(|c| {
+                        format!("{} is not ready: {} {}", c.r#type, c.reason, c.message).trim().to_owned()
+                    })
                     .collect();
                 if bad.is_empty() { Ok(()) } else { Err(bad.join("; ")) }
             }
@@ -121,7 +130,13 @@ impl Registrar {
         Health { agent }
     }
 
-    async fn keep(&self, client: &Client, health: &Health, sent: &mut Option<(NodeStatus, Instant)>, cidr: &mut String) -> Result<()> {
+    async fn keep(
+        &self,
+        client: &Client,
+        health: &Health,
+        sent: &mut Option<(NodeStatus, Instant)>,
+        cidr: &mut String,
+    ) -> Result<()> {
         let nodes: Api<Node> = Api::all(client.clone());
         let name = &self.config.node_name;
         if sent.is_none() {
@@ -148,7 +163,9 @@ impl Registrar {
                 if !now.is_empty() && now != *cidr {
                     let network_config = Some(v1::NetworkConfig { pod_cidr: now.clone() });
                     let runtime_config = Some(v1::RuntimeConfig { network_config });
-                    self.agent.update_runtime_config(v1::UpdateRuntimeConfigRequest { runtime_config }).await?;
+                    self.agent
+                        .update_runtime_config(v1::UpdateRuntimeConfigRequest { runtime_config })
+                        .await?;
                     info!(pod_cidr = now, "the cluster allotted a pod CIDR");
                     *cidr = now;
                 }
@@ -179,7 +196,11 @@ impl Registrar {
         let name = &self.config.node_name;
         let taints = self.config.register_taints.iter().map(|t| taint(t)).collect::<Result<Vec<_>>>()?;
         let node = Node {
-            metadata: ObjectMeta { name: Some(name.clone()), labels: Some(self.labels()), ..ObjectMeta::default() },
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                labels: Some(self.labels()),
+                ..ObjectMeta::default()
+            },
             spec: Some(NodeSpec { taints: Some(taints), ..NodeSpec::default() }),
             status: Some(self.status(&Health { agent: Err("starting".into()) }, &NodeStatus::default())),
         };
@@ -212,8 +233,11 @@ impl Registrar {
             ("pods".to_owned(), Quantity(self.config.max_pods.to_string())),
         ]);
         let address = |kind: &str, address: String| NodeAddress { type_: kind.to_owned(), address };
-        let addresses =
-            self.address().map(|a| address("InternalIP", a)).into_iter().chain([address("Hostname", self.config.node_name.clone())]);
+        let addresses = self
+            .address()
+            .map(|a| address("InternalIP", a))
+            .into_iter()
+            .chain([address("Hostname", self.config.node_name.clone())]);
         let now = Time(Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default());
         let condition = |kind: &str, holds: bool, reason: &str, message: &str| {
             let status = if holds { "True" } else { "False" };
@@ -224,7 +248,9 @@ impl Registrar {
                 reason: Some(reason.to_owned()),
                 message: Some(message.to_owned()),
                 last_heartbeat_time: Some(now.clone()),
-                last_transition_time: before.and_then(|c| c.last_transition_time.clone()).or_else(|| Some(now.clone())),
+                last_transition_time: before
+                    .and_then(|c| c.last_transition_time.clone())
+                    .or_else(|| Some(now.clone())),
             }
         };
         let ready = match &health.agent {
@@ -236,9 +262,19 @@ impl Registrar {
             allocatable: Some(resources),
             addresses: Some(addresses.collect()),
             conditions: Some(vec![
-                condition("MemoryPressure", false, "KubeletHasSufficientMemory", "the host has sufficient memory available"),
+                condition(
+                    "MemoryPressure",
+                    false,
+                    "KubeletHasSufficientMemory",
+                    "the host has sufficient memory available",
+                ),
                 condition("DiskPressure", false, "KubeletHasNoDiskPressure", "the host has no disk pressure"),
-                condition("PIDPressure", false, "KubeletHasSufficientPID", "the host has sufficient PID available"),
+                condition(
+                    "PIDPressure",
+                    false,
+                    "KubeletHasSufficientPID",
+                    "the host has sufficient PID available",
+                ),
                 ready,
             ]),
             daemon_endpoints: Some(NodeDaemonEndpoints {
@@ -288,7 +324,10 @@ mod tests {
     #[test]
     fn taints() {
         let t = taint("virtual-kubelet.io/provider=proxmox:NoSchedule").unwrap();
-        assert_eq!((t.key.as_str(), t.value.as_deref(), t.effect.as_str()), ("virtual-kubelet.io/provider", Some("proxmox"), "NoSchedule"));
+        assert_eq!(
+            (t.key.as_str(), t.value.as_deref(), t.effect.as_str()),
+            ("virtual-kubelet.io/provider", Some("proxmox"), "NoSchedule")
+        );
         assert!(taint("a:NoExecute").is_ok());
         for bad in ["", "a=b", "a=b:Sometimes", "=b:NoSchedule"] {
             assert!(taint(bad).is_err(), "{bad}");

@@ -27,7 +27,12 @@ const MAX_BYTES: u64 = 1 << 20;
 const MAX_FILES: usize = 1000;
 
 /// Reads the folder until stopped.
-pub(crate) async fn watch(folder: PathBuf, node: String, updates: mpsc::Sender<Update>, stop: CancellationToken) {
+pub(crate) async fn watch(
+    folder: PathBuf,
+    node: String,
+    updates: mpsc::Sender<Update>,
+    stop: CancellationToken,
+) {
     let mut known: BTreeMap<String, Arc<Pod>> = BTreeMap::new();
     let mut complaints: BTreeMap<PathBuf, String> = BTreeMap::new();
     let mut period = tokio::time::interval(PERIOD);
@@ -38,7 +43,9 @@ pub(crate) async fn watch(folder: PathBuf, node: String, updates: mpsc::Sender<U
             _ = period.tick() => {}
         }
         let (dir, name) = (folder.clone(), node.clone());
-        let Ok((pods, broken)) = tokio::task::spawn_blocking(move || read(&dir, &name)).await else { continue };
+        let Ok((pods, broken)) = tokio::task::spawn_blocking(move || read(&dir, &name)).await else {
+            continue;
+        };
         for (path, text) in &broken {
             if complaints.get(path) != Some(text) {
                 warn!(path = %path.display(), "{text}");
@@ -86,7 +93,8 @@ fn read(folder: &Path, node: &str) -> (BTreeMap<String, Pod>, BTreeMap<PathBuf, 
     for entry in entries.flatten().take(MAX_FILES) {
         let path = entry.path();
         let hidden = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
-        let manifest = path.extension().is_some_and(|e| ["yaml", "yml", "json"].contains(&e.to_string_lossy().as_ref()));
+        let manifest =
+            path.extension().is_some_and(|e| ["yaml", "yml", "json"].contains(&e.to_string_lossy().as_ref()));
         if hidden || !manifest || !path.is_file() {
             continue;
         }
@@ -106,7 +114,11 @@ fn load(path: &Path, node: &str) -> Result<Pod> {
     use std::io::Read;
     let failed = |source| Error::File { what: "read", path: path.to_owned(), source };
     let mut text = String::new();
-    std::fs::File::open(path).map_err(failed)?.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
+    std::fs::File::open(path)
+        .map_err(failed)?
+        .take(MAX_BYTES + 1)
+        .read_to_string(&mut text)
+        .map_err(failed)?;
     let wrong = |reason: String| Error::Manifest { path: path.to_owned(), reason };
     if text.len() as u64 > MAX_BYTES {
         return Err(wrong(format!("larger than {MAX_BYTES} bytes")));
@@ -122,7 +134,11 @@ fn parse(text: &str, place: &str, node: &str) -> std::result::Result<Pod, String
     }
     let mut pod: Pod = serde_json::from_value(value).map_err(|e| e.to_string())?;
     let name = pod.metadata.name.clone().filter(|n| !n.is_empty()).ok_or("metadata.name is missing")?;
-    let label = |n: &str| !n.is_empty() && n.len() <= 253 && n.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.');
+    let label = |n: &str| {
+        !n.is_empty()
+            && n.len() <= 253
+            && n.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
+    };
     if !label(&name) {
         return Err(format!("metadata.name {name:?} is no DNS name"));
     }
@@ -145,9 +161,11 @@ fn parse(text: &str, place: &str, node: &str) -> std::result::Result<Pod, String
     spec.termination_grace_period_seconds.get_or_insert(30);
     spec.enable_service_links.get_or_insert(true);
     spec.dns_policy.get_or_insert_with(|| "ClusterFirst".into());
-    spec.tolerations
-        .get_or_insert_default()
-        .push(Toleration { operator: Some("Exists".into()), effect: Some("NoExecute".into()), ..Toleration::default() });
+    spec.tolerations.get_or_insert_default().push(Toleration {
+        operator: Some("Exists".into()),
+        effect: Some("NoExecute".into()),
+        ..Toleration::default()
+    });
     let meta = &mut pod.metadata;
     meta.name = Some(format!("{name}-{node}"));
     meta.namespace.get_or_insert_with(|| "default".into());
@@ -181,7 +199,10 @@ mod tests {
             ("kind: Service\n", "kind is not Pod"),
             ("kind: Pod\nmetadata: {}\n", "metadata.name is missing"),
             ("kind: Pod\nmetadata: {name: a}\nspec: {containers: []}\n", "spec.containers is empty"),
-            ("kind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c}]}\n", "container c: image is missing"),
+            (
+                "kind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c}]}\n",
+                "container c: image is missing",
+            ),
         ] {
             assert_eq!(parse(text, "p", "n").unwrap_err(), want);
         }

@@ -2,7 +2,9 @@
 //!
 //! docs/support.md lists every field; a test keeps the two together.
 
-use k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, SeccompProfile, SecurityContext, Volume};
+use k8s_openapi::api::core::v1::{
+    Container, Pod, PodSecurityContext, SeccompProfile, SecurityContext, Volume,
+};
 
 /// Sysctls that are safe in a pod of its own network and IPC namespaces.
 const SAFE_SYSCTLS: [&str; 10] = [
@@ -50,15 +52,24 @@ pub(crate) fn refusals(pod: &Pod) -> Vec<String> {
     out.when(some(spec.resource_claims.as_ref()), "spec.resourceClaims");
     out.when(text(spec.runtime_class_name.as_ref()), "spec.runtimeClassName");
     out.when(spec.os.as_ref().is_some_and(|o| o.name != "linux"), "spec.os.name");
-    out.when(spec.resources.as_ref().is_some_and(|r| r.limits.is_some() || r.requests.is_some()), "spec.resources");
+    out.when(
+        spec.resources.as_ref().is_some_and(|r| r.limits.is_some() || r.requests.is_some()),
+        "spec.resources",
+    );
     if let Some(security) = &spec.security_context {
         pod_security(&mut out, security);
     }
     for volume in spec.volumes.iter().flatten() {
         out.when(!supported_volume(volume), format!("spec.volumes[{}].{}", volume.name, volume_kind(volume)));
         for part in volume.projected.iter().flat_map(|p| p.sources.iter().flatten()) {
-            out.when(part.cluster_trust_bundle.is_some(), format!("spec.volumes[{}].projected.clusterTrustBundle", volume.name));
-            out.when(part.pod_certificate.is_some(), format!("spec.volumes[{}].projected.podCertificate", volume.name));
+            out.when(
+                part.cluster_trust_bundle.is_some(),
+                format!("spec.volumes[{}].projected.clusterTrustBundle", volume.name),
+            );
+            out.when(
+                part.pod_certificate.is_some(),
+                format!("spec.volumes[{}].projected.podCertificate", volume.name),
+            );
         }
         let medium = volume.empty_dir.as_ref().and_then(|d| d.medium.as_deref()).unwrap_or_default();
         out.when(!matches!(medium, "" | "Memory"), format!("spec.volumes[{}].emptyDir.medium", volume.name));
@@ -70,7 +81,10 @@ pub(crate) fn refusals(pod: &Pod) -> Vec<String> {
     }
     for c in &spec.containers {
         let place = format!("spec.containers[{}]", c.name);
-        out.when(c.restart_policy.as_ref().is_some_and(|p| Some(p) != spec.restart_policy.as_ref()), format!("{place}.restartPolicy"));
+        out.when(
+            c.restart_policy.as_ref().is_some_and(|p| Some(p) != spec.restart_policy.as_ref()),
+            format!("{place}.restartPolicy"),
+        );
         container(&mut out, c, &place);
     }
     out.0
@@ -80,7 +94,10 @@ fn pod_security(out: &mut Refusals, s: &PodSecurityContext) {
     let at = "spec.securityContext";
     out.when(s.windows_options.is_some(), format!("{at}.windowsOptions"));
     out.when(s.se_linux_options.is_some(), format!("{at}.seLinuxOptions"));
-    out.when(s.app_armor_profile.as_ref().is_some_and(|p| p.type_ == "Localhost"), format!("{at}.appArmorProfile"));
+    out.when(
+        s.app_armor_profile.as_ref().is_some_and(|p| p.type_ == "Localhost"),
+        format!("{at}.appArmorProfile"),
+    );
     out.when(localhost(s.seccomp_profile.as_ref()), format!("{at}.seccompProfile"));
     for sysctl in s.sysctls.iter().flatten() {
         out.when(!SAFE_SYSCTLS.contains(&sysctl.name.as_str()), format!("{at}.sysctls[{}]", sysctl.name));
@@ -93,10 +110,16 @@ fn localhost(profile: Option<&SeccompProfile>) -> bool {
 
 fn security(out: &mut Refusals, s: &SecurityContext, at: &str) {
     out.when(s.privileged == Some(true), format!("{at}.privileged"));
-    out.when(s.proc_mount.as_deref().is_some_and(|p| !matches!(p, "" | "Default")), format!("{at}.procMount"));
+    out.when(
+        s.proc_mount.as_deref().is_some_and(|p| !matches!(p, "" | "Default")),
+        format!("{at}.procMount"),
+    );
     out.when(s.windows_options.is_some(), format!("{at}.windowsOptions"));
     out.when(s.se_linux_options.is_some(), format!("{at}.seLinuxOptions"));
-    out.when(s.app_armor_profile.as_ref().is_some_and(|p| p.type_ == "Localhost"), format!("{at}.appArmorProfile"));
+    out.when(
+        s.app_armor_profile.as_ref().is_some_and(|p| p.type_ == "Localhost"),
+        format!("{at}.appArmorProfile"),
+    );
     out.when(localhost(s.seccomp_profile.as_ref()), format!("{at}.seccompProfile"));
 }
 
@@ -118,7 +141,10 @@ fn container(out: &mut Refusals, c: &Container, at: &str) {
         let at = format!("{at}.volumeMounts[{}]", mount.mount_path);
         out.when(text(mount.sub_path.as_ref()), format!("{at}.subPath"));
         out.when(text(mount.sub_path_expr.as_ref()), format!("{at}.subPathExpr"));
-        out.when(mount.mount_propagation.as_deref().is_some_and(|p| !matches!(p, "" | "None")), format!("{at}.mountPropagation"));
+        out.when(
+            mount.mount_propagation.as_deref().is_some_and(|p| !matches!(p, "" | "None")),
+            format!("{at}.mountPropagation"),
+        );
         out.when(mount.recursive_read_only.as_deref() == Some("Enabled"), format!("{at}.recursiveReadOnly"));
     }
     for variable in c.env.iter().flatten() {
@@ -138,7 +164,11 @@ fn container(out: &mut Refusals, c: &Container, at: &str) {
 }
 
 fn supported_volume(v: &Volume) -> bool {
-    v.empty_dir.is_some() || v.config_map.is_some() || v.secret.is_some() || v.downward_api.is_some() || v.projected.is_some()
+    v.empty_dir.is_some()
+        || v.config_map.is_some()
+        || v.secret.is_some()
+        || v.downward_api.is_some()
+        || v.projected.is_some()
 }
 
 /// The kind of a volume, by its field's name.
@@ -188,15 +218,51 @@ mod tests {
             (json!({"shareProcessNamespace": true}), json!({}), "spec.shareProcessNamespace"),
             (json!({"runtimeClassName": "x"}), json!({}), "spec.runtimeClassName"),
             (json!({"os": {"name": "windows"}}), json!({}), "spec.os.name"),
-            (json!({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}), json!({}), "spec.securityContext.sysctls[kernel.msgmax]"),
-            (json!({"volumes": [{"name": "h", "hostPath": {"path": "/"}}]}), json!({}), "spec.volumes[h].hostPath"),
-            (json!({"volumes": [{"name": "h", "persistentVolumeClaim": {"claimName": "x"}}]}), json!({}), "spec.volumes[h].persistentVolumeClaim"),
-            (json!({}), json!({"livenessProbe": {"tcpSocket": {"port": 1}}}), "spec.containers[c].livenessProbe"),
-            (json!({}), json!({"lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}), "spec.containers[c].lifecycle.preStop"),
-            (json!({}), json!({"securityContext": {"privileged": true}}), "spec.containers[c].securityContext.privileged"),
-            (json!({}), json!({"ports": [{"containerPort": 1, "hostPort": 1}]}), "spec.containers[c].ports.hostPort"),
-            (json!({}), json!({"volumeMounts": [{"name": "v", "mountPath": "/v", "subPath": "s"}]}), "spec.containers[c].volumeMounts[/v].subPath"),
-            (json!({}), json!({"resources": {"limits": {"hugepages-2Mi": "2Mi"}}}), "spec.containers[c].resources[hugepages-2Mi]"),
+            (
+                json!({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}),
+                json!({}),
+                "spec.securityContext.sysctls[kernel.msgmax]",
+            ),
+            (
+                json!({"volumes": [{"name": "h", "hostPath": {"path": "/"}}]}),
+                json!({}),
+                "spec.volumes[h].hostPath",
+            ),
+            (
+                json!({"volumes": [{"name": "h", "persistentVolumeClaim": {"claimName": "x"}}]}),
+                json!({}),
+                "spec.volumes[h].persistentVolumeClaim",
+            ),
+            (
+                json!({}),
+                json!({"livenessProbe": {"tcpSocket": {"port": 1}}}),
+                "spec.containers[c].livenessProbe",
+            ),
+            (
+                json!({}),
+                json!({"lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}),
+                "spec.containers[c].lifecycle.preStop",
+            ),
+            (
+                json!({}),
+                json!({"securityContext": {"privileged": true}}),
+                "spec.containers[c].securityContext.privileged",
+            ),
+            (
+                json!({}),
+                json!({"ports": [{"containerPort": 1, "hostPort": 1}]}),
+                "spec.containers[c].ports.hostPort",
+            ),
+            (
+                json!({}),
+                json!({"volumeMounts": [{"name": "v", "mountPath": "/v", "subPath": "s"}]}),
+                "spec.containers[c].volumeMounts[/v].subPath",
+            ),
+            (
+                json!({}),
+                json!({"resources": {"limits": {"hugepages-2Mi": "2Mi"}}}),
+                "spec.containers[c].resources[hugepages-2Mi]",
+            ),
         ] {
             assert_eq!(refused(spec, container), [want]);
         }
@@ -204,7 +270,10 @@ mod tests {
 
     #[test]
     fn sidecars_are_refused() {
-        let pod = serde_json::from_value(json!({"spec": {"containers": [], "initContainers": [{"name": "s", "restartPolicy": "Always"}]}})).unwrap();
+        let pod = serde_json::from_value(
+            json!({"spec": {"containers": [], "initContainers": [{"name": "s", "restartPolicy": "Always"}]}}),
+        )
+        .unwrap();
         assert_eq!(refusals(&pod), ["spec.initContainers[s].restartPolicy"]);
     }
 }

@@ -3,11 +3,7 @@
 
 use std::{fs, io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path};
 
-use crate::{
-    Error, IdMap, Result,
-    error::io,
-    process::read_bounded,
-};
+use crate::{Error, IdMap, Result, error::io, process::read_bounded};
 
 const LARGEST: u64 = 1024 * 1024;
 

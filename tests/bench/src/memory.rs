@@ -10,7 +10,8 @@ use crate::{
 };
 
 fn resident_kb(pid: &str) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid} is gone"))?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))
+        .with_context(|| format!("process {pid} is gone"))?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
@@ -33,13 +34,19 @@ pub(crate) fn per_pod(table: &mut Table) -> Result<()> {
                 continue;
             }
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let program = String::from_utf8_lossy(command.split(|b| *b == 0).next().unwrap_or_default()).into_owned();
+            let program =
+                String::from_utf8_lossy(command.split(|b| *b == 0).next().unwrap_or_default()).into_owned();
             if program.rsplit('/').next() == Some(name) {
                 largest = largest.max(resident_kb(&pid).unwrap_or(0.0));
             }
         }
         Ok(largest)
     };
-    table.row("resident, moxlet-init of a pod (MB)", largest("moxlet-init")? / 1024.0, Some(largest("containerd-shim-runc-v2")? / 1024.0), &Bound::Under(4.0));
+    table.row(
+        "resident, moxlet-init of a pod (MB)",
+        largest("moxlet-init")? / 1024.0,
+        Some(largest("containerd-shim-runc-v2")? / 1024.0),
+        &Bound::Under(4.0),
+    );
     Ok(())
 }

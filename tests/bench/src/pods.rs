@@ -38,7 +38,8 @@ fn ready(pod: &Pod) -> bool {
 
 /// Creates these pods and waits until all are Ready; the time from the first request on.
 pub(crate) async fn create(api: &Api<Pod>, pods: &[Pod]) -> Result<Duration> {
-    let version = api.list(&ListParams::default().limit(1)).await?.metadata.resource_version.unwrap_or_default();
+    let version =
+        api.list(&ListParams::default().limit(1)).await?.metadata.resource_version.unwrap_or_default();
     let mut events = api.watch(&WatchParams::default().labels("bench=pod"), &version).await?.boxed();
     let mut missing: BTreeSet<String> = pods.iter().map(ResourceExt::name_any).collect();
     let start = Instant::now();
@@ -79,7 +80,9 @@ pub(crate) async fn measure(bench: &Bench, client: &Client, table: &mut Table) -
     let api: Api<Pod> = Api::default_namespaced(client.clone());
     // The image comes first, on both.
     for node in &bench.nodes {
-        create(&api, &[pod(bench, &format!("warm-{node}"), node, IDLE)?]).await.with_context(|| format!("the first pod on {node}"))?;
+        create(&api, &[pod(bench, &format!("warm-{node}"), node, IDLE)?])
+            .await
+            .with_context(|| format!("the first pod on {node}"))?;
     }
     memory::per_pod(table)?;
     delete(&api).await?;
@@ -100,7 +103,9 @@ pub(crate) async fn measure(bench: &Bench, client: &Client, table: &mut Table) -
     let (mut up, mut down) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
     for round in 0..3 {
         for (i, node) in bench.nodes.iter().enumerate() {
-            let pods = (0..bench.burst).map(|n| pod(bench, &format!("burst-{round}-{n}-{node}"), node, IDLE)).collect::<Result<Vec<_>>>()?;
+            let pods = (0..bench.burst)
+                .map(|n| pod(bench, &format!("burst-{round}-{n}-{node}"), node, IDLE))
+                .collect::<Result<Vec<_>>>()?;
             up[i].push(create(&api, &pods).await?);
             down[i].push(delete(&api).await?);
         }

@@ -17,7 +17,8 @@ use crate::{
 
 fn timed(bench: &Bench, args: &[&str], bytes: Option<usize>) -> Result<Duration> {
     let start = Instant::now();
-    let output = Command::new(&bench.kubectl).args(args).stdin(Stdio::null()).stderr(Stdio::piped()).output()?;
+    let output =
+        Command::new(&bench.kubectl).args(args).stdin(Stdio::null()).stderr(Stdio::piped()).output()?;
     let time = start.elapsed();
     if !output.status.success() {
         bail!("kubectl {args:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -61,7 +62,9 @@ pub(crate) async fn measure(bench: &Bench, client: &Client, table: &mut Table) -
     let [ours, peer] = alternate(3, |i| timed(bench, &["logs", names[i]], Some(bytes)))?;
     table.row(&format!("kubectl logs, {size} (ms)"), ours, Some(peer), &Bound::TimesPeer(0.5));
     let count = bytes.to_string();
-    let [ours, peer] = alternate(3, |i| timed(bench, &["exec", names[i], "--", "head", "-c", &count, "/dev/zero"], Some(bytes)))?;
+    let [ours, peer] = alternate(3, |i| {
+        timed(bench, &["exec", names[i], "--", "head", "-c", &count, "/dev/zero"], Some(bytes))
+    })?;
     table.row(&format!("kubectl exec, {size} (ms)"), ours, Some(peer), &Bound::TimesPeer(1.0));
 
     let dir = std::env::temp_dir().join(format!("moxlet-bench-{}", std::process::id()));
@@ -70,7 +73,8 @@ pub(crate) async fn measure(bench: &Bench, client: &Client, table: &mut Table) -
     std::fs::write(&there, vec![7_u8; bytes])?;
     let (there, back) = (there.to_string_lossy().into_owned(), back.to_string_lossy().into_owned());
     let copied = (|| {
-        let into = alternate(3, |i| timed(bench, &["cp", &there, &format!("{}:/root/data", names[i])], None))?;
+        let into =
+            alternate(3, |i| timed(bench, &["cp", &there, &format!("{}:/root/data", names[i])], None))?;
         let out = alternate(3, |i| timed(bench, &["cp", &format!("{}:/root/data", names[i]), &back], None))?;
         anyhow::Ok([into, out])
     })();

@@ -23,7 +23,13 @@ impl Table {
             Bound::None => (String::new(), None),
         };
         let verdict = held.map_or("", |h| if h { "pass" } else { "FAIL" });
-        let row = [what.to_owned(), format!("{ours:.1}"), peer.map_or_else(String::new, |p| format!("{p:.1}")), wanted, verdict.to_owned()];
+        let row = [
+            what.to_owned(),
+            format!("{ours:.1}"),
+            peer.map_or_else(String::new, |p| format!("{p:.1}")),
+            wanted,
+            verdict.to_owned(),
+        ];
         eprintln!("{}: {} (peer {}) {} {}", row[0], row[1], row[2], row[3], row[4]);
         self.0.push(row);
     }
@@ -33,7 +39,18 @@ impl Table {
         let width = |i: usize| self.0.iter().chain([&head]).map(|r| r[i].chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..5).map(width).collect();
         for row in std::iter::once(&head).chain(&self.0) {
-            println!("{:<a$}  {:>b$}  {:>c$}  {:<d$}  {}", row[0], row[1], row[2], row[3], row[4], a = widths[0], b = widths[1], c = widths[2], d = widths[3]);
+            println!(
+                "{:<a$}  {:>b$}  {:>c$}  {:<d$}  {}",
+                row[0],
+                row[1],
+                row[2],
+                row[3],
+                row[4],
+                a = widths[0],
+                b = widths[1],
+                c = widths[2],
+                d = widths[3]
+            );
         }
     }
 }

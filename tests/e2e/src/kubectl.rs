@@ -95,7 +95,8 @@ impl Kubectl {
     /// It cannot be started, or takes over three minutes.
     pub fn run(mut self) -> Finished {
         let what = format!("{:?}", self.command);
-        let mut child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         let bytes = std::mem::take(&mut self.stdin);
         // A program that does not read all of its input closes the pipe: no error of ours.

@@ -71,8 +71,13 @@ impl Cluster {
 
     /// Runs a verb of `scripts/cluster` on this cluster and gives what it printed.
     pub fn script(&self, verb: &str) -> String {
-        let output = std::process::Command::new(Self::project().join("scripts/cluster")).arg(verb).arg(&self.dir).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        let output = std::process::Command::new(Self::project().join("scripts/cluster"))
+            .arg(verb)
+            .arg(&self.dir)
+            .output()
+            .unwrap();
+        let text =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "scripts/cluster {verb}: {text}");
         text
     }
@@ -85,7 +90,8 @@ impl Cluster {
     /// `curl` on the node's API with the cluster's CA: HTTP status and body.
     pub fn node_api(&self, path: &str, token: Option<&str>) -> (u16, String) {
         let mut curl = std::process::Command::new("curl");
-        curl.args(["-s", "--noproxy", "*", "-w", "\n%{http_code}", "--cacert"]).arg(self.dir.join("control-plane/ca.crt"));
+        curl.args(["-s", "--noproxy", "*", "-w", "\n%{http_code}", "--cacert"])
+            .arg(self.dir.join("control-plane/ca.crt"));
         if let Some(token) = token {
             curl.args(["-H", &format!("Authorization: Bearer {token}")]);
         }

@@ -113,7 +113,13 @@ impl Namespace {
     }
 
     /// Polls a pod until `check` finds what it looks for.
-    pub fn until<T>(&self, name: &str, what: &str, limit: Duration, mut check: impl FnMut(&Value) -> Option<T>) -> T {
+    pub fn until<T>(
+        &self,
+        name: &str,
+        what: &str,
+        limit: Duration,
+        mut check: impl FnMut(&Value) -> Option<T>,
+    ) -> T {
         eventually_within(limit, &format!("pod {name}: {what}"), || {
             let pod = self.get(name);
             check(&pod).ok_or_else(|| format!("{}\n{}", pod["status"], self.events(name).join("\n")))
@@ -151,7 +157,12 @@ impl Namespace {
         let selector = format!("involvedObject.name={name}");
         let events = self.call(&["get", "events", "-o", "json", "--field-selector", &selector]).json();
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-        events["items"].as_array().into_iter().flatten().map(|e| format!("{}: {}", text(&e["reason"]), text(&e["message"]))).collect()
+        events["items"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|e| format!("{}: {}", text(&e["reason"]), text(&e["message"])))
+            .collect()
     }
 
     /// Waits for an event whose reason and message contain these.
@@ -168,7 +179,9 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         let name = &self.name;
         if std::thread::panicking() {
-            for args in [["get", "pods", "-o", "wide"].as_slice(), &["get", "events", "--sort-by=.lastTimestamp"]] {
+            for args in
+                [["get", "pods", "-o", "wide"].as_slice(), &["get", "events", "--sort-by=.lastTimestamp"]]
+            {
                 eprintln!("{}", self.call(args).run().text());
             }
         }

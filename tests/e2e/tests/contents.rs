@@ -36,12 +36,26 @@ fn environment_of_every_kind() {
     ]);
     let mut env = env.as_array().unwrap().clone();
     env[1]["value"] = json!("$(PLAIN)-$$(PLAIN)-$(NOBODY)");
-    let main = container("main", "env", json!({"env": env, "envFrom": [{"configMapRef": {"name": "cfg"}, "prefix": "CFG_"}],
-        "resources": {"limits": {"memory": "48Mi"}}}));
+    let main = container(
+        "main",
+        "env",
+        json!({"env": env, "envFrom": [{"configMapRef": {"name": "cfg"}, "prefix": "CFG_"}],
+        "resources": {"limits": {"memory": "48Mi"}}}),
+    );
     let text = ns.output_of("env", json!({"containers": [main]}));
     let has = |line: &str| assert!(text.lines().any(|l| l == line), "no {line} in\n{text}");
-    for line in ["PLAIN=a", "COMPOSED=a-$(PLAIN)-$(NOBODY)", "NAME=env", "LABEL=env", "LIMIT=48", "COLOUR2=red", "PASSWORD=hunter2",
-        "CFG_colour=red", "CFG_shape=round", "HOSTNAME=env"] {
+    for line in [
+        "PLAIN=a",
+        "COMPOSED=a-$(PLAIN)-$(NOBODY)",
+        "NAME=env",
+        "LABEL=env",
+        "LIMIT=48",
+        "COLOUR2=red",
+        "PASSWORD=hunter2",
+        "CFG_colour=red",
+        "CFG_shape=round",
+        "HOSTNAME=env",
+    ] {
         has(line);
     }
     has(&format!("NAMESPACE={}", ns.name));
@@ -63,7 +77,11 @@ fn command_and_arguments_expand_variables() {
 #[test]
 fn a_missing_secret_key_keeps_the_container_waiting() {
     let ns = Namespace::new("nosecret");
-    let main = container("main", IDLE, json!({"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "x"}}}]}));
+    let main = container(
+        "main",
+        IDLE,
+        json!({"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "absent", "key": "x"}}}]}),
+    );
     ns.pod("waits", main);
     let message = ns.wait_reason("waits", "CreateContainerConfigError");
     assert!(message.contains("absent"), "{message}");
@@ -75,9 +93,14 @@ fn a_missing_secret_key_keeps_the_container_waiting() {
 fn a_missing_volume_is_an_event_and_mends_itself() {
     let ns = Namespace::new("nomount");
     let main = container("main", IDLE, json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]}));
-    ns.pod_with("waits", json!({"containers": [main], "volumes": [volume("v", json!({"configMap": {"name": "later"}}))]}));
+    ns.pod_with(
+        "waits",
+        json!({"containers": [main], "volumes": [volume("v", json!({"configMap": {"name": "later"}}))]}),
+    );
     ns.wait_event("waits", "FailedMount", "later");
-    ns.apply(&json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "later"}, "data": {"k": "v"}}));
+    ns.apply(
+        &json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "later"}, "data": {"k": "v"}}),
+    );
     ns.until("waits", "Running", LONG, |pod| (pod["status"]["phase"] == "Running").then_some(()));
 }
 
@@ -87,9 +110,12 @@ fn volumes_of_every_kind_with_their_modes() {
     data(&ns);
     let mount = |name: &str| json!({"name": name, "mountPath": format!("/v/{name}")});
     let mounts = ["cfg", "items", "sec", "down", "all", "empty", "mem"].map(mount);
-    let main = container("main", "cat /v/cfg/colour /v/items/deep/shape; stat -Lc %a /v/items/deep/shape; cat /v/sec/password; echo; cat /v/down/labels; echo; \
+    let main = container(
+        "main",
+        "cat /v/cfg/colour /v/items/deep/shape; stat -Lc %a /v/items/deep/shape; cat /v/sec/password; echo; cat /v/down/labels; echo; \
         cat /v/all/colour /v/all/name; echo; echo x > /v/empty/x && cat /v/empty/x; grep -c ' /v/mem tmpfs ' /proc/mounts; echo y > /v/cfg/colour || echo read-only",
-        json!({"volumeMounts": mounts}));
+        json!({"volumeMounts": mounts}),
+    );
     let text = ns.output_of("all", json!({"containers": [main], "volumes": [
         volume("cfg", json!({"configMap": {"name": "cfg", "items": [{"key": "colour", "path": "colour"}]}})),
         volume("items", json!({"configMap": {"name": "cfg", "items": [{"key": "shape", "path": "deep/shape", "mode": 0o440}]}})),
@@ -110,7 +136,10 @@ fn a_mounted_configmap_follows_its_object() {
     let ns = Namespace::new("update");
     data(&ns);
     let main = container("main", IDLE, json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]}));
-    ns.pod_with("watch", json!({"containers": [main], "volumes": [volume("v", json!({"configMap": {"name": "cfg"}}))]}));
+    ns.pod_with(
+        "watch",
+        json!({"containers": [main], "volumes": [volume("v", json!({"configMap": {"name": "cfg"}}))]}),
+    );
     ns.wait_ready("watch");
     assert_eq!(ns.exec("watch", "cat /v/colour").ok(), "red");
     ns.apply(&json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "cfg"}, "data": {"colour": "blue"}}));
@@ -128,7 +157,8 @@ fn the_serviceaccount_token_opens_the_api() {
     assert_eq!(ns.exec("box", &format!("cat {dir}/namespace")).ok(), ns.name);
     assert!(ns.exec("box", &format!("cat {dir}/ca.crt")).ok().contains("BEGIN CERTIFICATE"));
     let token = ns.exec("box", &format!("cat {dir}/token")).ok();
-    let review = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
+    let review =
+        json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
     let answer = ns.call(&["create", "-o", "json", "-f", "-"]).stdin(review.to_string()).json();
     assert_eq!(answer["status"]["authenticated"], true);
     assert_eq!(answer["status"]["user"]["username"], format!("system:serviceaccount:{}:default", ns.name));
@@ -139,12 +169,34 @@ fn the_serviceaccount_token_opens_the_api() {
 fn secrets_lie_on_tmpfs_only() {
     let ns = Namespace::new("tmpfs");
     ns.apply(&json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "sec"}, "stringData": {"k": "needle-in-a-secret-4711"}}));
-    let main = container("main", IDLE, json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}], "env": [{"name": "E", "valueFrom": {"secretKeyRef": {"name": "sec", "key": "k"}}}]}));
-    ns.pod_with("keeps", json!({"containers": [main], "volumes": [volume("v", json!({"secret": {"secretName": "sec"}}))]}));
+    let main = container(
+        "main",
+        IDLE,
+        json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}], "env": [{"name": "E", "valueFrom": {"secretKeyRef": {"name": "sec", "key": "k"}}}]}),
+    );
+    ns.pod_with(
+        "keeps",
+        json!({"containers": [main], "volumes": [volume("v", json!({"secret": {"secretName": "sec"}}))]}),
+    );
     ns.wait_ready("keeps");
     // grep -x stays on one file system: what it reads is on disk.
-    let find = std::process::Command::new("find").arg(Cluster::get().root_dir())
-        .args(["-xdev", "-type", "f", "-size", "-2M", "-exec", "grep", "-l", "needle-in-a-secret-4711", "{}", "+"]).output().unwrap();
+    let find = std::process::Command::new("find")
+        .arg(Cluster::get().root_dir())
+        .args([
+            "-xdev",
+            "-type",
+            "f",
+            "-size",
+            "-2M",
+            "-exec",
+            "grep",
+            "-l",
+            "needle-in-a-secret-4711",
+            "{}",
+            "+",
+        ])
+        .output()
+        .unwrap();
     assert_eq!(String::from_utf8_lossy(&find.stdout), "");
     let log = std::fs::read(Cluster::get().dir.join("run/moxlet.log")).unwrap_or_default();
     assert!(!String::from_utf8_lossy(&log).contains("needle-in-a-secret"), "a secret is in the log");
@@ -160,7 +212,13 @@ fn hostname_hosts_and_resolver() {
     assert!(text.starts_with("given\ngiven\n"), "{text}");
     let address = ns.get("names")["status"]["podIP"].as_str().unwrap_or_default().to_owned();
     assert!(text.contains(&format!("{address}\tgiven.sub.{}.svc.cluster.local\tgiven", ns.name)), "{text}");
-    for part in ["127.0.0.1\tlocalhost", "192.0.2.7\tseven", "nameserver 192.0.2.53", "search example.test", "options ndots:3"] {
+    for part in [
+        "127.0.0.1\tlocalhost",
+        "192.0.2.7\tseven",
+        "nameserver 192.0.2.53",
+        "search example.test",
+        "options ndots:3",
+    ] {
         assert!(text.contains(part), "no {part:?} in\n{text}");
     }
 }

@@ -9,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use moxlet_tests_e2e::{Cluster, Kubectl, LONG, Namespace, busybox, container, eventually, eventually_within};
+use moxlet_tests_e2e::{
+    Cluster, Kubectl, LONG, Namespace, busybox, container, eventually, eventually_within,
+};
 use serde_json::{Value, json};
 
 static TURN: Mutex<()> = Mutex::new(());
@@ -25,7 +27,12 @@ fn turn() -> MutexGuard<'static, ()> {
 fn identity(ns: &Namespace, pod: &str) -> (Value, Value, u64, String) {
     let status = ns.get(pod)["status"]["containerStatuses"][0].clone();
     let ticks = ns.exec(pod, "cut -d' ' -f22 /proc/1/stat").ok();
-    (status["containerID"].clone(), status["state"]["running"]["startedAt"].clone(), status["restartCount"].as_u64().unwrap(), ticks)
+    (
+        status["containerID"].clone(),
+        status["state"]["running"]["startedAt"].clone(),
+        status["restartCount"].as_u64().unwrap(),
+        ticks,
+    )
 }
 
 fn no_leaks() {
@@ -85,19 +92,29 @@ fn a_killed_ct_is_replaced_with_init_containers_run_again() {
     let _turn = turn();
     let ns = Namespace::new("killed");
     let mounts = json!({"volumeMounts": [{"name": "data", "mountPath": "/data"}]});
-    ns.pod_with("phoenix", json!({
+    ns.pod_with(
+        "phoenix",
+        json!({
         "volumes": [{"name": "data", "emptyDir": {}}],
         "initContainers": [container("init", "echo again >> /data/log", mounts.clone())],
-        "containers": [container("main", IDLE, mounts)]}));
+        "containers": [container("main", IDLE, mounts)]}),
+    );
     ns.wait_ready("phoenix");
     // The CT's PID 1, seen from the host: the init of the only CT of this namespace's pod.
     let address = ns.get("phoenix")["status"]["podIP"].as_str().unwrap().to_owned();
     let pids = Command::new("sh").args(["-c", &format!(
         "for p in $(pgrep -x moxlet-init; pgrep -f '^/sbin/moxlet-init'); do nsenter -t $p -n ip -o -4 addr 2>/dev/null | grep -q '{address}/' && echo $p; done")]).output().unwrap();
-    let pid = String::from_utf8_lossy(&pids.stdout).lines().filter_map(|l| l.parse::<i32>().ok()).min().expect("the CT's PID 1");
+    let pid = String::from_utf8_lossy(&pids.stdout)
+        .lines()
+        .filter_map(|l| l.parse::<i32>().ok())
+        .min()
+        .expect("the CT's PID 1");
     assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
     ns.until("phoenix", "init containers ran again and it is Ready", LONG, |pod| {
-        let ready = pod["status"]["conditions"].as_array()?.iter().any(|c| c["type"] == "Ready" && c["status"] == "True");
+        let ready = pod["status"]["conditions"]
+            .as_array()?
+            .iter()
+            .any(|c| c["type"] == "Ready" && c["status"] == "True");
         let again = ns.exec("phoenix", "cat /data/log").text() == "again\nagain\n";
         (ready && again).then_some(())
     });
@@ -108,14 +125,20 @@ fn a_killed_ct_is_replaced_with_init_containers_run_again() {
 fn a_deleted_node_is_registered_again() {
     let _turn = turn();
     let node = Cluster::get().node.as_str();
-    let uid = || Kubectl::new(None, &["get", "node", node, "-o", "jsonpath={.metadata.uid}", "--ignore-not-found"]).run().ok();
+    let uid = || {
+        Kubectl::new(None, &["get", "node", node, "-o", "jsonpath={.metadata.uid}", "--ignore-not-found"])
+            .run()
+            .ok()
+    };
     let before = uid();
     Kubectl::new(None, &["delete", "node", node]).run().ok();
     eventually("a new Node object", || {
         let now = uid();
         if now.is_empty() || now == before { Err(now) } else { Ok(()) }
     });
-    Kubectl::new(None, &["wait", "--for=condition=Ready", &format!("node/{node}"), "--timeout=60s"]).run().ok();
+    Kubectl::new(None, &["wait", "--for=condition=Ready", &format!("node/{node}"), "--timeout=60s"])
+        .run()
+        .ok();
 }
 
 #[test]
@@ -128,9 +151,11 @@ fn the_serving_certificate_is_kept_over_restarts() {
     let before = requests();
     Cluster::get().script("node-stop");
     Cluster::get().script("node-start");
-    eventually("the API with the cluster's certificate", || match Cluster::get().node_api("/healthz", None).0 {
-        0 => Err("no answer that the cluster's CA vouches for".to_owned()),
-        _ => Ok(()),
+    eventually("the API with the cluster's certificate", || {
+        match Cluster::get().node_api("/healthz", None).0 {
+            0 => Err("no answer that the cluster's CA vouches for".to_owned()),
+            _ => Ok(()),
+        }
     });
     assert_eq!(requests(), before, "a new certificate was asked for");
 }

@@ -34,7 +34,10 @@ fn containers_run_unprivileged_with_seccomp_and_the_default_capabilities_also_in
 #[test]
 fn capabilities_are_added_and_dropped() {
     let ns = Namespace::new("caps");
-    let main = with(json!({"capabilities": {"drop": ["ALL"], "add": ["NET_BIND_SERVICE"]}}), "cat /proc/self/status");
+    let main = with(
+        json!({"capabilities": {"drop": ["ALL"], "add": ["NET_BIND_SERVICE"]}}),
+        "cat /proc/self/status",
+    );
     let text = ns.output_of("one", json!({"containers": [main]}));
     assert_eq!(status_line(&text, "CapEff"), "0000000000000400");
     assert_eq!(status_line(&text, "CapBnd"), "0000000000000400");
@@ -51,7 +54,14 @@ fn privilege_escalation_can_be_forbidden() {
 fn a_container_cannot_mount_or_load_or_look_at_the_host() {
     let ns = Namespace::new("attempts");
     ns.running("box", IDLE);
-    for script in ["mount -t tmpfs x /tmp", "umount /proc", "mknod /tmp/d b 8 0", "echo 1 > /proc/sys/kernel/panic", "echo b > /proc/sysrq-trigger", "unshare -Ur true"] {
+    for script in [
+        "mount -t tmpfs x /tmp",
+        "umount /proc",
+        "mknod /tmp/d b 8 0",
+        "echo 1 > /proc/sys/kernel/panic",
+        "echo b > /proc/sysrq-trigger",
+        "unshare -Ur true",
+    ] {
         let done = ns.exec("box", script);
         assert_ne!(done.code, 0, "{script} was allowed");
     }
@@ -78,7 +88,11 @@ fn limits_are_seen_and_cannot_be_raised() {
 #[test]
 fn a_container_over_its_memory_limit_is_oomkilled() {
     let ns = Namespace::new("oom");
-    let main = container("main", "exec tail -c 200m /dev/zero", json!({"resources": {"limits": {"memory": "32Mi"}}}));
+    let main = container(
+        "main",
+        "exec tail -c 200m /dev/zero",
+        json!({"resources": {"limits": {"memory": "32Mi"}}}),
+    );
     ns.pod_with("hog", json!({"restartPolicy": "Never", "containers": [main]}));
     ns.wait_phase("hog", "Failed");
     let pod = ns.get("hog");
@@ -98,7 +112,13 @@ fn one_containers_hunger_does_not_kill_its_neighbour() {
         (killed(&hog["state"]) || killed(&hog["lastState"])).then_some(())
     });
     let pod = ns.get("pair");
-    let calm = pod["status"]["containerStatuses"].as_array().unwrap().iter().find(|s| s["name"] == "calm").unwrap().clone();
+    let calm = pod["status"]["containerStatuses"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|s| s["name"] == "calm")
+        .unwrap()
+        .clone();
     assert_eq!(calm["restartCount"], 0, "{calm}");
     assert!(calm["state"]["running"].is_object(), "{calm}");
 }
@@ -106,7 +126,10 @@ fn one_containers_hunger_does_not_kill_its_neighbour() {
 #[test]
 fn users_and_groups_are_as_asked() {
     let ns = Namespace::new("users");
-    let main = with(json!({"runAsUser": 1000, "runAsGroup": 3000}), "id -u; id -g; id -G; touch /v/f && stat -c %g /v/f; stat -c %g /v");
+    let main = with(
+        json!({"runAsUser": 1000, "runAsGroup": 3000}),
+        "id -u; id -g; id -G; touch /v/f && stat -c %g /v/f; stat -c %g /v",
+    );
     let mut main = main;
     main["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
     let text = ns.output_of("ids", json!({"securityContext": {"supplementalGroups": [4000], "fsGroup": 2000}, "containers": [main], "volumes": [{"name": "v", "emptyDir": {}}]}));

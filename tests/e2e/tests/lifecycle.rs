@@ -26,7 +26,11 @@ fn a_pod_runs_with_an_address_and_the_events_of_a_kubelet() {
     assert!(status["containerID"].as_str().unwrap().starts_with("moxlet://"), "{status}");
     assert!(status["imageID"].as_str().unwrap().contains("sha256:"), "{status}");
     for kind in ["PodScheduled", "Initialized", "ContainersReady", "Ready", "PodReadyToStartContainers"] {
-        let found = pod["status"]["conditions"].as_array().unwrap().iter().any(|c| c["type"] == kind && c["status"] == "True");
+        let found = pod["status"]["conditions"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|c| c["type"] == kind && c["status"] == "True");
         assert!(found, "{kind}: {}", pod["status"]["conditions"]);
     }
     for reason in ["Scheduled", "Pulled", "Created", "Started"] {
@@ -45,7 +49,10 @@ fn never_restarted_pods_succeed_or_fail_by_exit_code() {
     for (name, code) in [("bad", 42), ("killed", 137)] {
         ns.wait_phase(name, "Failed");
         let pod = ns.get(name);
-        assert_eq!((&terminated(&pod, 0)["exitCode"], &terminated(&pod, 0)["reason"]), (&json!(code), &json!("Error")));
+        assert_eq!(
+            (&terminated(&pod, 0)["exitCode"], &terminated(&pod, 0)["reason"]),
+            (&json!(code), &json!("Error"))
+        );
     }
 }
 
@@ -64,7 +71,10 @@ fn a_crashing_container_backs_off_and_keeps_its_last_state() {
     let ns = Namespace::new("crash");
     ns.pod("loop", busybox("echo attempt; exit 3"));
     let message = ns.wait_reason("loop", "CrashLoopBackOff");
-    assert!(message.contains("back-off") && message.contains("restarting failed container=main"), "{message}");
+    assert!(
+        message.contains("back-off") && message.contains("restarting failed container=main"),
+        "{message}"
+    );
     let pod = ns.until("loop", "restarted", LONG, |pod| {
         (pod["status"]["containerStatuses"][0]["restartCount"].as_u64()? >= 1).then(|| pod.clone())
     });
@@ -95,13 +105,22 @@ fn a_failed_init_container_fails_a_pod_that_is_never_restarted() {
     let ns = Namespace::new("initfail");
     ns.pod_with("stuck", json!({"restartPolicy": "Never", "initContainers": [container("first", "exit 1", json!({}))], "containers": [busybox("echo no")]}));
     ns.wait_phase("stuck", "Failed");
-    assert_eq!(ns.get("stuck")["status"]["containerStatuses"][0]["state"]["waiting"]["reason"], "PodInitializing");
+    assert_eq!(
+        ns.get("stuck")["status"]["containerStatuses"][0]["state"]["waiting"]["reason"],
+        "PodInitializing"
+    );
 }
 
 #[test]
 fn containers_of_a_pod_share_localhost_and_shared_memory() {
     let ns = Namespace::new("share");
-    let server = container("server", &format!("echo from-server > /dev/shm/word; mkdir /www; echo page > /www/index.html; httpd -p 8080 -h /www; {IDLE}"), json!({}));
+    let server = container(
+        "server",
+        &format!(
+            "echo from-server > /dev/shm/word; mkdir /www; echo page > /www/index.html; httpd -p 8080 -h /www; {IDLE}"
+        ),
+        json!({}),
+    );
     let client = container("client", IDLE, json!({}));
     ns.pod_with("two", json!({"containers": [server, client]}));
     ns.wait_ready("two");
@@ -124,7 +143,11 @@ fn graceful_deletion_lets_a_trap_finish_its_work() {
     ns.wait_ready("tidy");
     let start = Instant::now();
     ns.kubectl(&["delete", "pod", "tidy", "--timeout=60s"]).ok();
-    assert!(start.elapsed() >= Duration::from_secs(2), "it was killed before it had finished: {:?}", start.elapsed());
+    assert!(
+        start.elapsed() >= Duration::from_secs(2),
+        "it was killed before it had finished: {:?}",
+        start.elapsed()
+    );
     assert!(start.elapsed() < Duration::from_secs(25), "it was not told to end: {:?}", start.elapsed());
     assert!(ns.get("tidy").is_null());
     ns.wait_event("tidy", "Killing", "Stopping container main");
@@ -148,7 +171,11 @@ fn forced_deletion_removes_the_pod_and_then_its_ct() {
     ns.kubectl(&["delete", "pod", "gone", "--force", "--grace-period=0"]).ok();
     ns.wait_gone("gone");
     eventually("no directory of the pod is left", || {
-        let found = std::process::Command::new("find").arg(Cluster::get().root_dir()).args(["-xdev", "-name", &format!("*{uid}*")]).output().unwrap();
+        let found = std::process::Command::new("find")
+            .arg(Cluster::get().root_dir())
+            .args(["-xdev", "-name", &format!("*{uid}*")])
+            .output()
+            .unwrap();
         let found = String::from_utf8_lossy(&found.stdout).into_owned();
         if found.is_empty() { Ok(()) } else { Err(found) }
     });
@@ -246,7 +273,11 @@ fn a_field_that_is_not_supported_keeps_the_pod_pending_and_is_named() {
 fn a_termination_message_is_read_from_its_file_or_the_log() {
     let ns = Namespace::new("message");
     ns.pod_with("file", json!({"restartPolicy": "Never", "containers": [busybox("echo told > /dev/termination-log; exit 1")]}));
-    let main = container("main", "echo from the log; exit 1", json!({"terminationMessagePolicy": "FallbackToLogsOnError"}));
+    let main = container(
+        "main",
+        "echo from the log; exit 1",
+        json!({"terminationMessagePolicy": "FallbackToLogsOnError"}),
+    );
     ns.pod_with("log", json!({"restartPolicy": "Never", "containers": [main]}));
     for (name, message) in [("file", "told\n"), ("log", "from the log\n")] {
         ns.wait_phase(name, "Failed");
@@ -258,7 +289,9 @@ fn a_termination_message_is_read_from_its_file_or_the_log() {
 fn a_finished_pods_log_stays_until_it_is_deleted() {
     let ns = Namespace::new("finished");
     assert_eq!(ns.output_of("done", json!({"containers": [busybox("echo kept")]})), "kept\n");
-    ns.until("done", "its address is released or kept, its phase stays", SHORT, |pod| (pod["status"]["phase"] == "Succeeded").then_some(()));
+    ns.until("done", "its address is released or kept, its phase stays", SHORT, |pod| {
+        (pod["status"]["phase"] == "Succeeded").then_some(())
+    });
     assert_eq!(ns.logs("done"), "kept\n");
     ns.kubectl(&["delete", "pod", "done", "--timeout=60s"]).ok();
 }

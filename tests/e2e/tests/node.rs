@@ -17,7 +17,9 @@ fn the_node_is_ready_with_its_labels_taint_and_capacity() {
     assert!(matches!(labels["kubernetes.io/arch"].as_str(), Some("amd64" | "arm64")));
     assert_eq!(labels["kubernetes.io/hostname"], name);
     let taints = node["spec"]["taints"].as_array().unwrap();
-    assert!(taints.iter().any(|t| t["key"] == "virtual-kubelet.io/provider" && t["value"] == "proxmox" && t["effect"] == "NoSchedule"));
+    assert!(taints.iter().any(|t| t["key"] == "virtual-kubelet.io/provider"
+        && t["value"] == "proxmox"
+        && t["effect"] == "NoSchedule"));
     for resource in ["cpu", "memory", "pods", "ephemeral-storage"] {
         assert!(node["status"]["capacity"][resource].is_string(), "{resource}");
         assert!(node["status"]["allocatable"][resource].is_string(), "{resource}");
@@ -36,7 +38,9 @@ fn the_node_is_ready_with_its_labels_taint_and_capacity() {
 #[test]
 fn the_lease_is_renewed() {
     let renewed = || {
-        let lease = Kubectl::new(Some("kube-node-lease"), &["get", "lease", &Cluster::get().node, "-o", "json"]).json();
+        let lease =
+            Kubectl::new(Some("kube-node-lease"), &["get", "lease", &Cluster::get().node, "-o", "json"])
+                .json();
         assert_eq!(lease["spec"]["leaseDurationSeconds"], 40);
         lease["spec"]["renewTime"].as_str().unwrap().to_owned()
     };
@@ -66,7 +70,8 @@ fn a_serviceaccount_without_rights_gets_403() {
 #[test]
 fn a_serviceaccount_with_the_right_scrapes_metrics_and_nothing_else() {
     let ns = Namespace::new("scrape");
-    let manifest = std::fs::read_to_string(Cluster::project().join("manifests/rbac/metrics-reader.yaml")).unwrap();
+    let manifest =
+        std::fs::read_to_string(Cluster::project().join("manifests/rbac/metrics-reader.yaml")).unwrap();
     Kubectl::new(None, &["apply", "-f", "-"]).stdin(manifest).run().ok();
     ns.running("measured", "while true; do sleep 1; done");
     let token = Kubectl::new(Some("default"), &["create", "token", "metrics-reader"]).run().ok();
@@ -74,9 +79,14 @@ fn a_serviceaccount_with_the_right_scrapes_metrics_and_nothing_else() {
     eventually("the pod in /metrics/resource", || {
         let (status, body) = cluster.node_api("/metrics/resource", Some(token.trim()));
         let pod = format!("namespace=\"{}\",pod=\"measured\"", ns.name);
-        let all = ["node_cpu_usage_seconds_total", "node_memory_working_set_bytes", "container_cpu_usage_seconds_total", "pod_memory_working_set_bytes"]
-            .iter()
-            .all(|m| body.contains(m));
+        let all = [
+            "node_cpu_usage_seconds_total",
+            "node_memory_working_set_bytes",
+            "container_cpu_usage_seconds_total",
+            "pod_memory_working_set_bytes",
+        ]
+        .iter()
+        .all(|m| body.contains(m));
         if status == 200 && all && body.contains(&pod) { Ok(()) } else { Err(format!("{status}\n{body}")) }
     });
     let (status, body) = cluster.node_api("/metrics", Some(token.trim()));
@@ -92,7 +102,9 @@ fn the_serving_certificate_was_approved_and_is_the_clusters() {
     // curl checks it against the cluster's CA; a self-signed one would give status 0.
     assert_ne!(Cluster::get().node_api("/healthz", None).0, 0);
     let requests = Kubectl::new(None, &["get", "csr", "-o", "json"]).json();
-    let issued = requests["items"].as_array().unwrap().iter().any(|r| r["spec"]["signerName"] == "kubernetes.io/kubelet-serving" && r["status"]["certificate"].is_string());
+    let issued = requests["items"].as_array().unwrap().iter().any(|r| {
+        r["spec"]["signerName"] == "kubernetes.io/kubelet-serving" && r["status"]["certificate"].is_string()
+    });
     assert!(issued, "{requests}");
 }
 

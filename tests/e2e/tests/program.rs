@@ -103,7 +103,11 @@ fn a_taken_port_is_named() {
     let pods = root.path().join("pods");
     std::fs::create_dir(&pods).unwrap();
     let mut command = moxlet();
-    command.args(["up", "--listen", &address, "--root-dir"]).arg(root.path().join("r")).arg("--static-pod-dir").arg(&pods);
+    command
+        .args(["up", "--listen", &address, "--root-dir"])
+        .arg(root.path().join("r"))
+        .arg("--static-pod-dir")
+        .arg(&pods);
     let text = complaint(command);
     assert!(text.contains(&address) && text.contains("in use"), "{text}");
 }
@@ -138,15 +142,33 @@ fn pods_of_a_folder_run_without_a_cluster() {
         "containers": [busybox("echo alone; trap 'exit 0' TERM; while true; do sleep 1 & wait $!; done")]}});
     std::fs::write(pods.join("static.json"), manifest.to_string()).unwrap();
     let mut command = moxlet();
-    let running = Running(command.args(["up", "--config"]).arg(&file).stderr(std::fs::File::create(root.path().join("log")).unwrap()).spawn().unwrap());
+    let running = Running(
+        command
+            .args(["up", "--config"])
+            .arg(&file)
+            .stderr(std::fs::File::create(root.path().join("log")).unwrap())
+            .spawn()
+            .unwrap(),
+    );
     let logged = || {
-        let found = Command::new("find").arg(&data).args(["-name", "*.log", "-exec", "grep", "-h", "alone", "{}", "+"]).output().unwrap();
+        let found = Command::new("find")
+            .arg(&data)
+            .args(["-name", "*.log", "-exec", "grep", "-h", "alone", "{}", "+"])
+            .output()
+            .unwrap();
         String::from_utf8_lossy(&found.stdout).into_owned()
     };
-    eventually("the static pod's log", || if logged().contains("alone") { Ok(()) } else { Err(std::fs::read_to_string(root.path().join("log")).unwrap()) });
+    eventually("the static pod's log", || {
+        if logged().contains("alone") {
+            Ok(())
+        } else {
+            Err(std::fs::read_to_string(root.path().join("log")).unwrap())
+        }
+    });
     std::fs::remove_file(pods.join("static.json")).unwrap();
     eventually("the CT is gone with its manifest", || {
-        let found = Command::new("find").arg(&data).args(["-xdev", "-path", "*/ct/*/config"]).output().unwrap();
+        let found =
+            Command::new("find").arg(&data).args(["-xdev", "-path", "*/ct/*/config"]).output().unwrap();
         let text = String::from_utf8_lossy(&found.stdout).into_owned();
         if text.is_empty() { Ok(()) } else { Err(text) }
     });

@@ -50,8 +50,15 @@ fn on_a_terminal(ns: &Namespace, size: &str, args: &str, keys: &str) -> String {
 #[test]
 fn logs_by_tail_time_bytes_and_container() {
     let ns = Namespace::new("logs");
-    let first = container("first", "for i in 1 2 3 4 5; do echo line $i; done; sleep 3; echo late; sleep 1000", json!({}));
-    ns.pod_with("talk", json!({"containers": [first, container("second", "echo other >&2; sleep 1000", json!({}))]}));
+    let first = container(
+        "first",
+        "for i in 1 2 3 4 5; do echo line $i; done; sleep 3; echo late; sleep 1000",
+        json!({}),
+    );
+    ns.pod_with(
+        "talk",
+        json!({"containers": [first, container("second", "echo other >&2; sleep 1000", json!({}))]}),
+    );
     ns.wait_ready("talk");
     eventually("the late line", || {
         let text = ns.kubectl(&["logs", "talk", "-c", "first"]).ok();
@@ -108,7 +115,8 @@ fn logs_reach_across_rotated_files() {
 #[test]
 fn a_line_of_a_megabyte_comes_out_whole() {
     let ns = Namespace::new("longline");
-    let log = ns.output_of("long", json!({"containers": [busybox("head -c 1000000 /dev/zero | tr '\\0' x; echo")]}));
+    let log = ns
+        .output_of("long", json!({"containers": [busybox("head -c 1000000 /dev/zero | tr '\\0' x; echo")]}));
     assert_eq!(log.len(), 1_000_001);
     assert!(log.trim_end().bytes().all(|b| b == b'x'));
 }
@@ -119,14 +127,25 @@ fn exec_gives_the_exit_code_and_keeps_the_streams_apart() {
     ns.running("box", IDLE);
     for websockets in TRANSPORTS {
         let call = |script: &str| {
-            ns.call(&["exec", "box", "--", "sh", "-c", script]).env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets).run()
+            ns.call(&["exec", "box", "--", "sh", "-c", script])
+                .env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets)
+                .run()
         };
         let done = call("echo out; echo err >&2; exit 42");
-        assert_eq!((done.code, done.text().as_str()), (42, "out\n"), "websockets={websockets}: {}", done.stderr);
+        assert_eq!(
+            (done.code, done.text().as_str()),
+            (42, "out\n"),
+            "websockets={websockets}: {}",
+            done.stderr
+        );
         assert!(done.stderr.starts_with("err\n"), "{}", done.stderr);
         assert_eq!(call("true").code, 0);
         assert_eq!(call("kill -9 $$").code, 137);
-        let missing = ns.call(&["exec", "box", "--", "/no/such"]).env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets).run().fails();
+        let missing = ns
+            .call(&["exec", "box", "--", "/no/such"])
+            .env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets)
+            .run()
+            .fails();
         assert!(missing.contains("/no/such"), "{missing}");
     }
 }
@@ -137,7 +156,11 @@ fn exec_takes_stdin_to_its_end() {
     ns.running("box", IDLE);
     let input: Vec<u8> = (0..3_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     for websockets in TRANSPORTS {
-        let done = ns.call(&["exec", "-i", "box", "--", "cat"]).env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets).stdin(input.clone()).run();
+        let done = ns
+            .call(&["exec", "-i", "box", "--", "cat"])
+            .env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets)
+            .stdin(input.clone())
+            .run();
         assert_eq!(done.code, 0, "{}", done.stderr);
         assert!(done.stdout == input, "websockets={websockets}: {} bytes came back", done.stdout.len());
     }
@@ -158,18 +181,36 @@ fn exec_on_a_terminal_has_its_size_and_follows_it() {
         cluster.kubectl.display(),
         ns.name
     );
-    let out = Command::new("script").args(["-qefc", &resize, "/dev/null"]).env("KUBECONFIG", &cluster.kubeconfig).stdin(Stdio::piped()).output().unwrap();
-    assert!(String::from_utf8_lossy(&out.stdout).contains("33 77"), "{}", String::from_utf8_lossy(&out.stdout));
+    let out = Command::new("script")
+        .args(["-qefc", &resize, "/dev/null"])
+        .env("KUBECONFIG", &cluster.kubeconfig)
+        .stdin(Stdio::piped())
+        .output()
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&out.stdout).contains("33 77"),
+        "{}",
+        String::from_utf8_lossy(&out.stdout)
+    );
 }
 
 #[test]
 fn attach_reads_what_is_written_and_writes_what_is_read() {
     let ns = Namespace::new("attach");
-    let main = container("main", "echo ready; while read line; do echo got $line; [ $line = end ] && exit 0; done", json!({"stdin": true}));
+    let main = container(
+        "main",
+        "echo ready; while read line; do echo got $line; [ $line = end ] && exit 0; done",
+        json!({"stdin": true}),
+    );
     ns.pod_with("reader", json!({"restartPolicy": "Never", "containers": [main]}));
     ns.wait_ready("reader");
     let done = ns.call(&["attach", "-i", "reader"]).stdin("one\nend\n").run();
-    assert!(done.text().contains("got one") && done.text().contains("got end"), "{}{}", done.text(), done.stderr);
+    assert!(
+        done.text().contains("got one") && done.text().contains("got end"),
+        "{}{}",
+        done.text(),
+        done.stderr
+    );
     ns.wait_phase("reader", "Succeeded");
     assert_eq!(ns.logs("reader"), "ready\ngot one\ngot end\n");
 }
@@ -178,7 +219,10 @@ fn attach_reads_what_is_written_and_writes_what_is_read() {
 fn run_with_a_terminal_attaches_and_removes_the_pod() {
     let ns = Namespace::new("run");
     let overrides = json!({"spec": {"tolerations": moxlet_tests_e2e::tolerations()}}).to_string();
-    let args = format!("run -it --rm shell --restart=Never --image={} --overrides='{overrides}' -- sh", Cluster::get().image("busybox"));
+    let args = format!(
+        "run -it --rm shell --restart=Never --image={} --overrides='{overrides}' -- sh",
+        Cluster::get().image("busybox")
+    );
     let text = on_a_terminal(&ns, "cols 80 rows 24", &args, "\necho $((6*7))\nexit\n");
     assert!(text.contains("42"), "{text}");
     ns.wait_gone("shell");
@@ -210,7 +254,10 @@ struct Forward(Child, u16);
 
 impl Forward {
     fn new(ns: &Namespace, pod: &str, port: u16, websockets: &str) -> Self {
-        let mut child = ns.call(&["port-forward", pod, &format!(":{port}")]).env("KUBECTL_PORT_FORWARD_WEBSOCKETS", websockets).spawn();
+        let mut child = ns
+            .call(&["port-forward", pod, &format!(":{port}")])
+            .env("KUBECTL_PORT_FORWARD_WEBSOCKETS", websockets)
+            .spawn();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let local = line.split(':').nth(1).and_then(|l| l.split(' ').next()).and_then(|p| p.parse().ok());
@@ -290,5 +337,7 @@ fn a_port_where_nobody_listens_is_an_error_that_says_so() {
 
 #[test]
 fn exec_into_a_pod_that_is_not_there_is_not_found() {
-    assert!(Kubectl::new(Some("default"), &["exec", "nobody", "--", "true"]).run().fails().contains("not found"));
+    assert!(
+        Kubectl::new(Some("default"), &["exec", "nobody", "--", "true"]).run().fails().contains("not found")
+    );
 }

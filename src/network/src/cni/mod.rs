@@ -154,7 +154,8 @@ impl Cni {
         };
         for plugin in &kept.conflist.plugins {
             let result = kept.result.as_ref();
-            self.run(sandbox, "CHECK", Some(netns), plugin, &kept.conflist, &kept.args, result, INTERFACE).await?;
+            self.run(sandbox, "CHECK", Some(netns), plugin, &kept.conflist, &kept.args, result, INTERFACE)
+                .await?;
         }
         Ok(())
     }
@@ -208,12 +209,16 @@ impl Cni {
     pub async fn attached(&self) -> Result<Vec<SandboxId>> {
         let mut ids: Vec<SandboxId> = Vec::new();
         let cached = fs::read_dir(&self.config.cache_dir).map_err(io("list", &self.config.cache_dir))?;
-        ids.extend(cached.flatten().filter_map(|e| e.file_name().to_str()?.strip_suffix(".json")?.parse().ok()));
+        ids.extend(
+            cached.flatten().filter_map(|e| e.file_name().to_str()?.strip_suffix(".json")?.parse().ok()),
+        );
         if let Ok(allotted) = fs::read_dir(self.config.ipam_dir.join(&self.config.network_name)) {
-            let named = allotted.flatten().filter(|e| {
-                e.file_name().to_str().is_some_and(|name| name.parse::<IpAddr>().is_ok())
-            });
-            ids.extend(named.filter_map(|e| fs::read_to_string(e.path()).ok()?.lines().next()?.trim().parse().ok()));
+            let named = allotted
+                .flatten()
+                .filter(|e| e.file_name().to_str().is_some_and(|name| name.parse::<IpAddr>().is_ok()));
+            ids.extend(
+                named.filter_map(|e| fs::read_to_string(e.path()).ok()?.lines().next()?.trim().parse().ok()),
+            );
         }
         ids.sort();
         ids.dedup();
@@ -259,12 +264,16 @@ impl Cni {
     fn kept(&self, sandbox: &SandboxId) -> Result<Option<Kept>> {
         let path = self.file(sandbox);
         match fs::read(&path) {
-            Ok(bytes) => {
-                serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::BadConfig { path, reason: e.to_string() })
-            }
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(|e| Error::BadConfig { path, reason: e.to_string() }),
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 // Only an allotment without a record of ours can be left; without a configuration there is none.
-                Ok(self.load().ok().map(|conflist| Kept { conflist, args: "IgnoreUnknown=1".into(), result: None }))
+                Ok(self.load().ok().map(|conflist| Kept {
+                    conflist,
+                    args: "IgnoreUnknown=1".into(),
+                    result: None,
+                }))
             }
             Err(e) => Err(io("read", path)(e)),
         }
@@ -290,7 +299,9 @@ impl Cni {
         if list.plugins.is_empty() || list.plugins.len() > 32 {
             return Err(bad("it has no plugins, or more than 32".into()));
         }
-        if let Some(name) = list.plugins.iter().map(kind).find(|k| k.is_empty() || k.contains('/') || k.starts_with('.')) {
+        if let Some(name) =
+            list.plugins.iter().map(kind).find(|k| k.is_empty() || k.contains('/') || k.starts_with('.'))
+        {
             return Err(bad(format!("{name:?} is no plugin type")));
         }
         Ok(list)
@@ -361,8 +372,10 @@ impl Cni {
         let answer: Option<Value> = serde_json::from_slice(&out).ok();
         if !status.success() {
             let code = answer.as_ref().and_then(|a| a.get("code")).and_then(Value::as_u64).unwrap_or(0);
-            let said = |key| answer.as_ref().and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default();
-            let mut message = format!("{} {}", said("msg"), said("details")).trim().chars().take(1000).collect::<String>();
+            let said =
+                |key| answer.as_ref().and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default();
+            let mut message =
+                format!("{} {}", said("msg"), said("details")).trim().chars().take(1000).collect::<String>();
             if message.is_empty() {
                 message = status.to_string();
             }
@@ -402,7 +415,11 @@ fn check_name(what: &'static str, value: &str, max: usize) -> Result<()> {
     let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if value.is_empty() || value.len() > max || value.starts_with(['.', '-']) || !value.chars().all(ok) {
         let value = value.chars().take(80).collect();
-        return Err(Error::Invalid { what, value, reason: "it is empty, too long or has a character that is not allowed" });
+        return Err(Error::Invalid {
+            what,
+            value,
+            reason: "it is empty, too long or has a character that is not allowed",
+        });
     }
     Ok(())
 }
@@ -410,7 +427,8 @@ fn check_name(what: &'static str, value: &str, max: usize) -> Result<()> {
 /// IPv4 `a.b.c.d/len` that leaves room for pods.
 fn check_cidr(cidr: &str) -> Result<()> {
     let ok = cidr.split_once('/').is_some_and(|(address, length)| {
-        address.parse::<std::net::Ipv4Addr>().is_ok() && length.parse::<u8>().is_ok_and(|l| (8..=30).contains(&l))
+        address.parse::<std::net::Ipv4Addr>().is_ok()
+            && length.parse::<u8>().is_ok_and(|l| (8..=30).contains(&l))
     });
     if ok {
         return Ok(());
@@ -434,7 +452,9 @@ fn attachment_of(result: &Value) -> Result<Attachment> {
     let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).map(str::to_owned);
     let mac = list("interfaces")
         .iter()
-        .find(|i| text(i, "name").as_deref() == Some(INTERFACE) && text(i, "sandbox").is_some_and(|s| !s.is_empty()))
+        .find(|i| {
+            text(i, "name").as_deref() == Some(INTERFACE) && text(i, "sandbox").is_some_and(|s| !s.is_empty())
+        })
         .and_then(|i| text(i, "mac"));
     Ok(Attachment { ips, interface: INTERFACE.into(), mac })
 }

@@ -48,8 +48,18 @@ mod tests {
     #[test]
     fn as_the_api_documents_it() {
         for (text, want) in [
-            ("$(A)", "alpha"), ("x$(A)y", "xalphay"), ("$$(A)", "$(A)"), ("$$$(A)", "$alpha"), ("$(B)", "$(B)"),
-            ("$(A", "$(A"), ("$", "$"), ("$A", "$A"), ("$$", "$"), ("$(EMPTY)", ""), ("$(REF)", "$(A)"), ("$()", "$()"),
+            ("$(A)", "alpha"),
+            ("x$(A)y", "xalphay"),
+            ("$$(A)", "$(A)"),
+            ("$$$(A)", "$alpha"),
+            ("$(B)", "$(B)"),
+            ("$(A", "$(A"),
+            ("$", "$"),
+            ("$A", "$A"),
+            ("$$", "$"),
+            ("$(EMPTY)", ""),
+            ("$(REF)", "$(A)"),
+            ("$()", "$()"),
         ] {
             assert_eq!(expand(text, known), want, "{text}");
         }

@@ -75,7 +75,12 @@ pub(crate) fn field(pod: &Pod, facts: &Facts, path: &str) -> Option<String> {
 }
 
 /// The value of a container's request or limit; nothing for a resource that is not supported.
-pub(crate) fn resource(pod: &Pod, own: Option<&Container>, facts: &Facts, selector: &ResourceFieldSelector) -> Option<String> {
+pub(crate) fn resource(
+    pod: &Pod,
+    own: Option<&Container>,
+    facts: &Facts,
+    selector: &ResourceFieldSelector,
+) -> Option<String> {
     let container = match selector.container_name.as_deref().filter(|n| !n.is_empty()) {
         Some(name) => resources::all_containers(pod).find(|c| c.name == name)?,
         None => own?,
@@ -95,7 +100,8 @@ pub(crate) fn resource(pod: &Pod, own: Option<&Container>, facts: &Facts, select
         (None, "requests", "cpu" | "memory" | "ephemeral-storage") => 0,
         _ => return None,
     };
-    let divisor = selector.divisor.as_ref().and_then(|d| resources::milli(&d.0)).filter(|d| *d > 0).unwrap_or(1000);
+    let divisor =
+        selector.divisor.as_ref().and_then(|d| resources::milli(&d.0)).filter(|d| *d > 0).unwrap_or(1000);
     Some((milli.div_euclid(divisor) + i128::from(milli.rem_euclid(divisor) != 0)).to_string())
 }
 
@@ -128,7 +134,9 @@ mod tests {
         let pod = pod();
         let own = &pod.spec.as_ref().unwrap().containers[0];
         let ask = |resource: &str, divisor: Option<&str>| {
-            let selector = serde_json::from_value(serde_json::json!({"resource": resource, "divisor": divisor})).unwrap();
+            let selector =
+                serde_json::from_value(serde_json::json!({"resource": resource, "divisor": divisor}))
+                    .unwrap();
             super::resource(&pod, Some(own), &facts, &selector)
         };
         assert_eq!(ask("limits.cpu", None).unwrap(), "2");

@@ -58,12 +58,12 @@ impl Objects {
             list.sort();
             list.dedup();
         }
-        let maps = futures::future::try_join_all(
-            maps.into_iter().map(|n| async move { Ok::<_, Error>((n.clone(), absent(cluster.config_map(namespace, &n).await)?)) }),
-        );
-        let secrets = futures::future::try_join_all(
-            secrets.into_iter().map(|n| async move { Ok::<_, Error>((n.clone(), absent(cluster.secret(namespace, &n).await)?)) }),
-        );
+        let maps = futures::future::try_join_all(maps.into_iter().map(|n| async move {
+            Ok::<_, Error>((n.clone(), absent(cluster.config_map(namespace, &n).await)?))
+        }));
+        let secrets = futures::future::try_join_all(secrets.into_iter().map(|n| async move {
+            Ok::<_, Error>((n.clone(), absent(cluster.secret(namespace, &n).await)?))
+        }));
         let (maps, secrets) = futures::try_join!(maps, secrets)?;
         Ok(Self { config_maps: maps.into_iter().collect(), secrets: secrets.into_iter().collect() })
     }
@@ -105,18 +105,30 @@ pub(crate) async fn environment(
 
     for from in container.env_from.iter().flatten() {
         let prefix = from.prefix.as_deref().unwrap_or_default();
-        let (label, pairs, optional, missing): (_, Option<Vec<(String, String)>>, _, _) =
-            if let Some(r) = &from.config_map_ref {
-                let found = objects.config_map(&r.name).map(|m| m.data.clone().unwrap_or_default().into_iter().collect());
-                (format!("ConfigMap {namespace}/{}", r.name), found, r.optional, format!("configmap \"{}\" not found", r.name))
-            } else if let Some(r) = &from.secret_ref {
-                let found = objects.secret(&r.name).map(|s| {
-                    s.data.iter().flatten().map(|(k, v)| (k.clone(), secret_text(&v.0))).collect()
-                });
-                (format!("Secret {namespace}/{}", r.name), found, r.optional, format!("secret \"{}\" not found", r.name))
-            } else {
-                continue;
-            };
+        let (label, pairs, optional, missing): (_, Option<Vec<(String, String)>>, _, _) = if let Some(r) =
+            &from.config_map_ref
+        {
+            let found =
+                objects.config_map(&r.name).map(|m| m.data.clone().unwrap_or_default().into_iter().collect());
+            (
+                format!("ConfigMap {namespace}/{}", r.name),
+                found,
+                r.optional,
+                format!("configmap \"{}\" not found", r.name),
+            )
+        } else if let Some(r) = &from.secret_ref {
+            let found = objects
+                .secret(&r.name)
+                .map(|s| s.data.iter().flatten().map(|(k, v)| (k.clone(), secret_text(&v.0))).collect());
+            (
+                format!("Secret {namespace}/{}", r.name),
+                found,
+                r.optional,
+                format!("secret \"{}\" not found", r.name),
+            )
+        } else {
+            continue;
+        };
         let Some(pairs) = pairs else {
             if optional == Some(true) {
                 continue;
@@ -155,7 +167,9 @@ pub(crate) async fn environment(
                 } else if let Some(r) = &from.config_map_key_ref {
                     match objects.config_map(&r.name) {
                         None if r.optional == Some(true) => None,
-                        None => return Err(Error::ContainerConfig(format!("configmap \"{}\" not found", r.name))),
+                        None => {
+                            return Err(Error::ContainerConfig(format!("configmap \"{}\" not found", r.name)));
+                        }
                         Some(map) => match map.data.as_ref().and_then(|d| d.get(&r.key)) {
                             Some(v) => Some(v.clone()),
                             None if r.optional == Some(true) => None,
@@ -170,7 +184,9 @@ pub(crate) async fn environment(
                 } else if let Some(r) = &from.secret_key_ref {
                     match objects.secret(&r.name) {
                         None if r.optional == Some(true) => None,
-                        None => return Err(Error::ContainerConfig(format!("secret \"{}\" not found", r.name))),
+                        None => {
+                            return Err(Error::ContainerConfig(format!("secret \"{}\" not found", r.name)));
+                        }
                         Some(secret) => match secret.data.as_ref().and_then(|d| d.get(&r.key)) {
                             Some(v) => Some(secret_text(&v.0)),
                             None if r.optional == Some(true) => None,
@@ -193,7 +209,8 @@ pub(crate) async fn environment(
     }
 
     // Service links stand first and give way to what the pod sets itself.
-    let mut variables: Vec<(String, String)> = links.into_iter().filter(|(k, _)| !values.contains_key(k)).collect();
+    let mut variables: Vec<(String, String)> =
+        links.into_iter().filter(|(k, _)| !values.contains_key(k)).collect();
     variables.extend(order.into_iter().filter_map(|k| values.remove(&k).map(|v| (k, v))));
     Ok(Environment { variables, skipped })
 }

@@ -138,7 +138,11 @@ mod tests {
             }))
             .unwrap()
         };
-        for s in [make("default", "kubernetes", "10.96.0.1"), make("n", "my-db", "10.96.0.2"), make("n", "headless", "None")] {
+        for s in [
+            make("default", "kubernetes", "10.96.0.1"),
+            make("n", "my-db", "10.96.0.2"),
+            make("n", "headless", "None"),
+        ] {
             services.known.write().unwrap().insert(key(&s), Arc::new(s));
         }
         let all = services.variables("n", true);

@@ -43,9 +43,15 @@ pub(super) struct Rotating {
 
 impl Rotating {
     /// The way that the configuration asks for; none without any kubeconfig.
-    pub(super) async fn establish(config: &Config, store: &Store, stop: &CancellationToken) -> Result<Option<Self>> {
+    pub(super) async fn establish(
+        config: &Config,
+        store: &Store,
+        stop: &CancellationToken,
+    ) -> Result<Option<Self>> {
         match (&config.kubeconfig, &config.bootstrap_kubeconfig) {
-            (Some(ready), bootstrap) if bootstrap.is_none() || ready.exists() => Self::ready(ready.clone()).await.map(Some),
+            (Some(ready), bootstrap) if bootstrap.is_none() || ready.exists() => {
+                Self::ready(ready.clone()).await.map(Some)
+            }
             (_, Some(bootstrap)) => Self::bootstrap(bootstrap.clone(), config, store, stop).await.map(Some),
             _ => Ok(None),
         }
@@ -56,10 +62,20 @@ impl Rotating {
         let base = kubeconfig::load(&path).await?;
         let (namespace, ca) = (base.default_namespace.clone(), base.root_cert.clone());
         let client = kubeconfig::client(base, &path)?;
-        Ok(Self { current: Arc::new(RwLock::new(client)), namespace, ca, source: Source::Ready { path, fingerprint } })
+        Ok(Self {
+            current: Arc::new(RwLock::new(client)),
+            namespace,
+            ca,
+            source: Source::Ready { path, fingerprint },
+        })
     }
 
-    async fn bootstrap(path: PathBuf, config: &Config, store: &Store, stop: &CancellationToken) -> Result<Self> {
+    async fn bootstrap(
+        path: PathBuf,
+        config: &Config,
+        store: &Store,
+        stop: &CancellationToken,
+    ) -> Result<Self> {
         let base = kubeconfig::load(&path).await?;
         let node = config.node_name.clone();
         let stored = store.pair(Purpose::Client.file())?;
@@ -134,8 +150,11 @@ impl Rotating {
                 sleep_until(pair.leaf.renew_at(rand::random())).await;
                 let present = self.current.read().unwrap_or_else(PoisonError::into_inner).clone();
                 // An expired certificate opens no door: then the bootstrap token must do once more.
-                let asking =
-                    if pair.leaf.valid_at(keys::now()) { present } else { kubeconfig::client((**base).clone(), path)? };
+                let asking = if pair.leaf.valid_at(keys::now()) {
+                    present
+                } else {
+                    kubeconfig::client((**base).clone(), path)?
+                };
                 let renewed = request::obtain(&asking, store, Purpose::Client, node, None).await?;
                 let client = kubeconfig::client(kubeconfig::with_certificate(base, &renewed)?, path)?;
                 **pair = renewed;
@@ -192,8 +211,10 @@ mod tests {
     use super::*;
 
     fn api_error(code: u16) -> Error {
-        let status: kube::core::Status =
-            serde_json::from_value(serde_json::json!({"status": "Failure", "message": "m", "reason": "r", "code": code})).unwrap();
+        let status: kube::core::Status = serde_json::from_value(
+            serde_json::json!({"status": "Failure", "message": "m", "reason": "r", "code": code}),
+        )
+        .unwrap();
         Error::api("x")(kube::Error::Api(Box::new(status)))
     }
 

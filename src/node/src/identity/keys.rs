@@ -40,7 +40,10 @@ fn params(node: &str, names: Option<&ServingNames>) -> Result<CertificateParams>
     params.distinguished_name = subject;
     if let Some(names) = names {
         for dns in &names.dns {
-            let name = dns.as_str().try_into().map_err(|e: rcgen::Error| failed("name a host in a certificate")(&e))?;
+            let name = dns
+                .as_str()
+                .try_into()
+                .map_err(|e: rcgen::Error| failed("name a host in a certificate")(&e))?;
             params.subject_alt_names.push(SanType::DnsName(name));
         }
         params.subject_alt_names.extend(names.ips.iter().copied().map(SanType::IpAddress));
@@ -99,7 +102,8 @@ impl Leaf {
     /// Reads a certificate in DER.
     pub(super) fn parse(der: &[u8]) -> Result<Self> {
         let (_, cert) = X509Certificate::from_der(der).map_err(|e| failed("read a certificate")(&e))?;
-        let text = |a: &x509_parser::x509::AttributeTypeAndValue<'_>| a.as_str().unwrap_or_default().to_owned();
+        let text =
+            |a: &x509_parser::x509::AttributeTypeAndValue<'_>| a.as_str().unwrap_or_default().to_owned();
         let mut names = ServingNames::default();
         if let Ok(Some(extension)) = cert.subject_alternative_name() {
             for name in &extension.value.general_names {
@@ -131,7 +135,8 @@ impl Leaf {
 
     /// Whether it holds all those names.
     pub(super) fn covers(&self, names: &ServingNames) -> bool {
-        names.dns.iter().all(|d| self.names.dns.contains(d)) && names.ips.iter().all(|i| self.names.ips.contains(i))
+        names.dns.iter().all(|d| self.names.dns.contains(d))
+            && names.ips.iter().all(|i| self.names.ips.contains(i))
     }
 
     /// When to renew it: at a fraction of its life, 70 % to 90 % by `jitter` between 0 and 1.
@@ -160,15 +165,23 @@ impl Pair {
             return Err(failed("read a certificate")(&"there is none"));
         };
         let leaf = Leaf::parse(first)?;
-        let signer = rustls::crypto::ring::sign::any_supported_type(&key).map_err(|e| failed("use a key")(&e))?;
+        let signer =
+            rustls::crypto::ring::sign::any_supported_type(&key).map_err(|e| failed("use a key")(&e))?;
         let certified = CertifiedKey::new(chain, signer);
         certified.keys_match().map_err(|e| failed("use a certificate with its key")(&e))?;
-        Ok(Self { key_pem: key_pem.to_owned(), chain_pem: chain_pem.to_owned(), leaf, certified: Arc::new(certified) })
+        Ok(Self {
+            key_pem: key_pem.to_owned(),
+            chain_pem: chain_pem.to_owned(),
+            leaf,
+            certified: Arc::new(certified),
+        })
     }
 
     /// Reads both from one PEM text.
     pub(super) fn parse_joined(pem: &str) -> Result<Self> {
-        let split = pem.find("-----BEGIN CERTIFICATE-----").ok_or_else(|| failed("read a certificate")(&"there is none"))?;
+        let split = pem
+            .find("-----BEGIN CERTIFICATE-----")
+            .ok_or_else(|| failed("read a certificate")(&"there is none"))?;
         let (key, chain) = pem.split_at(split);
         Self::parse(key, chain)
     }
@@ -203,7 +216,10 @@ mod tests {
     use super::*;
 
     fn names() -> ServingNames {
-        ServingNames { dns: vec!["n1".into()], ips: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()] }
+        ServingNames {
+            dns: vec!["n1".into()],
+            ips: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()],
+        }
     }
 
     #[test]

@@ -85,7 +85,9 @@ pub async fn establish(config: &Config, stop: &CancellationToken) -> Result<Iden
     let rotating = Rotating::establish(config, &store, stop).await?;
     let client_ca = match (&config.client_ca_file, &rotating) {
         (Some(path), _) => Some(Arc::new(roots_from_file(path)?)),
-        (None, Some(rotating)) => rotating.ca().map(|ca| roots(ca.iter().cloned().map(CertificateDer::from))).transpose()?,
+        (None, Some(rotating)) => {
+            rotating.ca().map(|ca| roots(ca.iter().cloned().map(CertificateDer::from))).transpose()?
+        }
         (None, None) => None,
     };
     let client = rotating.as_ref().map(Rotating::client);
@@ -94,7 +96,14 @@ pub async fn establish(config: &Config, stop: &CancellationToken) -> Result<Iden
     }
     let serving = Arc::new(ServingCertificate::new(&serving::first(&store, &config.node_name)?));
     let (names, receive) = watch::channel(None);
-    let task = serving::keep_fresh(serving.clone(), client.clone(), store, config.node_name.clone(), receive, stop.clone());
+    let task = serving::keep_fresh(
+        serving.clone(),
+        client.clone(),
+        store,
+        config.node_name.clone(),
+        receive,
+        stop.clone(),
+    );
     tokio::spawn(task);
     Ok(Identity { client, serving, client_ca, names: Arc::new(names) })
 }
@@ -110,10 +119,15 @@ fn roots(certificates: impl Iterator<Item = CertificateDer<'static>>) -> Result<
 }
 
 fn roots_from_file(path: &Path) -> Result<RootCertStore> {
-    let pem = std::fs::read(path).map_err(|source| Error::File { what: "read", path: path.to_owned(), source })?;
-    let bad = |reason: String| Error::Config { key: "client_ca_file", reason: format!("{}: {reason}", path.display()) };
-    let certificates =
-        CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map_err(|e| bad(e.to_string()))?;
+    let pem =
+        std::fs::read(path).map_err(|source| Error::File { what: "read", path: path.to_owned(), source })?;
+    let bad = |reason: String| Error::Config {
+        key: "client_ca_file",
+        reason: format!("{}: {reason}", path.display()),
+    };
+    let certificates = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| bad(e.to_string()))?;
     if certificates.is_empty() {
         return Err(bad("there is no certificate in it".into()));
     }
@@ -167,8 +181,12 @@ mod tests {
     async fn a_ready_kubeconfig_makes_a_client() {
         let dir = tempfile::tempdir().unwrap();
         let path = kubeconfig::tests::write(dir.path(), "https://127.0.0.1:1");
-        let config =
-            Config { state_dir: dir.path().into(), kubeconfig: Some(path), node_name: "n1".into(), ..Config::default() };
+        let config = Config {
+            state_dir: dir.path().into(),
+            kubeconfig: Some(path),
+            node_name: "n1".into(),
+            ..Config::default()
+        };
         let stop = CancellationToken::new();
         assert!(establish(&config, &stop).await.unwrap().client().is_some());
         stop.cancel();

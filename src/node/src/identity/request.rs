@@ -64,7 +64,12 @@ pub(super) enum Verdict {
 }
 
 /// The object to post.
-pub(super) fn object(purpose: Purpose, key: &KeyPair, node: &str, names: Option<&ServingNames>) -> Result<CertificateSigningRequest> {
+pub(super) fn object(
+    purpose: Purpose,
+    key: &KeyPair,
+    node: &str,
+    names: Option<&ServingNames>,
+) -> Result<CertificateSigningRequest> {
     let mut seed = Sha256::new();
     seed.update(key.subject_public_key_info());
     seed.update(format!("{node} {names:?}"));
@@ -88,7 +93,9 @@ pub(super) fn verdict(request: &CertificateSigningRequest) -> Verdict {
         if condition.type_ == "Denied" || condition.type_ == "Failed" {
             let reason = condition.reason.as_deref().unwrap_or_default();
             let message = condition.message.as_deref().unwrap_or_default();
-            return Verdict::Refused(format!("{}: {reason} {message}", condition.type_).trim_end().to_owned());
+            return Verdict::Refused(
+                format!("{}: {reason} {message}", condition.type_).trim_end().to_owned(),
+            );
         }
     }
     match &status.certificate {
@@ -123,11 +130,16 @@ pub(super) async fn obtain(
     let started = tokio::time::Instant::now();
     let mut told = false;
     loop {
-        let found = match api.get_opt(&name).await.map_err(Error::api(format!("read the certificate request {name}")))? {
+        let found = match api
+            .get_opt(&name)
+            .await
+            .map_err(Error::api(format!("read the certificate request {name}")))?
+        {
             Some(found) => found,
             None => match api.create(&PostParams::default(), &wanted).await {
                 Err(kube::Error::Api(status)) if status.code == 409 => continue,
-                other => other.map_err(Error::api(format!("create a certificate request for {}", purpose.signer())))?,
+                other => other
+                    .map_err(Error::api(format!("create a certificate request for {}", purpose.signer())))?,
             },
         };
         match verdict(&found) {
@@ -146,7 +158,11 @@ pub(super) async fn obtain(
             }
             Verdict::Waiting if !told => {
                 told = true;
-                tracing::info!(request = name, signer = purpose.signer(), "waiting for the certificate: kubectl certificate approve {name}");
+                tracing::info!(
+                    request = name,
+                    signer = purpose.signer(),
+                    "waiting for the certificate: kubectl certificate approve {name}"
+                );
             }
             Verdict::Waiting => {}
         }
@@ -183,7 +199,10 @@ mod tests {
         let again = object(Purpose::Serving, &key, "n1", Some(&names())).unwrap();
         assert_eq!(csr.metadata.name, again.metadata.name);
         let moved = ServingNames { ips: vec![], ..names() };
-        assert_ne!(csr.metadata.name, object(Purpose::Serving, &key, "n1", Some(&moved)).unwrap().metadata.name);
+        assert_ne!(
+            csr.metadata.name,
+            object(Purpose::Serving, &key, "n1", Some(&moved)).unwrap().metadata.name
+        );
         let client = object(Purpose::Client, &key, "n1", None).unwrap();
         assert_eq!(client.spec.signer_name, "kubernetes.io/kube-apiserver-client-kubelet");
         assert_eq!(client.spec.usages.unwrap(), ["digital signature", "client auth"]);
@@ -198,8 +217,12 @@ mod tests {
             verdict(&serde_json::from_value(text).unwrap())
         };
         assert_eq!(parse(serde_json::json!({})), Verdict::Waiting);
-        assert_eq!(parse(serde_json::json!({"conditions": [{"type": "Approved", "status": "True"}]})), Verdict::Waiting);
-        let denied = parse(serde_json::json!({"conditions": [{"type": "Denied", "status": "True", "reason": "No"}]}));
+        assert_eq!(
+            parse(serde_json::json!({"conditions": [{"type": "Approved", "status": "True"}]})),
+            Verdict::Waiting
+        );
+        let denied =
+            parse(serde_json::json!({"conditions": [{"type": "Denied", "status": "True", "reason": "No"}]}));
         assert_eq!(denied, Verdict::Refused("Denied: No".into()));
         assert_eq!(parse(serde_json::json!({"certificate": "UEVN"})), Verdict::Issued("PEM".into()));
     }

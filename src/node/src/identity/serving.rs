@@ -101,7 +101,13 @@ pub(super) async fn keep_fresh(
 }
 
 /// One certificate's time: shows what is stored, waits until it must be renewed, gets the next.
-async fn provide(shown: &ServingCertificate, client: &kube::Client, store: &Store, node: &str, names: &ServingNames) {
+async fn provide(
+    shown: &ServingCertificate,
+    client: &kube::Client,
+    store: &Store,
+    node: &str,
+    names: &ServingNames,
+) {
     match store.pair(Purpose::Serving.file()) {
         Ok(Some(pair)) if usable(&pair.leaf, node, names, keys::now()) => {
             shown.show(&pair);
@@ -114,7 +120,9 @@ async fn provide(shown: &ServingCertificate, client: &kube::Client, store: &Stor
             Ok(pair) => shown.show(&pair),
             Err(error) => tracing::warn!(%error, "no serving certificate for these names"),
         },
-        Err(error) => tracing::warn!(error = crate::chain(&error), "stored serving certificate cannot be read"),
+        Err(error) => {
+            tracing::warn!(error = crate::chain(&error), "stored serving certificate cannot be read")
+        }
     }
     match request::obtain(client, store, Purpose::Serving, node, Some(names)).await {
         Ok(pair) => shown.show(&pair),

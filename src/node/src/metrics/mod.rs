@@ -17,16 +17,19 @@ use crate::pods::registry::PodRegistry;
 static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 
 /// The kubelet's buckets of a pod's start.
-const START: &[f64] = &[0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0];
+const START: &[f64] = &[
+    0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
+];
 /// Everything else, in seconds.
-const TIMES: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+const TIMES: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 /// Installs the recorder once in the process; later calls do nothing.
 pub fn install() {
     HANDLE.get_or_init(|| {
-        let built = PrometheusBuilder::new()
-            .set_buckets(TIMES)
-            .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("pod_start_duration_seconds".into()), START));
+        let built = PrometheusBuilder::new().set_buckets(TIMES).and_then(|b| {
+            b.set_buckets_for_metric(Matcher::Suffix("pod_start_duration_seconds".into()), START)
+        });
         match built.map(PrometheusBuilder::build_recorder) {
             Ok(recorder) => {
                 let handle = recorder.handle();
@@ -46,27 +49,57 @@ pub fn install() {
 }
 
 fn describe() {
-    describe_histogram!("moxlet_pod_start_duration_seconds", "Time from a pod first seen to all its containers started");
+    describe_histogram!(
+        "moxlet_pod_start_duration_seconds",
+        "Time from a pod first seen to all its containers started"
+    );
     describe_histogram!(
         "kubelet_pod_start_duration_seconds",
         "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run"
     );
-    describe_histogram!("kubelet_pod_worker_duration_seconds", "Duration in seconds to sync a single pod, by operation");
+    describe_histogram!(
+        "kubelet_pod_worker_duration_seconds",
+        "Duration in seconds to sync a single pod, by operation"
+    );
     describe_counter!("moxlet_pod_sync_errors_total", "Passes over a pod that failed, by operation");
-    describe_counter!("kubelet_runtime_operations_total", "Cumulative number of runtime operations by operation type");
-    describe_counter!("kubelet_runtime_operations_errors_total", "Cumulative number of runtime operation errors by operation type");
-    describe_histogram!("kubelet_runtime_operations_duration_seconds", "Duration in seconds of runtime operations by operation type");
+    describe_counter!(
+        "kubelet_runtime_operations_total",
+        "Cumulative number of runtime operations by operation type"
+    );
+    describe_counter!(
+        "kubelet_runtime_operations_errors_total",
+        "Cumulative number of runtime operation errors by operation type"
+    );
+    describe_histogram!(
+        "kubelet_runtime_operations_duration_seconds",
+        "Duration in seconds of runtime operations by operation type"
+    );
     describe_gauge!("workqueue_depth", "Current depth of the work queue");
     describe_counter!("workqueue_retries_total", "Items put back into the work queue after a failure");
-    describe_histogram!("workqueue_queue_duration_seconds", "How long in seconds an item stays in the work queue");
-    describe_histogram!("workqueue_work_duration_seconds", "How long in seconds an item of the work queue is worked on");
-    describe_counter!("kubelet_http_requests_total", "Number of the http requests received since the server started");
-    describe_histogram!("kubelet_http_requests_duration_seconds", "Duration in seconds to serve http requests");
+    describe_histogram!(
+        "workqueue_queue_duration_seconds",
+        "How long in seconds an item stays in the work queue"
+    );
+    describe_histogram!(
+        "workqueue_work_duration_seconds",
+        "How long in seconds an item of the work queue is worked on"
+    );
+    describe_counter!(
+        "kubelet_http_requests_total",
+        "Number of the http requests received since the server started"
+    );
+    describe_histogram!(
+        "kubelet_http_requests_duration_seconds",
+        "Duration in seconds to serve http requests"
+    );
     describe_gauge!("kubelet_http_inflight_requests", "Number of the inflight http requests");
     describe_gauge!("kubelet_running_pods", "Number of pods that have a running pod sandbox");
     describe_gauge!("kubelet_running_containers", "Number of containers, by state");
     describe_gauge!("kubelet_node_name", "The node's name. The count is always 1");
-    describe_gauge!("kubernetes_build_info", "A metric with a constant '1' value labeled by the version that the node reports");
+    describe_gauge!(
+        "kubernetes_build_info",
+        "A metric with a constant '1' value labeled by the version that the node reports"
+    );
     describe_gauge!("moxlet_build_info", "A metric with a constant '1' value labeled by Moxlet's version");
 }
 
@@ -119,7 +152,8 @@ pub(crate) fn request_begun() {
 /// It has been answered (a stream: its answer has begun).
 pub(crate) fn request_done(method: &'static str, path: &'static str, code: u16, took: Duration) {
     gauge!("kubelet_http_inflight_requests").decrement(1.0);
-    counter!("kubelet_http_requests_total", "method" => method, "path" => path, "code" => code.to_string()).increment(1);
+    counter!("kubelet_http_requests_total", "method" => method, "path" => path, "code" => code.to_string())
+        .increment(1);
     histogram!("kubelet_http_requests_duration_seconds", "method" => method, "path" => path).record(took);
 }
 
@@ -142,7 +176,8 @@ pub(crate) fn render(node: &str, kubelet_version: &str, registry: &PodRegistry) 
         gauge!("kubelet_running_containers", "container_state" => state).set(count);
     }
     gauge!("kubelet_node_name", "node" => node.to_owned()).set(1);
-    gauge!("kubernetes_build_info", "git_version" => kubelet_version.to_owned(), "platform" => platform()).set(1);
+    gauge!("kubernetes_build_info", "git_version" => kubelet_version.to_owned(), "platform" => platform())
+        .set(1);
     gauge!("moxlet_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1);
     let mut text = match HANDLE.get() {
         Some(Some(handle)) => {

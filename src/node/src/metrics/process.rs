@@ -11,7 +11,8 @@ const TICKS: f64 = 100.0;
 pub(super) fn encode(text: &mut Text) {
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // The command's name may hold spaces and brackets: the fields count from behind its closing one.
-    let fields: Vec<&str> = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect()).unwrap_or_default();
+    let fields: Vec<&str> =
+        stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect()).unwrap_or_default();
     let field = |n: usize| fields.get(n - 3).and_then(|f| f.parse::<f64>().ok());
     let mut one = |name: &str, kind, help: &str, value: Option<f64>| {
         if let Some(value) = value {
@@ -29,7 +30,12 @@ pub(super) fn encode(text: &mut Text) {
     one("process_max_fds", Kind::Gauge, "Maximum number of open file descriptors.", max_fds());
     one("process_threads", Kind::Gauge, "Number of threads.", field(20));
     let started = boot_time().zip(field(22)).map(|(boot, after)| boot + after / TICKS);
-    one("process_start_time_seconds", Kind::Gauge, "Start time of the process since unix epoch in seconds.", started);
+    one(
+        "process_start_time_seconds",
+        Kind::Gauge,
+        "Start time of the process since unix epoch in seconds.",
+        started,
+    );
 }
 
 fn resident_kib() -> Option<f64> {

@@ -72,8 +72,10 @@ pub(crate) async fn snapshot(agent: &Channel, registry: &PodRegistry) -> Snapsho
         for_containers.list_container_stats(v1::ListContainerStatsRequest::default()),
         hosts.info(host::InfoRequest {}),
     );
-    let mut shot = Snapshot { error: pods.is_err() || containers.is_err() || info.is_err(), ..Snapshot::default() };
-    for status in [pods.as_ref().err(), containers.as_ref().err(), info.as_ref().err()].into_iter().flatten() {
+    let mut shot =
+        Snapshot { error: pods.is_err() || containers.is_err() || info.is_err(), ..Snapshot::default() };
+    for status in [pods.as_ref().err(), containers.as_ref().err(), info.as_ref().err()].into_iter().flatten()
+    {
         tracing::debug!(%status, "the agent could not tell what its pods use");
     }
     if let Ok(info) = info {
@@ -83,7 +85,9 @@ pub(crate) async fn snapshot(agent: &Channel, registry: &PodRegistry) -> Snapsho
         shot.node.memory = Some((info.memory_working_set_bytes, now));
     }
     for stats in pods.map(|r| r.into_inner().stats).unwrap_or_default() {
-        let (Some(meta), Some(linux)) = (stats.attributes.and_then(|a| a.metadata), stats.linux) else { continue };
+        let (Some(meta), Some(linux)) = (stats.attributes.and_then(|a| a.metadata), stats.linux) else {
+            continue;
+        };
         shot.pods.push(PodUsage {
             namespace: meta.namespace,
             name: meta.name,
@@ -93,7 +97,8 @@ pub(crate) async fn snapshot(agent: &Channel, registry: &PodRegistry) -> Snapsho
     }
     let known = running(registry);
     for stats in containers.map(|r| r.into_inner().stats).unwrap_or_default() {
-        let Some((namespace, pod, name, started)) = stats.attributes.as_ref().and_then(|a| known.get(&a.id)) else {
+        let Some((namespace, pod, name, started)) = stats.attributes.as_ref().and_then(|a| known.get(&a.id))
+        else {
             continue;
         };
         shot.containers.push(ContainerUsage {
@@ -127,7 +132,8 @@ fn running(registry: &PodRegistry) -> Known {
         let meta = &view.pod.metadata;
         for (name, container) in &view.containers {
             if let Some(id) = &container.current {
-                let (namespace, pod) = (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default());
+                let (namespace, pod) =
+                    (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default());
                 known.insert(id.clone(), (namespace, pod, name.clone(), started.get(name.as_str()).copied()));
             }
         }
@@ -138,7 +144,9 @@ fn running(registry: &PodRegistry) -> Known {
 /// The text of `/metrics/resource`.
 pub(crate) fn encode(shot: &Snapshot) -> String {
     let mut text = Text::default();
-    let container = |c: &ContainerUsage| vec![("container", c.name.clone()), ("namespace", c.namespace.clone()), ("pod", c.pod.clone())];
+    let container = |c: &ContainerUsage| {
+        vec![("container", c.name.clone()), ("namespace", c.namespace.clone()), ("pod", c.pod.clone())]
+    };
     let pod = |p: &PodUsage| vec![("namespace", p.namespace.clone()), ("pod", p.name.clone())];
     let containers = || shot.containers.iter().map(|c| (container(c), &c.usage));
     let pods = || shot.pods.iter().map(|p| (pod(p), &p.usage));
@@ -146,20 +154,38 @@ pub(crate) fn encode(shot: &Snapshot) -> String {
     memory(&mut text, "container_memory_working_set_bytes", "container", containers());
     let name = "container_start_time_seconds";
     let starts = shot.containers.iter().filter_map(|c| Some((container(c), c.started?, None)));
-    family(&mut text, name, Kind::Gauge, "[STABLE] Start time of the container since unix epoch in seconds", starts);
+    family(
+        &mut text,
+        name,
+        Kind::Gauge,
+        "[STABLE] Start time of the container since unix epoch in seconds",
+        starts,
+    );
     cpu(&mut text, "node_cpu_usage_seconds_total", "node", std::iter::once((Vec::new(), &shot.node)));
     memory(&mut text, "node_memory_working_set_bytes", "node", std::iter::once((Vec::new(), &shot.node)));
     cpu(&mut text, "pod_cpu_usage_seconds_total", "pod", pods());
     memory(&mut text, "pod_memory_working_set_bytes", "pod", pods());
     let help = "[STABLE] 1 if there was an error while getting container metrics, 0 otherwise";
     let failed = f64::from(u8::from(shot.error));
-    family(&mut text, "resource_scrape_error", Kind::Gauge, help, std::iter::once((Vec::new(), failed, None)));
+    family(
+        &mut text,
+        "resource_scrape_error",
+        Kind::Gauge,
+        help,
+        std::iter::once((Vec::new(), failed, None)),
+    );
     text.finish()
 }
 
 type Labels = Vec<(&'static str, String)>;
 
-fn family(text: &mut Text, name: &str, kind: Kind, help: &str, samples: impl Iterator<Item = (Labels, f64, Option<i64>)>) {
+fn family(
+    text: &mut Text,
+    name: &str,
+    kind: Kind,
+    help: &str,
+    samples: impl Iterator<Item = (Labels, f64, Option<i64>)>,
+) {
     let mut samples = samples.peekable();
     if samples.peek().is_some() {
         text.family(name, kind, help);
@@ -172,20 +198,27 @@ fn family(text: &mut Text, name: &str, kind: Kind, help: &str, samples: impl Ite
 
 fn cpu<'a>(text: &mut Text, name: &str, of: &str, all: impl Iterator<Item = (Labels, &'a Usage)>) {
     let help = format!("[STABLE] Cumulative cpu time consumed by the {of} in core-seconds");
-    let samples = all.filter_map(|(labels, u)| u.cpu.map(|(ns, at)| (labels, ns as f64 / 1e9, Some(at / 1_000_000))));
+    let samples =
+        all.filter_map(|(labels, u)| u.cpu.map(|(ns, at)| (labels, ns as f64 / 1e9, Some(at / 1_000_000))));
     family(text, name, Kind::Counter, &help, samples);
 }
 
 fn memory<'a>(text: &mut Text, name: &str, of: &str, all: impl Iterator<Item = (Labels, &'a Usage)>) {
     let help = format!("[STABLE] Current working set of the {of} in bytes");
-    let samples = all.filter_map(|(labels, u)| u.memory.map(|(bytes, at)| (labels, bytes as f64, Some(at / 1_000_000))));
+    let samples = all
+        .filter_map(|(labels, u)| u.memory.map(|(bytes, at)| (labels, bytes as f64, Some(at / 1_000_000))));
     family(text, name, Kind::Gauge, &help, samples);
 }
 
 /// The body of `/stats/summary`: the part of it that is measured.
 pub(crate) fn summary(node: &str, shot: &Snapshot) -> serde_json::Value {
     let part = |u: &Usage| {
-        let time = |ns: i64| jiff::Timestamp::from_nanosecond(ns.into()).unwrap_or_default().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let time = |ns: i64| {
+            jiff::Timestamp::from_nanosecond(ns.into())
+                .unwrap_or_default()
+                .strftime("%Y-%m-%dT%H:%M:%SZ")
+                .to_string()
+        };
         let mut part = serde_json::Map::new();
         if let Some((ns, at)) = u.cpu {
             part.insert("cpu".into(), serde_json::json!({"time": time(at), "usageCoreNanoSeconds": ns}));
@@ -215,7 +248,10 @@ pub(crate) fn summary(node: &str, shot: &Snapshot) -> serde_json::Value {
                 })
                 .collect();
             let mut one = part(&pod.usage);
-            one.insert("podRef".into(), serde_json::json!({"name": pod.name, "namespace": pod.namespace, "uid": pod.uid}));
+            one.insert(
+                "podRef".into(),
+                serde_json::json!({"name": pod.name, "namespace": pod.namespace, "uid": pod.uid}),
+            );
             one.insert("containers".into(), containers.into());
             one
         })
@@ -231,11 +267,19 @@ mod tests {
     use super::*;
 
     fn shot() -> Snapshot {
-        let usage = |ns, bytes| Usage { cpu: Some((ns, 1_700_000_000_123_000_000)), memory: Some((bytes, 1_700_000_000_456_000_000)) };
+        let usage = |ns, bytes| Usage {
+            cpu: Some((ns, 1_700_000_000_123_000_000)),
+            memory: Some((bytes, 1_700_000_000_456_000_000)),
+        };
         Snapshot {
             error: false,
             node: usage(9_000_000_000, 4096),
-            pods: vec![PodUsage { namespace: "d".into(), name: "p".into(), uid: "u".into(), usage: usage(2_500_000_000, 7) }],
+            pods: vec![PodUsage {
+                namespace: "d".into(),
+                name: "p".into(),
+                uid: "u".into(),
+                usage: usage(2_500_000_000, 7),
+            }],
             containers: vec![ContainerUsage {
                 namespace: "d".into(),
                 pod: "p".into(),

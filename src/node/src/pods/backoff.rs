@@ -25,7 +25,12 @@ fn since(later: Timestamp, earlier: Timestamp) -> Duration {
 
 impl Backoff {
     /// How long `key`, which failed at `failed_at`, must still wait, and the back-off's whole length.
-    pub(crate) fn remaining(&self, key: &str, failed_at: Timestamp, now: Timestamp) -> Option<(Duration, Duration)> {
+    pub(crate) fn remaining(
+        &self,
+        key: &str,
+        failed_at: Timestamp,
+        now: Timestamp,
+    ) -> Option<(Duration, Duration)> {
         let entry = self.entries.get(key)?;
         if since(failed_at, entry.raised_at) > 2 * MOST {
             return None;

@@ -4,11 +4,25 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use moxlet_cri::{annotations, v1};
 
 use super::{names, resources, sandbox};
-use crate::{env, error::{Error, Result}, volumes::Volumes};
+use crate::{
+    env,
+    error::{Error, Result},
+    volumes::Volumes,
+};
 
 const MASKED: [&str; 12] = [
-    "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
-    "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
 ];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
@@ -35,7 +49,12 @@ fn int(value: Option<i64>) -> Option<v1::Int64Value> {
 }
 
 /// Whether the pod wants no root, and then whether this container would be root.
-fn check_non_root(pod: &Pod, container: &Container, user: Option<i64>, image: &(Option<i64>, String)) -> Result<bool> {
+fn check_non_root(
+    pod: &Pod,
+    container: &Container,
+    user: Option<i64>,
+    image: &(Option<i64>, String),
+) -> Result<bool> {
     let own = container.security_context.as_ref().and_then(|s| s.run_as_non_root);
     let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref()).and_then(|s| s.run_as_non_root);
     if own.or(of_pod) != Some(true) {
@@ -43,11 +62,13 @@ fn check_non_root(pod: &Pod, container: &Container, user: Option<i64>, image: &(
     }
     let place = format!("(pod: \"{}\", container: {})", names::full(pod), container.name);
     match (user, image) {
-        (Some(0), _) => Err(Error::ContainerConfig(format!("container's runAsUser breaks non-root policy {place}"))),
-        (Some(_), _) => Ok(true),
-        (None, (Some(0), _)) => {
-            Err(Error::ContainerConfig(format!("container has runAsNonRoot and image will run as root {place}")))
+        (Some(0), _) => {
+            Err(Error::ContainerConfig(format!("container's runAsUser breaks non-root policy {place}")))
         }
+        (Some(_), _) => Ok(true),
+        (None, (Some(0), _)) => Err(Error::ContainerConfig(format!(
+            "container has runAsNonRoot and image will run as root {place}"
+        ))),
         (None, (None, name)) if !name.is_empty() => Err(Error::ContainerConfig(format!(
             "container has runAsNonRoot and image has non-numeric user ({name}), cannot verify user is non-root {place}"
         ))),
@@ -109,10 +130,17 @@ pub(crate) fn config(pod: &Pod, container: &Container, given: Given<'_>) -> Resu
     let mut own_hosts = false;
     for mount in container.volume_mounts.iter().flatten() {
         let host_path = given.volumes.host_path(&mount.name).ok_or_else(|| {
-            Error::ContainerConfig(format!("cannot find volume \"{}\" to mount into container \"{}\"", mount.name, container.name))
+            Error::ContainerConfig(format!(
+                "cannot find volume \"{}\" to mount into container \"{}\"",
+                mount.name, container.name
+            ))
         })?;
         own_hosts |= mount.mount_path == "/etc/hosts";
-        let absolute = if mount.mount_path.starts_with('/') { mount.mount_path.clone() } else { format!("/{}", mount.mount_path) };
+        let absolute = if mount.mount_path.starts_with('/') {
+            mount.mount_path.clone()
+        } else {
+            format!("/{}", mount.mount_path)
+        };
         mounts.push(v1::Mount {
             container_path: absolute,
             host_path: host_path.to_owned(),
@@ -137,7 +165,11 @@ pub(crate) fn config(pod: &Pod, container: &Container, given: Given<'_>) -> Resu
         command: env::arguments(container.command.as_ref(), &given.variables),
         args: env::arguments(container.args.as_ref(), &given.variables),
         working_dir: container.working_dir.clone().unwrap_or_default(),
-        envs: given.variables.into_iter().map(|(key, value)| v1::KeyValue { key, value: value.into() }).collect(),
+        envs: given
+            .variables
+            .into_iter()
+            .map(|(key, value)| v1::KeyValue { key, value: value.into() })
+            .collect(),
         mounts,
         labels: names::container_labels(pod, container),
         annotations: notes,

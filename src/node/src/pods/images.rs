@@ -101,7 +101,11 @@ fn same_registry(key: &str, image: &str) -> bool {
         || key_host.strip_prefix("*.").is_some_and(|tail| {
             host.split_once('.').is_some_and(|(first, rest)| !first.is_empty() && rest == tail)
         });
-    host_ok && (key_path.is_empty() || path == key_path || path.starts_with(&format!("{key_path}/")) || path.starts_with(&format!("{key_path}:")))
+    host_ok
+        && (key_path.is_empty()
+            || path == key_path
+            || path.starts_with(&format!("{key_path}/"))
+            || path.starts_with(&format!("{key_path}:")))
 }
 
 fn text<'a>(entry: &'a serde_json::Value, key: &str) -> &'a str {
@@ -138,7 +142,11 @@ fn credentials(secret: &Secret, image: &str) -> Vec<AuthConfig> {
 }
 
 /// Credentials of the pod's pull secrets for an image; a secret that cannot be had is named in the second list.
-pub(crate) async fn pull_secrets(cluster: &dyn Cluster, pod: &Pod, image: &str) -> (Vec<AuthConfig>, Vec<String>) {
+pub(crate) async fn pull_secrets(
+    cluster: &dyn Cluster,
+    pod: &Pod,
+    image: &str,
+) -> (Vec<AuthConfig>, Vec<String>) {
     let wanted = pod.spec.iter().flat_map(|s| s.image_pull_secrets.iter().flatten()).map(|r| r.name.clone());
     let fetched = futures::future::join_all(wanted.map(|name| async move {
         let answer = cluster.secret(names::namespace(pod), &name).await;
@@ -162,7 +170,13 @@ mod tests {
 
     #[test]
     fn names_of_images() {
-        for good in ["busybox", "busybox:1.36", "127.0.0.1:5000/a/b:latest", "localhost/x", "a.b/c_d-e@sha256:0123456789abcdef0123456789abcdef"] {
+        for good in [
+            "busybox",
+            "busybox:1.36",
+            "127.0.0.1:5000/a/b:latest",
+            "localhost/x",
+            "a.b/c_d-e@sha256:0123456789abcdef0123456789abcdef",
+        ] {
             assert_eq!(invalid(good), None, "{good}");
         }
         for bad in ["", "Busy", "a:", "a b", "a//b", "-a", "a@sha256:xyz", ":tag", "a/../b"] {

@@ -79,7 +79,11 @@ fn is_mirror(pod: &Pod) -> bool {
 
 impl Manager {
     /// A manager that waits for these sources' lists.
-    pub(crate) fn new(shared: Arc<Shared>, wanted: impl IntoIterator<Item = Source>, stop: CancellationToken) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        wanted: impl IntoIterator<Item = Source>,
+        stop: CancellationToken,
+    ) -> Self {
         Self {
             shared,
             workers: HashMap::new(),
@@ -154,7 +158,9 @@ impl Manager {
             Update::Apply(_, pod) if names::uid(&pod).is_empty() => {}
             Update::Apply(Source::Api, pod) if is_mirror(&pod) => self.mirror(pod).await,
             Update::Apply(source, pod) => {
-                let replaced = source == Source::Files && !self.workers.contains_key(names::uid(&pod)) && self.occupied(&key(&pod));
+                let replaced = source == Source::Files
+                    && !self.workers.contains_key(names::uid(&pod))
+                    && self.occupied(&key(&pod));
                 if replaced {
                     self.queued.insert(key(&pod), pod);
                 } else {
@@ -166,7 +172,11 @@ impl Manager {
             }
             Update::Gone(pod) if is_mirror(&pod) => {
                 self.mirrors.remove(&key(&pod));
-                let own = self.workers.values().map(|w| w.desired.borrow().clone()).find(|d| key(&d.pod) == key(&pod) && !d.gone);
+                let own = self
+                    .workers
+                    .values()
+                    .map(|w| w.desired.borrow().clone())
+                    .find(|d| key(&d.pod) == key(&pod) && !d.gone);
                 if let Some(own) = own {
                     self.make_mirror(&own.pod);
                 }
@@ -195,19 +205,23 @@ impl Manager {
             let d = w.desired.borrow();
             key(&d.pod) == name && names::is_static(&d.pod) && !d.gone
         });
-        let hash = names::get(mirror.metadata.annotations.as_ref(), names::MIRROR).unwrap_or_default().to_owned();
+        let hash =
+            names::get(mirror.metadata.annotations.as_ref(), names::MIRROR).unwrap_or_default().to_owned();
         let fits = own.is_some_and(|w| names::uid(&w.desired.borrow().pod) == hash);
         // A mirror of what is no longer here, or of another version, goes; but not before the manifests were read.
         if !fits || mirror.metadata.deletion_timestamp.is_some() {
             if self.listed.contains(&Source::Files) || !self.wanted.contains(&Source::Files) {
-                if let Err(error) = self.shared.cluster.delete_pod(&name.0, &name.1, names::uid(&mirror)).await {
+                if let Err(error) =
+                    self.shared.cluster.delete_pod(&name.0, &name.1, names::uid(&mirror)).await
+                {
                     debug!(error = %chain(&error), "old mirror pod not deleted");
                 }
             }
             return;
         }
         self.mirrors.insert(name.clone(), mirror);
-        let targets: Vec<_> = self.workers.values().filter(|w| key(&w.desired.borrow().pod) == name).collect();
+        let targets: Vec<_> =
+            self.workers.values().filter(|w| key(&w.desired.borrow().pod) == name).collect();
         for worker in targets {
             let target = self.target(&worker.desired.borrow().pod.clone());
             worker.desired.send_modify(|d| d.target = target);
@@ -341,7 +355,12 @@ async fn watch_agent(shared: Arc<Shared>, changed: mpsc::Sender<String>, stop: C
                         .pod_sandbox_status
                         .and_then(|s| s.metadata)
                         .map(|m| m.uid)
-                        .or_else(|| event.containers_statuses.first().and_then(|c| c.labels.get(names::POD_UID).cloned()))
+                        .or_else(|| {
+                            event
+                                .containers_statuses
+                                .first()
+                                .and_then(|c| c.labels.get(names::POD_UID).cloned())
+                        })
                         .unwrap_or_default();
                     if changed.send(uid).await.is_err() {
                         return;

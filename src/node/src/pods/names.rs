@@ -86,7 +86,11 @@ pub(crate) fn container_labels(pod: &Pod, container: &Container) -> HashMap<Stri
 }
 
 /// Annotations of a container.
-pub(crate) fn container_annotations(pod: &Pod, container: &Container, attempt: u32) -> HashMap<String, String> {
+pub(crate) fn container_annotations(
+    pod: &Pod,
+    container: &Container,
+    attempt: u32,
+) -> HashMap<String, String> {
     let mut notes = HashMap::from([
         (RESTART_COUNT.to_owned(), attempt.to_string()),
         (HASH.to_owned(), hash(container)),

@@ -84,7 +84,12 @@ impl Publisher {
     }
 }
 
-async fn send(cluster: Arc<dyn Cluster>, mut wanted: watch::Receiver<Wanted>, finished: watch::Sender<u64>, mut sent: PodStatus) {
+async fn send(
+    cluster: Arc<dyn Cluster>,
+    mut wanted: watch::Receiver<Wanted>,
+    finished: watch::Sender<u64>,
+    mut sent: PodStatus,
+) {
     let mut uid = wanted.borrow().target.uid.clone();
     let mut pause = FIRST_RETRY;
     loop {

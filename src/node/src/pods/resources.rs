@@ -23,7 +23,11 @@ pub(crate) fn milli(quantity: &str) -> Option<i128> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, suffix) = text.split_at(end);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if (whole.is_empty() && fraction.is_empty()) || whole.len() > 24 || fraction.len() > 12 || fraction.contains('.') {
+    if (whole.is_empty() && fraction.is_empty())
+        || whole.len() > 24
+        || fraction.len() > 12
+        || fraction.contains('.')
+    {
         return None;
     }
     // value = digits × numerator / denominator, in thousandths.
@@ -75,7 +79,9 @@ pub(crate) fn limit<'a>(r: Option<&'a ResourceRequirements>, key: &str) -> Optio
 
 /// A request; the limit stands in for it, as the API server defaults it.
 pub(crate) fn request<'a>(r: Option<&'a ResourceRequirements>, key: &str) -> Option<&'a str> {
-    entry(r.and_then(|r| r.requests.as_ref()), key).or_else(|| limit(r, key)).filter(|q| milli(q).is_some_and(|m| m > 0))
+    entry(r.and_then(|r| r.requests.as_ref()), key)
+        .or_else(|| limit(r, key))
+        .filter(|q| milli(q).is_some_and(|m| m > 0))
 }
 
 /// A pod's quality of service.
@@ -183,7 +189,10 @@ pub(crate) fn pod_resources(pod: &Pod) -> LinuxContainerResources {
     let want = total("cpu", &|c| Some(request(c.resources.as_ref(), "cpu").and_then(milli).unwrap_or(0)));
     let cpu = total("cpu", &|c| limit(c.resources.as_ref(), "cpu").and_then(milli));
     let memory = total("memory", &|c| limit(c.resources.as_ref(), "memory").and_then(milli));
-    let mut out = LinuxContainerResources { cpu_shares: shares(want.unwrap_or(0)), ..LinuxContainerResources::default() };
+    let mut out = LinuxContainerResources {
+        cpu_shares: shares(want.unwrap_or(0)),
+        ..LinuxContainerResources::default()
+    };
     if let Some(cpu) = cpu {
         out.cpu_period = CPU_PERIOD;
         out.cpu_quota = quota(cpu);
@@ -206,8 +215,16 @@ mod tests {
     #[test]
     fn quantities() {
         for (text, want) in [
-            ("1", 1000), ("100m", 100), ("0.5", 500), ("1.5Gi", 1_610_612_736_000), ("128Mi", 134_217_728_000),
-            ("1e3", 1_000_000), ("2k", 2_000_000), ("1u", 1), ("-1", -1000), (".5", 500),
+            ("1", 1000),
+            ("100m", 100),
+            ("0.5", 500),
+            ("1.5Gi", 1_610_612_736_000),
+            ("128Mi", 134_217_728_000),
+            ("1e3", 1_000_000),
+            ("2k", 2_000_000),
+            ("1u", 1),
+            ("-1", -1000),
+            (".5", 500),
         ] {
             assert_eq!(milli(text), Some(want), "{text}");
         }
@@ -220,11 +237,22 @@ mod tests {
     #[test]
     fn classes_and_oom_scores() {
         let best = pod(&serde_json::json!([{"name": "a"}]));
-        assert_eq!((qos(&best), oom_score_adj(&best, &best.spec.as_ref().unwrap().containers[0], 1 << 34)), (Qos::BestEffort, 1000));
+        assert_eq!(
+            (qos(&best), oom_score_adj(&best, &best.spec.as_ref().unwrap().containers[0], 1 << 34)),
+            (Qos::BestEffort, 1000)
+        );
         let same = serde_json::json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "1000m", "memory": "1Gi"}});
         let guaranteed = pod(&serde_json::json!([{"name": "a", "resources": same}]));
-        assert_eq!((qos(&guaranteed), oom_score_adj(&guaranteed, &guaranteed.spec.as_ref().unwrap().containers[0], 1 << 34)), (Qos::Guaranteed, -997));
-        let burst = pod(&serde_json::json!([{"name": "a", "resources": {"requests": {"memory": "4Gi"}}}, {"name": "b"}]));
+        assert_eq!(
+            (
+                qos(&guaranteed),
+                oom_score_adj(&guaranteed, &guaranteed.spec.as_ref().unwrap().containers[0], 1 << 34)
+            ),
+            (Qos::Guaranteed, -997)
+        );
+        let burst = pod(
+            &serde_json::json!([{"name": "a", "resources": {"requests": {"memory": "4Gi"}}}, {"name": "b"}]),
+        );
         let spec = burst.spec.as_ref().unwrap();
         assert_eq!(qos(&burst), Qos::Burstable);
         assert_eq!(oom_score_adj(&burst, &spec.containers[0], 1 << 34), 750);
@@ -235,7 +263,9 @@ mod tests {
     #[test]
     fn a_pod_is_limited_only_where_every_container_is() {
         let one = serde_json::json!({"limits": {"cpu": "250m", "memory": "64Mi"}});
-        let both = pod_resources(&pod(&serde_json::json!([{"name": "a", "resources": one}, {"name": "b", "resources": one}])));
+        let both = pod_resources(&pod(
+            &serde_json::json!([{"name": "a", "resources": one}, {"name": "b", "resources": one}]),
+        ));
         assert_eq!((both.cpu_quota, both.cpu_shares, both.memory_limit_in_bytes), (50_000, 512, 128 << 20));
         let half = pod_resources(&pod(&serde_json::json!([{"name": "a", "resources": one}, {"name": "b"}])));
         assert_eq!((half.cpu_quota, half.memory_limit_in_bytes), (0, 0));

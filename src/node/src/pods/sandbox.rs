@@ -4,13 +4,24 @@ use k8s_openapi::api::core::v1::Pod;
 use moxlet_cri::v1;
 
 use super::{names, resources};
-use crate::{config::Config, error::{Error, Result}, volumes::hosts};
+use crate::{
+    config::Config,
+    error::{Error, Result},
+    volumes::hosts,
+};
 
 /// The configuration of a pod's sandbox.
 ///
 /// # Errors
 /// When its host name cannot be made.
-pub(crate) fn config(pod: &Pod, attempt: u32, config: &Config, logs_dir: &str, overhead_memory: u64, resolv: &str) -> Result<v1::PodSandboxConfig> {
+pub(crate) fn config(
+    pod: &Pod,
+    attempt: u32,
+    config: &Config,
+    logs_dir: &str,
+    overhead_memory: u64,
+    resolv: &str,
+) -> Result<v1::PodSandboxConfig> {
     let spec = pod.spec.clone().unwrap_or_default();
     let ports = spec.containers.iter().flat_map(|c| c.ports.iter().flatten()).map(|p| v1::PortMapping {
         protocol: match p.protocol.as_deref() {

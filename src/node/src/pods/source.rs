@@ -12,10 +12,18 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{manager::{Source, Update}, names};
+use super::{
+    manager::{Source, Update},
+    names,
+};
 
 /// Watches until stopped.
-pub(crate) async fn watch(client: Client, node: String, updates: mpsc::Sender<Update>, stop: CancellationToken) {
+pub(crate) async fn watch(
+    client: Client,
+    node: String,
+    updates: mpsc::Sender<Update>,
+    stop: CancellationToken,
+) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
     let mut stream = std::pin::pin!(watcher(Api::<Pod>::all(client), config).default_backoff());
     let mut listed = HashSet::new();

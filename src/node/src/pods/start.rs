@@ -41,23 +41,44 @@ fn words(error: &Error) -> String {
 
 impl Worker {
     /// Starts a container, or notes why it waits. An error means that the agent cannot be asked.
-    pub(super) async fn start(&mut self, pod: &Pod, c: &Container, state: &mut PodState, ips: &[String], hosts_path: &str, next: &mut Option<Duration>) -> Result<()> {
+    pub(super) async fn start(
+        &mut self,
+        pod: &Pod,
+        c: &Container,
+        state: &mut PodState,
+        ips: &[String],
+        hosts_path: &str,
+        next: &mut Option<Duration>,
+    ) -> Result<()> {
         let now = Timestamp::now();
         let newest = state.newest(&c.name).cloned();
         let in_sandbox = newest.as_ref().filter(|n| state.sandbox().is_some_and(|s| s.id == n.sandbox));
         if let Some(dead) = in_sandbox.filter(|n| n.phase == Phase::Exited) {
-            let failed_at = Timestamp::from_nanosecond(i128::from(dead.finished_at.max(dead.created_at))).unwrap_or(now);
+            let failed_at =
+                Timestamp::from_nanosecond(i128::from(dead.finished_at.max(dead.created_at))).unwrap_or(now);
             if let Some((left, delay)) = self.backoff.remaining(&c.name, failed_at, now) {
                 let place = names::full(pod);
-                self.shared.events.pod(pod, Some(&c.name), Kind::Warning, "BackOff", format!("Back-off restarting failed container {} in pod {place}", c.name));
-                let message = format!("back-off {} restarting failed container={} pod={place}", go_duration(delay), c.name);
+                self.shared.events.pod(
+                    pod,
+                    Some(&c.name),
+                    Kind::Warning,
+                    "BackOff",
+                    format!("Back-off restarting failed container {} in pod {place}", c.name),
+                );
+                let message = format!(
+                    "back-off {} restarting failed container={} pod={place}",
+                    go_duration(delay),
+                    c.name
+                );
                 self.waiting.insert(c.name.clone(), ("CrashLoopBackOff".into(), message));
                 least(next, left);
                 return Ok(());
             }
             self.backoff.raise(&c.name, failed_at, now);
         } else if newest.is_none() {
-            if let Some((left, _)) = self.backoff.remaining(&c.name, now, now).filter(|_| self.is_held(&c.name, now)) {
+            if let Some((left, _)) =
+                self.backoff.remaining(&c.name, now, now).filter(|_| self.is_held(&c.name, now))
+            {
                 least(next, left);
                 return Ok(());
             }
@@ -84,14 +105,24 @@ impl Worker {
         Held { reason, message, pause }
     }
 
-    async fn try_start(&mut self, pod: &Pod, c: &Container, state: &mut PodState, ips: &[String], hosts_path: &str) -> Result<(), Held> {
+    async fn try_start(
+        &mut self,
+        pod: &Pod,
+        c: &Container,
+        state: &mut PodState,
+        ips: &[String],
+        hosts_path: &str,
+    ) -> Result<(), Held> {
         let shared = self.shared.clone();
         let agent = shared.agent.as_ref();
         let soon = Duration::from_secs(10);
         let facts = self.facts(ips);
         let links = async {
             shared.services.ready().await;
-            shared.services.variables(names::namespace(pod), pod.spec.as_ref().and_then(|s| s.enable_service_links) != Some(false))
+            shared.services.variables(
+                names::namespace(pod),
+                pod.spec.as_ref().and_then(|s| s.enable_service_links) != Some(false),
+            )
         };
         let environment = async {
             let links = links.await;
@@ -118,11 +149,21 @@ impl Worker {
             if newest.phase == Phase::Created {
                 attempt = newest.attempt;
                 let request = v1::RemoveContainerRequest { container_id: newest.id.clone() };
-                agent.remove_container(request).await.map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?;
+                agent
+                    .remove_container(request)
+                    .await
+                    .map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?;
             } else {
                 attempt = newest.attempt + 1;
             }
-        } else if let Some(old) = self.status.container_statuses.iter().chain(&self.status.init_container_statuses).flatten().find(|s| s.name == c.name && s.container_id.is_some()) {
+        } else if let Some(old) = self
+            .status
+            .container_statuses
+            .iter()
+            .chain(&self.status.init_container_statuses)
+            .flatten()
+            .find(|s| s.name == c.name && s.container_id.is_some())
+        {
             attempt = u32::try_from(old.restart_count).unwrap_or(0) + 1;
         }
         let info = shared.info.borrow().clone();
@@ -141,14 +182,25 @@ impl Worker {
         )
         .map_err(|e| config_error(&e))?;
         let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
-        let sandbox_config = super::sandbox::config(pod, sandbox.attempt, &shared.config, &info.pod_logs_dir, info.sandbox_overhead_memory_bytes, &resolv)
-            .map_err(|e| config_error(&e))?;
+        let sandbox_config = super::sandbox::config(
+            pod,
+            sandbox.attempt,
+            &shared.config,
+            &info.pod_logs_dir,
+            info.sandbox_overhead_memory_bytes,
+            &resolv,
+        )
+        .map_err(|e| config_error(&e))?;
         let request = v1::CreateContainerRequest {
             pod_sandbox_id: sandbox.id.clone(),
             config: Some(config),
             sandbox_config: Some(sandbox_config),
         };
-        let id = agent.create_container(request).await.map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?.container_id;
+        let id = agent
+            .create_container(request)
+            .await
+            .map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?
+            .container_id;
         shared.events.pod(pod, Some(&c.name), Kind::Normal, "Created", "Container created");
         let started = agent.start_container(v1::StartContainerRequest { container_id: id }).await;
         let read = PodState::read(agent, names::uid(pod)).await;
@@ -172,13 +224,20 @@ impl Worker {
         let events = &shared.events;
         let now = Timestamp::now();
         if let Some(why) = images::invalid(&name) {
-            let message = format!("Failed to apply default image tag \"{name}\": couldn't parse image name \"{name}\": {why}");
+            let message = format!(
+                "Failed to apply default image tag \"{name}\": couldn't parse image name \"{name}\": {why}"
+            );
             self.say_once(pod, Some(&c.name), Kind::Warning, "InspectFailed", message.clone());
             self.say_once(pod, Some(&c.name), Kind::Warning, "Failed", "Error: InvalidImageName".into());
             return Err(Held { reason: "InvalidImageName", message, pause: Duration::from_secs(60) });
         }
-        let spec = v1::ImageSpec { image: name.clone(), user_specified_image: name.clone(), ..v1::ImageSpec::default() };
-        let inspect = || agent.image_status(v1::ImageStatusRequest { image: Some(spec.clone()), verbose: false });
+        let spec = v1::ImageSpec {
+            image: name.clone(),
+            user_specified_image: name.clone(),
+            ..v1::ImageSpec::default()
+        };
+        let inspect =
+            || agent.image_status(v1::ImageStatusRequest { image: Some(spec.clone()), verbose: false });
         let policy = images::policy(c);
         let present = inspect().await.map_err(|e| {
             let message = format!("Failed to inspect image \"{name}\": {}", words(&e));
@@ -186,7 +245,13 @@ impl Worker {
         })?;
         match (policy, present.image) {
             (Policy::IfNotPresent | Policy::Never, Some(image)) => {
-                events.pod(pod, Some(&c.name), Kind::Normal, "Pulled", format!("Container image \"{name}\" already present on machine"));
+                events.pod(
+                    pod,
+                    Some(&c.name),
+                    Kind::Normal,
+                    "Pulled",
+                    format!("Container image \"{name}\" already present on machine"),
+                );
                 return Ok(image);
             }
             (Policy::Never, None) => {
@@ -202,13 +267,20 @@ impl Worker {
                 let message = format!("Back-off pulling image \"{name}\"");
                 events.pod(pod, Some(&c.name), Kind::Normal, "BackOff", message.clone());
                 events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ImagePullBackOff");
-                return Err(Held { reason: "ImagePullBackOff", message: format!("{message}: ErrImagePull: {why}"), pause: left });
+                return Err(Held {
+                    reason: "ImagePullBackOff",
+                    message: format!("{message}: ErrImagePull: {why}"),
+                    pause: left,
+                });
             }
         }
         events.pod(pod, Some(&c.name), Kind::Normal, "Pulling", format!("Pulling image \"{name}\""));
         let (auths, missing) = images::pull_secrets(shared.cluster.as_ref(), pod, &name).await;
         if !missing.is_empty() {
-            let text = format!("Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.", missing.join(", "));
+            let text = format!(
+                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+                missing.join(", ")
+            );
             self.say_once(pod, None, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
         }
         let begun = Instant::now();
@@ -237,7 +309,13 @@ impl Worker {
         };
         if let Err(e) = outcome {
             let why = format!("failed to pull and unpack image \"{name}\": {}", words(&e));
-            events.pod(pod, Some(&c.name), Kind::Warning, "Failed", format!("Failed to pull image \"{name}\": {why}"));
+            events.pod(
+                pod,
+                Some(&c.name),
+                Kind::Warning,
+                "Failed",
+                format!("Failed to pull image \"{name}\": {why}"),
+            );
             events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ErrImagePull");
             let failed_at = Timestamp::now();
             self.image_backoff.raise(&name, failed_at, failed_at);
@@ -255,8 +333,14 @@ impl Worker {
                 ));
                 Ok(image)
             }
-            Ok(None) => Err(Held { reason: "ImageInspectError", message: format!("image \"{name}\" is gone after its pull"), pause: Duration::from_secs(5) }),
-            Err(e) => Err(Held { reason: "ImageInspectError", message: words(&e), pause: Duration::from_secs(5) }),
+            Ok(None) => Err(Held {
+                reason: "ImageInspectError",
+                message: format!("image \"{name}\" is gone after its pull"),
+                pause: Duration::from_secs(5),
+            }),
+            Err(e) => {
+                Err(Held { reason: "ImageInspectError", message: words(&e), pause: Duration::from_secs(5) })
+            }
         }
     }
 }

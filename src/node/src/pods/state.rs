@@ -3,7 +3,10 @@
 use moxlet_cri::v1;
 
 use super::names;
-use crate::{cri_client::Runtime, error::{Error, Result}};
+use crate::{
+    cri_client::Runtime,
+    error::{Error, Result},
+};
 
 /// State of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +108,8 @@ impl PodState {
         });
         let (sandboxes, containers) = futures::try_join!(sandboxes, containers)?;
         let sandboxes = futures::future::try_join_all(sandboxes.items.into_iter().map(|s| sandbox(agent, s)));
-        let containers = futures::future::try_join_all(containers.containers.into_iter().map(|c| container(agent, c)));
+        let containers =
+            futures::future::try_join_all(containers.containers.into_iter().map(|c| container(agent, c)));
         let (sandboxes, containers) = futures::try_join!(sandboxes, containers)?;
         let mut state = Self {
             sandboxes: sandboxes.into_iter().flatten().collect(),
@@ -147,8 +151,9 @@ async fn sandbox(agent: &dyn Runtime, listed: v1::PodSandbox) -> Result<Option<S
 async fn container(agent: &dyn Runtime, listed: v1::Container) -> Result<Option<Container>> {
     let request = v1::ContainerStatusRequest { container_id: listed.id.clone(), verbose: false };
     let Some(answer) = found(agent.container_status(request).await)? else { return Ok(None) };
-    let status =
-        answer.status.ok_or(Error::AgentAnswer { call: "ContainerStatus", what: "the container's status" })?;
+    let status = answer
+        .status
+        .ok_or(Error::AgentAnswer { call: "ContainerStatus", what: "the container's status" })?;
     let metadata = status.metadata.unwrap_or_default();
     Ok(Some(Container {
         id: listed.id,
@@ -167,7 +172,10 @@ async fn container(agent: &dyn Runtime, listed: v1::Container) -> Result<Option<
         exit_code: status.exit_code,
         reason: status.reason,
         message: status.message,
-        image: status.image.map(|i| if i.user_specified_image.is_empty() { i.image } else { i.user_specified_image }).unwrap_or_default(),
+        image: status
+            .image
+            .map(|i| if i.user_specified_image.is_empty() { i.image } else { i.user_specified_image })
+            .unwrap_or_default(),
         image_ref: status.image_ref,
     }))
 }

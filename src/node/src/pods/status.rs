@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
-        Container as Spec, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
-        ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus, VolumeMountStatus,
+        Container as Spec, ContainerState, ContainerStateRunning, ContainerStateTerminated,
+        ContainerStateWaiting, ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus,
+        VolumeMountStatus,
     },
     apimachinery::pkg::apis::meta::v1::Time,
 };
@@ -94,16 +95,29 @@ fn lost() -> ContainerState {
     }
 }
 
-fn container(pod: &Pod, spec: &Spec, state: &PodState, old: Option<&ContainerStatus>, inputs: &Inputs<'_>, init: bool) -> ContainerStatus {
-    let has_init = pod.spec.as_ref().is_some_and(|s| s.init_containers.as_ref().is_some_and(|i| !i.is_empty()));
+fn container(
+    pod: &Pod,
+    spec: &Spec,
+    state: &PodState,
+    old: Option<&ContainerStatus>,
+    inputs: &Inputs<'_>,
+    init: bool,
+) -> ContainerStatus {
+    let has_init =
+        pod.spec.as_ref().is_some_and(|s| s.init_containers.as_ref().is_some_and(|i| !i.is_empty()));
     let default = waiting(if has_init { "PodInitializing" } else { "ContainerCreating" }, "");
-    let mounts: Vec<_> = spec.volume_mounts.iter().flatten().map(|m| VolumeMountStatus {
-        name: m.name.clone(),
-        mount_path: m.mount_path.clone(),
-        read_only: m.read_only,
-        recursive_read_only: (m.read_only == Some(true)).then(|| "Disabled".to_owned()),
-        ..VolumeMountStatus::default()
-    }).collect();
+    let mounts: Vec<_> = spec
+        .volume_mounts
+        .iter()
+        .flatten()
+        .map(|m| VolumeMountStatus {
+            name: m.name.clone(),
+            mount_path: m.mount_path.clone(),
+            read_only: m.read_only,
+            recursive_read_only: (m.read_only == Some(true)).then(|| "Disabled".to_owned()),
+            ..VolumeMountStatus::default()
+        })
+        .collect();
     let mut status = ContainerStatus {
         name: spec.name.clone(),
         image: spec.image.clone().unwrap_or_default(),
@@ -126,16 +140,21 @@ fn container(pod: &Pod, spec: &Spec, state: &PodState, old: Option<&ContainerSta
                 running: Some(ContainerStateRunning { started_at: time(c.started_at) }),
                 ..ContainerState::default()
             },
-            Phase::Exited => ContainerState { terminated: Some(terminated(c, inputs)), ..ContainerState::default() },
+            Phase::Exited => {
+                ContainerState { terminated: Some(terminated(c, inputs)), ..ContainerState::default() }
+            }
             Phase::Created => waiting("ContainerCreating", ""),
             Phase::Unknown => lost(),
         });
-        status.ready = c.phase == Phase::Running && !init || init && c.phase == Phase::Exited && c.exit_code == 0;
+        status.ready =
+            c.phase == Phase::Running && !init || init && c.phase == Phase::Exited && c.exit_code == 0;
         status.started = Some(c.phase == Phase::Running);
         status.last_state = all
             .find(|c| c.phase == Phase::Exited)
             .map(|c| ContainerState { terminated: Some(terminated(c, inputs)), ..ContainerState::default() })
-            .or_else(|| old.filter(|o| o.restart_count == status.restart_count).and_then(|o| o.last_state.clone()));
+            .or_else(|| {
+                old.filter(|o| o.restart_count == status.restart_count).and_then(|o| o.last_state.clone())
+            });
     } else if let Some(old) = old {
         status.restart_count = old.restart_count;
         status.last_state = old.last_state.clone();
@@ -180,7 +199,9 @@ fn initialized(inits: &[ContainerStatus], mains: &[ContainerStatus]) -> bool {
     let begun = |s: &ContainerStatus| {
         exit_code(s.last_state.as_ref()).is_some() || s.state.as_ref().is_some_and(|s| s.waiting.is_none())
     };
-    inits.is_empty() || mains.iter().any(begun) || inits.iter().all(|s| exit_code(s.state.as_ref()) == Some(0))
+    inits.is_empty()
+        || mains.iter().any(begun)
+        || inits.iter().all(|s| exit_code(s.state.as_ref()) == Some(0))
 }
 
 /// The pod's phase by its containers'.
@@ -214,7 +235,9 @@ fn phase(pod: &Pod, inits: &[ContainerStatus], mains: &[ContainerStatus], ended:
             none += 1;
         }
     }
-    if pending_init && !mains.iter().any(|s| s.state.as_ref().is_some_and(|s| s.waiting.is_none())) || none > 0 {
+    if pending_init && !mains.iter().any(|s| s.state.as_ref().is_some_and(|s| s.waiting.is_none()))
+        || none > 0
+    {
         return "Pending";
     }
     if running > 0 {
@@ -239,7 +262,10 @@ impl Conditions<'_> {
     fn add(&mut self, kind: &str, holds: bool, reason: &str, message: &str) {
         let status = if holds { "True" } else { "False" };
         let old = self.old.iter().find(|c| c.type_ == kind);
-        let since = old.filter(|c| c.status == status).and_then(|c| c.last_transition_time.clone()).unwrap_or_else(now);
+        let since = old
+            .filter(|c| c.status == status)
+            .and_then(|c| c.last_transition_time.clone())
+            .unwrap_or_else(now);
         self.new.push(PodCondition {
             type_: kind.to_owned(),
             status: status.to_owned(),
@@ -258,10 +284,16 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
     let statuses = |containers: &[Spec], old: Option<&Vec<ContainerStatus>>, init| -> Vec<ContainerStatus> {
         containers
             .iter()
-            .map(|c| container(pod, c, state, old.into_iter().flatten().find(|o| o.name == c.name), inputs, init))
+            .map(|c| {
+                container(pod, c, state, old.into_iter().flatten().find(|o| o.name == c.name), inputs, init)
+            })
             .collect()
     };
-    let mut inits = statuses(spec.init_containers.as_deref().unwrap_or_default(), old.init_container_statuses.as_ref(), true);
+    let mut inits = statuses(
+        spec.init_containers.as_deref().unwrap_or_default(),
+        old.init_container_statuses.as_ref(),
+        true,
+    );
     let mut mains = statuses(&spec.containers, old.container_statuses.as_ref(), false);
     let begun = initialized(&inits, &mains);
     let settled = matches!(old.phase.as_deref(), Some("Succeeded" | "Failed"));
@@ -299,9 +331,11 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         .filter(|i| !i.is_empty())
         .unwrap_or_else(|| old.pod_ips.iter().flatten().map(|i| i.ip.clone()).collect());
 
-    let names = |list: Vec<&ContainerStatus>| list.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(" ");
+    let names =
+        |list: Vec<&ContainerStatus>| list.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(" ");
     let old_conditions = old.conditions.clone().unwrap_or_default();
-    let mut conditions = Conditions { old: &old_conditions, new: Vec::new(), generation: pod.metadata.generation };
+    let mut conditions =
+        Conditions { old: &old_conditions, new: Vec::new(), generation: pod.metadata.generation };
     let up = sandbox.is_some_and(|s| s.ready) && !final_ && !inputs.ended;
     conditions.add("PodReadyToStartContainers", up, "", "");
     if phase == "Succeeded" {
@@ -330,8 +364,11 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
             .flatten()
             .filter_map(|g| {
                 let kind = &g.condition_type;
-                match pod.status.iter().flat_map(|s| s.conditions.iter().flatten()).find(|c| c.type_ == *kind) {
-                    None => Some(format!("corresponding condition of pod readiness gate \"{kind}\" does not exist.")),
+                match pod.status.iter().flat_map(|s| s.conditions.iter().flatten()).find(|c| c.type_ == *kind)
+                {
+                    None => Some(format!(
+                        "corresponding condition of pod readiness gate \"{kind}\" does not exist."
+                    )),
                     Some(c) if c.status != "True" => Some(format!(
                         "the status of pod readiness gate \"{kind}\" is not \"True\", but {}",
                         c.status

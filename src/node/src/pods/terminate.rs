@@ -20,14 +20,24 @@ impl Worker {
         let shared = self.shared.clone();
         let agent = shared.agent.as_ref();
         for c in state.containers.iter().filter(|c| c.phase == Phase::Running) {
-            self.say_once(pod, Some(&c.name), Kind::Normal, "Killing", format!("Stopping container {}", c.name));
+            self.say_once(
+                pod,
+                Some(&c.name),
+                Kind::Normal,
+                "Killing",
+                format!("Stopping container {}", c.name),
+            );
         }
         // A shorter grace that is asked for meanwhile takes effect at once.
         let mut watch = self.desired.clone();
         let mut grace = desired.grace_seconds();
         loop {
             let stops = futures::future::try_join_all(
-                state.containers.iter().filter(|c| c.phase == Phase::Running).map(|c| agent.stop_container(&c.id, grace)),
+                state
+                    .containers
+                    .iter()
+                    .filter(|c| c.phase == Phase::Running)
+                    .map(|c| agent.stop_container(&c.id, grace)),
             );
             let shorter = watch.wait_for(|d| d.grace_seconds() < grace);
             tokio::select! {
@@ -51,7 +61,9 @@ impl Worker {
         }
         let removed = async {
             for s in &state.sandboxes {
-                agent.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() }).await?;
+                agent
+                    .remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() })
+                    .await?;
             }
             agent.remove_pod_volumes(host::RemovePodVolumesRequest { pod_uid: uid.clone() }).await
         };

@@ -217,11 +217,16 @@ impl Worker {
 
     /// A pod that has ended: its sandbox is stopped, its logs stay until it is deleted.
     async fn finish(&mut self, pod: &Pod, state: PodState) -> Result<Next> {
-        let running: Vec<_> = state.containers.iter().filter(|c| c.phase == Phase::Running).map(|c| c.id.clone()).collect();
+        let running: Vec<_> =
+            state.containers.iter().filter(|c| c.phase == Phase::Running).map(|c| c.id.clone()).collect();
         let grace = self.desired.borrow().grace_seconds();
-        futures::future::try_join_all(running.iter().map(|id| self.shared.agent.stop_container(id, grace))).await?;
+        futures::future::try_join_all(running.iter().map(|id| self.shared.agent.stop_container(id, grace)))
+            .await?;
         for s in state.sandboxes.iter().filter(|s| s.ready) {
-            self.shared.agent.stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: s.id.clone() }).await?;
+            self.shared
+                .agent
+                .stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: s.id.clone() })
+                .await?;
         }
         let state = if running.is_empty() && !state.sandboxes.iter().any(|s| s.ready) {
             state
@@ -233,8 +238,17 @@ impl Worker {
     }
 
     /// Says something once, until [`Self::unsay`].
-    pub(super) fn say_once(&mut self, pod: &Pod, container: Option<&str>, kind: Kind, reason: &'static str, message: String) {
-        if self.said.len() < 1024 && self.said.insert(format!("{reason}/{}/{message}", container.unwrap_or_default())) {
+    pub(super) fn say_once(
+        &mut self,
+        pod: &Pod,
+        container: Option<&str>,
+        kind: Kind,
+        reason: &'static str,
+        message: String,
+    ) {
+        if self.said.len() < 1024
+            && self.said.insert(format!("{reason}/{}/{message}", container.unwrap_or_default()))
+        {
             self.shared.events.pod(pod, container, kind, reason, message);
         }
     }
@@ -314,10 +328,15 @@ impl Worker {
         let running = state.sandbox().filter(|s| s.ready && !s.ips.is_empty()).map(|s| s.ips.clone());
         let shared = self.shared.clone();
         let facts = self.facts(running.as_deref().unwrap_or_default());
-        let due = running.is_none() || self.volumes_at.is_none_or(|at| at.elapsed() >= shared.config.volume_refresh);
+        let due = running.is_none()
+            || self.volumes_at.is_none_or(|at| at.elapsed() >= shared.config.volume_refresh);
         let mut volumes = std::mem::take(&mut self.volumes);
         let volumes_done = async {
-            if due { volumes.apply(shared.agent.as_ref(), shared.cluster.as_ref(), pod, &facts).await } else { Ok(()) }
+            if due {
+                volumes.apply(shared.agent.as_ref(), shared.cluster.as_ref(), pod, &facts).await
+            } else {
+                Ok(())
+            }
         };
         let (volumes_outcome, sandbox_outcome) = match running {
             Some(ips) => (volumes_done.await, Ok(ips)),
@@ -358,7 +377,9 @@ impl Worker {
     fn retry_sandbox(&mut self) -> Duration {
         let now = Timestamp::now();
         self.backoff.raise("\0sandbox", now, now);
-        self.backoff.remaining("\0sandbox", now, now).map_or(Duration::from_secs(5), |(left, _)| left.min(Duration::from_secs(60)))
+        self.backoff
+            .remaining("\0sandbox", now, now)
+            .map_or(Duration::from_secs(5), |(left, _)| left.min(Duration::from_secs(60)))
     }
 
     /// The kubelet's pace for mounts: half a second, doubling to two minutes.
@@ -373,20 +394,40 @@ impl Worker {
         let mut attempt = 0;
         if let Some(newest) = state.sandbox() {
             attempt = newest.attempt + 1;
-            shared.events.pod(pod, None, Kind::Normal, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.");
+            shared.events.pod(
+                pod,
+                None,
+                Kind::Normal,
+                "SandboxChanged",
+                "Pod sandbox changed, it will be killed and re-created.",
+            );
             for s in &state.sandboxes {
                 agent.stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: s.id.clone() }).await?;
             }
         }
         let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
         let info = shared.info.borrow().clone();
-        let config = sandbox::config(pod, attempt, &shared.config, &info.pod_logs_dir, info.sandbox_overhead_memory_bytes, &resolv)?;
-        agent.run_pod_sandbox(v1::RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() }).await?;
+        let config = sandbox::config(
+            pod,
+            attempt,
+            &shared.config,
+            &info.pod_logs_dir,
+            info.sandbox_overhead_memory_bytes,
+            &resolv,
+        )?;
+        agent
+            .run_pod_sandbox(v1::RunPodSandboxRequest {
+                config: Some(config),
+                runtime_handler: String::new(),
+            })
+            .await?;
         *state = PodState::read(agent, names::uid(pod)).await?;
         // Old sandboxes are kept for as long as their containers are anybody's last state.
         for s in state.sandboxes.iter().skip(1) {
             if !state.containers.iter().any(|c| c.sandbox == s.id) {
-                agent.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() }).await?;
+                agent
+                    .remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() })
+                    .await?;
             }
         }
         match state.sandbox().filter(|s| s.ready) {
@@ -396,10 +437,18 @@ impl Worker {
     }
 
     /// Init containers in their order, then all others.
-    async fn run_containers(&mut self, pod: &Pod, state: &mut PodState, ips: &[String], hosts_path: &str, next: &mut Option<Duration>) -> Result<()> {
+    async fn run_containers(
+        &mut self,
+        pod: &Pod,
+        state: &mut PodState,
+        ips: &[String],
+        hosts_path: &str,
+        next: &mut Option<Duration>,
+    ) -> Result<()> {
         let Some(current) = state.sandbox().map(|s| s.id.clone()) else { return Ok(()) };
         let spec = pod.spec.clone().unwrap_or_default();
-        let begun = spec.containers.iter().any(|c| state.newest(&c.name).is_some_and(|n| n.sandbox == current));
+        let begun =
+            spec.containers.iter().any(|c| state.newest(&c.name).is_some_and(|n| n.sandbox == current));
         if !begun {
             for container in spec.init_containers.iter().flatten() {
                 let newest = state.newest(&container.name).filter(|n| n.sandbox == current).cloned();
@@ -416,7 +465,9 @@ impl Worker {
             let newest = state.newest(&container.name);
             // With OnFailure what has succeeded is not run again in a new sandbox.
             let over = newest.is_some_and(|n| {
-                n.phase == Phase::Exited && (n.sandbox == current || restart::policy(pod) == "OnFailure") && !restart::wanted(pod, n)
+                n.phase == Phase::Exited
+                    && (n.sandbox == current || restart::policy(pod) == "OnFailure")
+                    && !restart::wanted(pod, n)
             });
             let up = newest.is_some_and(|n| n.sandbox == current && n.phase == Phase::Running);
             if !over && !up {
@@ -450,7 +501,9 @@ impl Worker {
             }
         }
         for s in state.sandboxes.iter().skip(1).filter(|s| !kept.contains(&s.id)) {
-            if let Err(error) = agent.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() }).await {
+            if let Err(error) =
+                agent.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() }).await
+            {
                 debug!(error = %chain(&error), "old sandbox not removed");
             }
         }
@@ -467,8 +520,9 @@ impl Worker {
             let Ok(answer) = agent.termination_message(request).await else { continue };
             let mut data = answer.data;
             data.truncate(4096);
-            let falls_back = resources::all_containers(pod)
-                .any(|s| s.name == c.name && s.termination_message_policy.as_deref() == Some("FallbackToLogsOnError"));
+            let falls_back = resources::all_containers(pod).any(|s| {
+                s.name == c.name && s.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
+            });
             if data.is_empty() && falls_back && c.exit_code != 0 {
                 data = agent.log_tail(&c.id, 80, 2048).await.unwrap_or_default();
             }
@@ -481,7 +535,8 @@ impl Worker {
     pub(super) async fn report(&mut self, pod: &Pod, state: &PodState, ended: bool) {
         self.read_messages(pod, state).await;
         let host_ips = self.shared.host_ips();
-        let runtime = self.shared.info.borrow().runtime_version.split("://").next().unwrap_or("moxlet").to_owned();
+        let runtime =
+            self.shared.info.borrow().runtime_version.split("://").next().unwrap_or("moxlet").to_owned();
         let inputs = status::Inputs {
             waiting: self.waiting.clone(),
             messages: self.messages.clone(),
@@ -502,7 +557,8 @@ impl Worker {
             .map(|c| {
                 let mut history = state.history(&c.name);
                 let (current, previous) = (history.next(), history.next());
-                let log = |attempt| format!("{}/{}", names::log_directory(pod), names::log_file(&c.name, attempt));
+                let log =
+                    |attempt| format!("{}/{}", names::log_directory(pod), names::log_file(&c.name, attempt));
                 let view = ContainerView {
                     current: current.map(|c| c.id.clone()),
                     previous: previous.map(|c| c.id.clone()),

@@ -81,7 +81,12 @@ fn optional<T: Default>(answer: Result<T>, optional: bool) -> Result<T, String> 
     }
 }
 
-fn downward(pod: &Pod, facts: &Facts, items: Option<&Vec<DownwardAPIVolumeFile>>, default_mode: Option<i32>) -> Result<Vec<VolumeFile>, String> {
+fn downward(
+    pod: &Pod,
+    facts: &Facts,
+    items: Option<&Vec<DownwardAPIVolumeFile>>,
+    default_mode: Option<i32>,
+) -> Result<Vec<VolumeFile>, String> {
     let mut files = Vec::new();
     for item in items.into_iter().flatten() {
         let value = match (&item.field_ref, &item.resource_field_ref) {
@@ -91,7 +96,11 @@ fn downward(pod: &Pod, facts: &Facts, items: Option<&Vec<DownwardAPIVolumeFile>>
                 .ok_or_else(|| format!("unsupported container resource : {}", r.resource))?,
             (None, None) => continue,
         };
-        files.push(VolumeFile { path: item.path.clone(), data: value.into_bytes(), mode: mode(item.mode, default_mode) });
+        files.push(VolumeFile {
+            path: item.path.clone(),
+            data: value.into_bytes(),
+            mode: mode(item.mode, default_mode),
+        });
     }
     Ok(files)
 }
@@ -105,26 +114,43 @@ pub(crate) async fn gather(
     tokens: &HashMap<String, Token>,
 ) -> Result<Content> {
     let failed = |reason: String| Error::Volume { volume: volume.name.clone(), reason };
-    let mut content = Content { kind: VolumeKind::Files, files: Vec::new(), size_bytes: 0, tokens: Vec::new() };
+    let mut content =
+        Content { kind: VolumeKind::Files, files: Vec::new(), size_bytes: 0, tokens: Vec::new() };
     let namespace = names::namespace(pod);
     if let Some(dir) = &volume.empty_dir {
         content.kind = match dir.medium.as_deref() {
             Some("Memory") => VolumeKind::EmptyDirMemory,
             _ => VolumeKind::EmptyDir,
         };
-        content.size_bytes =
-            dir.size_limit.as_ref().and_then(|q| resources::units(&q.0)).and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+        content.size_bytes = dir
+            .size_limit
+            .as_ref()
+            .and_then(|q| resources::units(&q.0))
+            .and_then(|n| u64::try_from(n).ok())
+            .unwrap_or(0);
     } else if let Some(source) = &volume.config_map {
         let may_miss = source.optional == Some(true);
         let map = optional(cluster.config_map(namespace, &source.name).await, may_miss).map_err(failed)?;
-        content.files = project(map_data(map), source.items.as_ref(), source.default_mode, may_miss, "configmap references non-existent config key")
-            .map_err(failed)?;
+        content.files = project(
+            map_data(map),
+            source.items.as_ref(),
+            source.default_mode,
+            may_miss,
+            "configmap references non-existent config key",
+        )
+        .map_err(failed)?;
     } else if let Some(source) = &volume.secret {
         let may_miss = source.optional == Some(true);
         let name = source.secret_name.as_deref().unwrap_or_default();
         let secret = optional(cluster.secret(namespace, name).await, may_miss).map_err(failed)?;
-        content.files = project(secret_data(secret), source.items.as_ref(), source.default_mode, may_miss, "references non-existent secret key")
-            .map_err(failed)?;
+        content.files = project(
+            secret_data(secret),
+            source.items.as_ref(),
+            source.default_mode,
+            may_miss,
+            "references non-existent secret key",
+        )
+        .map_err(failed)?;
     } else if let Some(source) = &volume.downward_api {
         content.files = downward(pod, facts, source.items.as_ref(), source.default_mode).map_err(failed)?;
     } else if let Some(source) = &volume.projected {
@@ -134,11 +160,23 @@ pub(crate) async fn gather(
             let files = if let Some(p) = &part.config_map {
                 let may_miss = p.optional == Some(true);
                 let map = optional(cluster.config_map(namespace, &p.name).await, may_miss)?;
-                project(map_data(map), p.items.as_ref(), default_mode, may_miss, "configmap references non-existent config key")?
+                project(
+                    map_data(map),
+                    p.items.as_ref(),
+                    default_mode,
+                    may_miss,
+                    "configmap references non-existent config key",
+                )?
             } else if let Some(p) = &part.secret {
                 let may_miss = p.optional == Some(true);
                 let secret = optional(cluster.secret(namespace, &p.name).await, may_miss)?;
-                project(secret_data(secret), p.items.as_ref(), default_mode, may_miss, "references non-existent secret key")?
+                project(
+                    secret_data(secret),
+                    p.items.as_ref(),
+                    default_mode,
+                    may_miss,
+                    "references non-existent secret key",
+                )?
             } else if let Some(p) = &part.downward_api {
                 downward(pod, facts, p.items.as_ref(), default_mode)?
             } else if let Some(p) = &part.service_account_token {
@@ -157,12 +195,18 @@ pub(crate) async fn gather(
                             // An old one that still holds is better than none.
                             Err(e) => match tokens.get(&place).filter(|t| t.expires > now) {
                                 Some(token) => token.clone(),
-                                None => return Err(format!("failed to fetch token: {}", crate::error::chain(&e))),
+                                None => {
+                                    return Err(format!("failed to fetch token: {}", crate::error::chain(&e)));
+                                }
                             },
                         }
                     }
                 };
-                let private = pod.spec.as_ref().and_then(|s| s.security_context.as_ref()).is_some_and(|c| c.fs_group.is_some());
+                let private = pod
+                    .spec
+                    .as_ref()
+                    .and_then(|s| s.security_context.as_ref())
+                    .is_some_and(|c| c.fs_group.is_some());
                 let mode = if private { 0o600 } else { mode(None, default_mode) };
                 vec![VolumeFile { path: p.path.clone(), data: token.value.into_bytes(), mode }]
             } else {

@@ -60,7 +60,11 @@ pub(crate) fn hosts_file(pod: &Pod, ips: &[String], cluster_domain: &str) -> Str
     if !aliases.is_empty() {
         text.push_str("\n# Entries added by HostAliases.\n");
         for alias in aliases {
-            text.push_str(&format!("{}\t{}\n", alias.ip, alias.hostnames.as_deref().unwrap_or_default().join("\t")));
+            text.push_str(&format!(
+                "{}\t{}\n",
+                alias.ip,
+                alias.hostnames.as_deref().unwrap_or_default().join("\t")
+            ));
         }
     }
     text
@@ -73,7 +77,10 @@ fn parse(text: &str) -> DnsConfig {
         let mut words = line.split_whitespace();
         match words.next() {
             Some("nameserver") => dns.servers.extend(words.next().map(str::to_owned)),
-            Some("search") => dns.searches = words.map(|w| w.trim_end_matches('.').to_owned()).filter(|w| !w.is_empty()).collect(),
+            Some("search") => {
+                dns.searches =
+                    words.map(|w| w.trim_end_matches('.').to_owned()).filter(|w| !w.is_empty()).collect()
+            }
             Some("options") => dns.options = words.map(str::to_owned).collect(),
             _ => {}
         }
@@ -137,7 +144,8 @@ mod tests {
     use super::*;
 
     fn pod(spec: &serde_json::Value) -> Pod {
-        serde_json::from_value(serde_json::json!({"metadata": {"name": "p", "namespace": "n"}, "spec": spec})).unwrap()
+        serde_json::from_value(serde_json::json!({"metadata": {"name": "p", "namespace": "n"}, "spec": spec}))
+            .unwrap()
     }
 
     #[test]
@@ -146,13 +154,17 @@ mod tests {
         let mut p = pod(&serde_json::json!({"containers": []}));
         p.metadata.name = Some(long);
         assert_eq!(hostname(&p, "cluster.local").unwrap().0, "a".repeat(62));
-        let p = pod(&serde_json::json!({"containers": [], "hostname": "h", "subdomain": "s", "setHostnameAsFQDN": true}));
+        let p = pod(
+            &serde_json::json!({"containers": [], "hostname": "h", "subdomain": "s", "setHostnameAsFQDN": true}),
+        );
         assert_eq!(shown_hostname(&p, "cluster.local").unwrap(), "h.s.n.svc.cluster.local");
     }
 
     #[test]
     fn hosts_with_aliases() {
-        let p = pod(&serde_json::json!({"containers": [], "hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a", "b"]}]}));
+        let p = pod(
+            &serde_json::json!({"containers": [], "hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a", "b"]}]}),
+        );
         let text = hosts_file(&p, &["10.0.0.2".into()], "cluster.local");
         assert!(text.contains("\n10.0.0.2\tp\n") && text.ends_with("\n1.2.3.4\ta\tb\n"), "{text}");
     }
@@ -163,8 +175,14 @@ mod tests {
         let config = Config { cluster_dns: vec!["10.96.0.10".parse().unwrap()], ..Config::default() };
         let first = dns(&pod(&serde_json::json!({"containers": []})), &config, host);
         assert_eq!(first.servers, ["10.96.0.10"]);
-        assert_eq!(first.searches, ["n.svc.cluster.local", "svc.cluster.local", "cluster.local", "example.org"]);
-        assert_eq!(dns(&pod(&serde_json::json!({"containers": [], "dnsPolicy": "Default"})), &config, host).servers, ["9.9.9.9"]);
+        assert_eq!(
+            first.searches,
+            ["n.svc.cluster.local", "svc.cluster.local", "cluster.local", "example.org"]
+        );
+        assert_eq!(
+            dns(&pod(&serde_json::json!({"containers": [], "dnsPolicy": "Default"})), &config, host).servers,
+            ["9.9.9.9"]
+        );
         let none = pod(&serde_json::json!({"containers": [], "dnsPolicy": "None", "dnsConfig": {
             "nameservers": ["1.1.1.1"], "options": [{"name": "ndots", "value": "2"}]}}));
         let none = dns(&none, &config, host);

@@ -65,10 +65,11 @@ impl Volumes {
             .and_then(|g| u32::try_from(g).ok());
         let tokens = &self.tokens;
         let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
-        let gathered = futures::future::join_all(volumes.map(|v| async move {
-            (v.name.clone(), content::gather(cluster, pod, v, facts, tokens).await)
-        }))
-        .await;
+        let gathered =
+            futures::future::join_all(volumes.map(|v| async move {
+                (v.name.clone(), content::gather(cluster, pod, v, facts, tokens).await)
+            }))
+            .await;
         let mut first_error = None;
         for (name, result) in gathered {
             let outcome = match result {
@@ -112,7 +113,12 @@ impl Volumes {
     }
 
     /// Writes the pod's `/etc/hosts` and answers where it lies on the host.
-    pub(crate) async fn apply_hosts(&mut self, agent: &dyn Runtime, pod: &Pod, text: String) -> Result<String> {
+    pub(crate) async fn apply_hosts(
+        &mut self,
+        agent: &dyn Runtime,
+        pod: &Pod,
+        text: String,
+    ) -> Result<String> {
         let request = host::ApplyVolumeRequest {
             pod_uid: names::uid(pod).to_owned(),
             name: HOSTS_VOLUME.to_owned(),

@@ -97,7 +97,8 @@ fn parse(mountinfo: &str, cgroup_of_first: &str) -> Vec<Hierarchy> {
         cgroup_of_first.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':').skip(1);
             let (controllers, path) = (fields.next()?, fields.next()?);
-            wanted(controllers).then(|| path.trim_end_matches("/init.scope").trim_start_matches('/').to_owned())
+            wanted(controllers)
+                .then(|| path.trim_end_matches("/init.scope").trim_start_matches('/').to_owned())
         })
     };
     let mut found: Vec<Hierarchy> = Vec::new();

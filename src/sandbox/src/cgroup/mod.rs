@@ -87,7 +87,12 @@ impl ContainerCgroups {
     }
 
     /// Changes the limits of a container, or of the CT as a whole; what is `None` stays as it is.
-    pub fn update(&self, sandbox: &SandboxId, container: Option<&ContainerId>, limits: &Limits) -> Result<()> {
+    pub fn update(
+        &self,
+        sandbox: &SandboxId,
+        container: Option<&ContainerId>,
+        limits: &Limits,
+    ) -> Result<()> {
         for (controller, file, value) in limit_files(limits, self.v1) {
             let dir = self.dir(controller, sandbox, container)?;
             let path = dir.join(file);
@@ -173,8 +178,10 @@ impl ContainerCgroups {
     /// Whether a process is in the CT's payload cgroup under the very name that the other functions look for.
     pub(crate) fn is_in_place(&self, sandbox: &SandboxId, pid: u32) -> bool {
         let wanted = format!("/lxc.payload.{sandbox}");
-        read_bounded(Path::new(&format!("/proc/{pid}/cgroup")), FILE_MAX)
-            .is_ok_and(|text| !text.is_empty() && text.lines().all(|line| line.contains(&wanted) && !line.contains(&format!("{wanted}-"))))
+        read_bounded(Path::new(&format!("/proc/{pid}/cgroup")), FILE_MAX).is_ok_and(|text| {
+            !text.is_empty()
+                && text.lines().all(|line| line.contains(&wanted) && !line.contains(&format!("{wanted}-")))
+        })
     }
 
     /// The processes of liblxc's monitors of a CT.
@@ -225,14 +232,14 @@ pub fn set_oom_score_adj(pid: u32, adj: i32) -> Result<i32> {
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
         Err(e) => return Err(crate::error::io("write", path)(e)),
     }
-    let now: i32 = read_bounded(&path, 64)
-        .map_err(crate::error::io("read", &path))?
-        .trim()
-        .parse()
-        .unwrap_or(0);
+    let now: i32 =
+        read_bounded(&path, 64).map_err(crate::error::io("read", &path))?.trim().parse().unwrap_or(0);
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        tracing::warn!(wanted = adj, "the kernel refuses to lower oom_score_adj that far; it is set as low as allowed");
+        tracing::warn!(
+            wanted = adj,
+            "the kernel refuses to lower oom_score_adj that far; it is set as low as allowed"
+        );
     });
     if now > 0 && put(adj.max(0)).is_ok() {
         return Ok(adj.max(0));
@@ -427,7 +434,13 @@ mod tests {
         let v2: Vec<_> = limit_files(&all(), false).into_iter().map(|(_, f, v)| format!("{f}={v}")).collect();
         assert_eq!(
             v2,
-            ["memory.max=67108864", "memory.swap.max=0", "cpu.max=50000 100000", "cpu.weight=20", "pids.max=100"]
+            [
+                "memory.max=67108864",
+                "memory.swap.max=0",
+                "cpu.max=50000 100000",
+                "cpu.weight=20",
+                "pids.max=100"
+            ]
         );
         assert!(limit_files(&Limits::default(), true).is_empty());
         let unlimited = Limits { cpu_quota_us: Some(-1), ..Limits::default() };

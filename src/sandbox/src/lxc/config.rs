@@ -65,7 +65,11 @@ fn check_sysctl(name: &str, value: &str) -> Result<()> {
         return Err(invalid("sysctl", name, "only sysctls of a pod's own namespaces can be set"));
     }
     if value.is_empty() || value.len() > 1024 || value.chars().any(char::is_control) {
-        return Err(invalid(format!("value of sysctl {name}"), value, "it is empty, too long or not one line"));
+        return Err(invalid(
+            format!("value of sysctl {name}"),
+            value,
+            "it is empty, too long or not one line",
+        ));
     }
     Ok(())
 }
@@ -177,7 +181,9 @@ mod tests {
         let v1 = render(&spec(), &around(true)).unwrap();
         assert!(v1.contains("lxc.mount.auto = proc:rw sys:mixed cgroup:mixed:force\n"));
         assert!(v1.contains("lxc.idmap = u 0 100000 65536\nlxc.idmap = g 0 100000 65536\n"));
-        assert!(v1.contains("= /var/lib/moxlet/pods/a\\040b run/moxlet/pod none rbind,rslave,create=dir 0 0\n"));
+        assert!(
+            v1.contains("= /var/lib/moxlet/pods/a\\040b run/moxlet/pod none rbind,rslave,create=dir 0 0\n")
+        );
         assert!(v1.contains("lxc.sysctl.net.ipv4.ip_unprivileged_port_start = 0\n"));
         assert!(!v1.contains("apparmor"));
         let v2 = render(&spec(), &around(false)).unwrap();

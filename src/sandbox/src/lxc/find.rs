@@ -25,7 +25,8 @@ pub(super) fn find(cgroups: &ContainerCgroups, id: &SandboxId) -> Found {
     let monitors = cgroups.monitor_processes(id);
     let depth = status("self").map_or(1, |s| s.ns_pids.len());
     let is_init = |pid: &u32| {
-        status(&pid.to_string()).is_some_and(|s| !s.dead && s.ns_pids.len() == depth + 1 && s.ns_pids.last() == Some(&1))
+        status(&pid.to_string())
+            .is_some_and(|s| !s.dead && s.ns_pids.len() == depth + 1 && s.ns_pids.last() == Some(&1))
     };
     let of_monitors = monitors.iter().flat_map(|pid| children(*pid)).find(is_init);
     let init = of_monitors.or_else(|| cgroups.payload_processes(id).into_iter().find(is_init));

@@ -88,8 +88,12 @@ impl LxcEngine {
         if major < 5 {
             return Err(Error::Host(format!("LXC {major}.{minor} is too old: install LXC 5.0 or newer")));
         }
-        if read_bounded(Path::new("/proc/sys/user/max_user_namespaces"), 64).is_ok_and(|text| text.trim() == "0") {
-            return Err(Error::Host("user namespaces are off: run `sysctl user.max_user_namespaces=65536`".into()));
+        if read_bounded(Path::new("/proc/sys/user/max_user_namespaces"), 64)
+            .is_ok_and(|text| text.trim() == "0")
+        {
+            return Err(Error::Host(
+                "user namespaces are off: run `sysctl user.max_user_namespaces=65536`".into(),
+            ));
         }
         subid::ensure(config.map, config.manage_subids)?;
         let (lxcpath, root) = (dir.join("ct"), dir.join("root"));
@@ -99,7 +103,9 @@ impl LxcEngine {
         root::check_reachable(&root.join("proc"))?;
         let apparmor = apparmor_enabled();
         if apparmor && !tool::is_installed("apparmor_parser") {
-            return Err(Error::Host("AppArmor is on but apparmor_parser is missing: install the package apparmor".into()));
+            return Err(Error::Host(
+                "AppArmor is on but apparmor_parser is missing: install the package apparmor".into(),
+            ));
         }
         let engine = Self {
             inner: Arc::new(Inner {
@@ -132,7 +138,9 @@ impl LxcEngine {
                 remove_all(dir)?;
             }
             // Directories that liblxc made above its lock files, and our own: gone if nothing else is in them.
-            for dir in locks.ancestors().skip(1).take_while(|d| d.starts_with(LOCKS) && *d != Path::new(LOCKS)) {
+            for dir in
+                locks.ancestors().skip(1).take_while(|d| d.starts_with(LOCKS) && *d != Path::new(LOCKS))
+            {
                 if fs::remove_dir(dir).is_err() {
                     break;
                 }
@@ -155,7 +163,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 fn apparmor_enabled() -> bool {
-    read_bounded(Path::new("/sys/module/apparmor/parameters/enabled"), 16).is_ok_and(|text| text.starts_with('Y'))
+    read_bounded(Path::new("/sys/module/apparmor/parameters/enabled"), 16)
+        .is_ok_and(|text| text.starts_with('Y'))
 }
 
 fn remove_all(dir: &Path) -> Result<()> {
@@ -249,7 +258,9 @@ impl Inner {
         .await;
         let found = started.and_then(|()| match find(&self.cgroups, id).init {
             Some(pid) if self.cgroups.is_in_place(id, pid) => Ok(pid),
-            Some(_) => Err(Error::Host(format!("liblxc did not put CT {id} into the cgroup lxc.payload.{id}"))),
+            Some(_) => {
+                Err(Error::Host(format!("liblxc did not put CT {id} into the cgroup lxc.payload.{id}")))
+            }
             None => Err(Error::Tool {
                 program: "init".into(),
                 ct: id.to_string(),
@@ -284,7 +295,12 @@ impl Inner {
             process.signal(Signal::KILL).map_err(io("kill", self.dir(id)))?;
             if !process.ended_within(KILL_LIMIT).await {
                 let seconds = KILL_LIMIT.as_secs();
-                return Err(Error::Timeout { what: "the end of the init", ct: id.to_string(), seconds, tail: String::new() });
+                return Err(Error::Timeout {
+                    what: "the end of the init",
+                    ct: id.to_string(),
+                    seconds,
+                    tail: String::new(),
+                });
             }
         }
         for pid in monitors {

@@ -31,12 +31,14 @@ pub(super) async fn version() -> Result<(u32, u32)> {
         .await
         .map_err(|source| Error::Spawn { program: START.into(), source })?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    parse_version(&text)
-        .ok_or_else(|| Error::Host(format!("{START} --version said {:?}", text.chars().take(80).collect::<String>())))
+    parse_version(&text).ok_or_else(|| {
+        Error::Host(format!("{START} --version said {:?}", text.chars().take(80).collect::<String>()))
+    })
 }
 
 fn parse_version(text: &str) -> Option<(u32, u32)> {
-    let mut numbers = text.trim().split('.').map(|n| n.chars().take_while(char::is_ascii_digit).collect::<String>());
+    let mut numbers =
+        text.trim().split('.').map(|n| n.chars().take_while(char::is_ascii_digit).collect::<String>());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
@@ -80,7 +82,9 @@ pub(super) async fn start(start: &Start<'_>) -> Result<()> {
     let ct = start.id.to_string();
     match ended {
         Ok(Ok(status)) if status.success() => Ok(()),
-        Ok(Ok(status)) => Err(Error::Tool { program: START.into(), ct, status: status.to_string(), tail: said() }),
+        Ok(Ok(status)) => {
+            Err(Error::Tool { program: START.into(), ct, status: status.to_string(), tail: said() })
+        }
         Ok(Err(source)) => Err(Error::Spawn { program: START.into(), source }),
         Err(_) => {
             let _ = child.kill().await;
