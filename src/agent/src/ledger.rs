@@ -1,0 +1,333 @@
+//! What the agent remembers on disk: one small file for each sandbox and container.
+//!
+//! A file is replaced as a whole (temporary file, fsync, rename), so that a crash leaves the old or the new one. What a
+//! host really has (CTs, mounts, roots, addresses) is compared with it at the start; see `recover`. No environment
+//! variable is written: they may hold secrets.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{Read, Write},
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use moxlet_ids::{ContainerId, Digest, PodUid, SandboxId};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::error::{Error, Result};
+
+/// The format of the files.
+const VERSION: u32 = 1;
+/// The largest file that is read, in bytes: annotations of a pod are at most 256 KiB.
+const MAX_FILE: u64 = 2 << 20;
+
+/// How far a sandbox is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Phase {
+    /// Being made; found after a crash it is removed.
+    Creating,
+    /// Its CT runs and has its network.
+    Ready,
+    /// Its CT is stopped, its network is released.
+    NotReady,
+    /// Being removed; found after a crash that is ended.
+    Removing,
+}
+
+/// A sandbox as it is remembered.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct SandboxRecord {
+    version: u32,
+    /// Its id, also the CT's name.
+    pub(crate) id: SandboxId,
+    /// How far it is.
+    pub(crate) phase: Phase,
+    /// Nanoseconds since 1970.
+    pub(crate) created_at_ns: i64,
+    /// The pod.
+    pub(crate) namespace: String,
+    /// The pod.
+    pub(crate) name: String,
+    /// The pod.
+    pub(crate) uid: PodUid,
+    /// How many sandboxes the pod had before.
+    pub(crate) attempt: u32,
+    /// The pod's host name.
+    pub(crate) hostname: String,
+    /// Where its logs lie on the host.
+    pub(crate) log_directory: Option<PathBuf>,
+    /// CRI labels.
+    pub(crate) labels: BTreeMap<String, String>,
+    /// CRI annotations.
+    pub(crate) annotations: BTreeMap<String, String>,
+    /// Its addresses.
+    pub(crate) ips: Vec<IpAddr>,
+    /// Whether its containers see one another's processes.
+    pub(crate) share_pids: bool,
+}
+
+/// How a container ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Exit {
+    /// 128 + n after signal n.
+    pub(crate) code: i32,
+    /// `Completed`, `Error`, `OOMKilled`, `StartError`, `ContainerStatusUnknown`.
+    pub(crate) reason: String,
+    /// Why it could not be started.
+    pub(crate) message: String,
+    /// Nanoseconds since 1970, 0 if it never started.
+    pub(crate) started_at_ns: i64,
+    /// Nanoseconds since 1970.
+    pub(crate) finished_at_ns: i64,
+}
+
+/// A container as it is remembered.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ContainerRecord {
+    version: u32,
+    /// Its id.
+    pub(crate) id: ContainerId,
+    /// Its sandbox.
+    pub(crate) sandbox: SandboxId,
+    /// Whether it is complete; found otherwise after a crash it is removed.
+    pub(crate) created: bool,
+    /// Whether `StartContainer` was called.
+    pub(crate) started: bool,
+    /// Nanoseconds since 1970.
+    pub(crate) created_at_ns: i64,
+    /// Its name in the pod.
+    pub(crate) name: String,
+    /// How many of the name were before.
+    pub(crate) attempt: u32,
+    /// The image as it was asked for.
+    pub(crate) image: String,
+    /// The image as the user wrote it.
+    pub(crate) user_image: String,
+    /// The image's id.
+    pub(crate) image_id: Digest,
+    /// CRI labels.
+    pub(crate) labels: BTreeMap<String, String>,
+    /// CRI annotations.
+    pub(crate) annotations: BTreeMap<String, String>,
+    /// Its log, relative to the sandbox's log directory; empty: none.
+    pub(crate) log_path: String,
+    /// Whether it has a terminal.
+    pub(crate) tty: bool,
+    /// Whether it has a standard input.
+    pub(crate) stdin: bool,
+    /// Bytes of memory it may use.
+    pub(crate) memory_limit: Option<u64>,
+    /// What is mounted in it, for `ContainerStatus`.
+    pub(crate) mounts: Vec<MountRecord>,
+    /// How it ended.
+    pub(crate) exit: Option<Exit>,
+}
+
+/// A mount of a container, as `ContainerStatus` shows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct MountRecord {
+    /// Where on the host.
+    pub(crate) host_path: String,
+    /// Where in the container.
+    pub(crate) container_path: String,
+    /// Whether it is read-only.
+    pub(crate) read_only: bool,
+}
+
+impl SandboxRecord {
+    /// A record of the present format; the rest is filled in by the caller.
+    pub(crate) fn new(id: SandboxId, uid: PodUid, created_at_ns: i64) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            phase: Phase::Creating,
+            created_at_ns,
+            namespace: String::new(),
+            name: String::new(),
+            uid,
+            attempt: 0,
+            hostname: String::new(),
+            log_directory: None,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            ips: Vec::new(),
+            share_pids: false,
+        }
+    }
+}
+
+impl ContainerRecord {
+    /// A record of the present format; the rest is filled in by the caller.
+    pub(crate) fn new(id: ContainerId, sandbox: SandboxId, image_id: Digest, created_at_ns: i64) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            sandbox,
+            created: false,
+            started: false,
+            created_at_ns,
+            name: String::new(),
+            attempt: 0,
+            image: String::new(),
+            user_image: String::new(),
+            image_id,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            log_path: String::new(),
+            tty: false,
+            stdin: false,
+            memory_limit: None,
+            mounts: Vec::new(),
+            exit: None,
+        }
+    }
+}
+
+/// The files.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    sandboxes: PathBuf,
+    containers: PathBuf,
+}
+
+fn fault(path: &Path, reason: impl std::fmt::Display) -> Error {
+    Error::Ledger { path: path.to_owned(), reason: reason.to_string() }
+}
+
+/// Replaces a file as a whole.
+fn replace(dir: &Path, name: &str, record: &impl Serialize) -> Result<()> {
+    let path = dir.join(format!("{name}.json"));
+    let bytes = serde_json::to_vec(record).map_err(|e| fault(&path, e))?;
+    let temporary = dir.join(format!(".{name}.tmp"));
+    let written = (|| {
+        let mut file = File::create(&temporary)?;
+        file.write_all(&bytes)?;
+        file.sync_data()?;
+        fs::rename(&temporary, &path)?;
+        File::open(dir)?.sync_all()
+    })();
+    written.map_err(|e| fault(&path, e))
+}
+
+fn remove(dir: &Path, name: &str) -> Result<()> {
+    let path = dir.join(format!("{name}.json"));
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(fault(&path, e)),
+        _ => Ok(()),
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|e| fault(path, e))?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| fault(path, e))?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(fault(path, "is too large"));
+    }
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| fault(path, e))?;
+    match value.get("version").and_then(serde_json::Value::as_u64) {
+        Some(v) if v <= u64::from(VERSION) => serde_json::from_value(value).map_err(|e| fault(path, e)),
+        Some(v) => Err(fault(path, format!("is of format {v}; this version of Moxlet reads up to {VERSION}"))),
+        None => Err(fault(path, "has no version")),
+    }
+}
+
+fn read_all<T: DeserializeOwned>(dir: &Path) -> Result<Vec<T>> {
+    let mut records = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|e| fault(dir, e))? {
+        let path = entry.map_err(|e| fault(dir, e))?.path();
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("json") => records.push(read(&path)?),
+            // What a crash left of a replacement.
+            _ => drop(fs::remove_file(&path)),
+        }
+    }
+    Ok(records)
+}
+
+impl Ledger {
+    /// Opens or makes the directory of the ledger.
+    pub(crate) fn open(dir: &Path) -> Result<Self> {
+        let ledger = Self { sandboxes: dir.join("sandboxes"), containers: dir.join("containers") };
+        for dir in [&ledger.sandboxes, &ledger.containers] {
+            fs::create_dir_all(dir).map_err(|e| fault(dir, e))?;
+        }
+        Ok(ledger)
+    }
+
+    /// Writes a sandbox.
+    pub(crate) fn put_sandbox(&self, record: &SandboxRecord) -> Result<()> {
+        replace(&self.sandboxes, record.id.as_str(), record)
+    }
+
+    /// Forgets a sandbox. Idempotent.
+    pub(crate) fn remove_sandbox(&self, id: &SandboxId) -> Result<()> {
+        remove(&self.sandboxes, id.as_str())
+    }
+
+    /// Writes a container.
+    pub(crate) fn put_container(&self, record: &ContainerRecord) -> Result<()> {
+        replace(&self.containers, record.id.as_str(), record)
+    }
+
+    /// Forgets a container. Idempotent.
+    pub(crate) fn remove_container(&self, id: &ContainerId) -> Result<()> {
+        remove(&self.containers, id.as_str())
+    }
+
+    /// All that is remembered.
+    ///
+    /// # Errors
+    /// A file that cannot be read stops the agent: to guess would be to lose a pod.
+    pub(crate) fn load(&self) -> Result<(Vec<SandboxRecord>, Vec<ContainerRecord>)> {
+        Ok((read_all(&self.sandboxes)?, read_all(&self.containers)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn record() -> SandboxRecord {
+        SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1)
+    }
+
+    #[test]
+    fn what_is_put_is_loaded_and_what_is_removed_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path()).unwrap();
+        let (one, two) = (record(), record());
+        ledger.put_sandbox(&one).unwrap();
+        ledger.put_sandbox(&two).unwrap();
+        ledger.remove_sandbox(&one.id).unwrap();
+        ledger.remove_sandbox(&one.id).unwrap();
+        let (sandboxes, containers) = Ledger::open(dir.path()).unwrap().load().unwrap();
+        assert_eq!(sandboxes.iter().map(|s| s.id.clone()).collect::<Vec<_>>(), [two.id]);
+        assert!(containers.is_empty());
+    }
+
+    #[test]
+    fn a_half_written_replacement_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path()).unwrap();
+        fs::write(dir.path().join("sandboxes/.x.tmp"), b"{").unwrap();
+        assert!(ledger.load().unwrap().0.is_empty());
+        assert!(!dir.path().join("sandboxes/.x.tmp").exists());
+    }
+
+    #[test]
+    fn a_file_of_a_later_format_stops_the_start_and_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path()).unwrap();
+        fs::write(dir.path().join("sandboxes/a.json"), br#"{"version": 9}"#).unwrap();
+        let error = ledger.load().unwrap_err().to_string();
+        assert!(error.contains("a.json") && error.contains("format 9"), "{error}");
+    }
+}
