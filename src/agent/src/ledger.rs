@@ -120,6 +120,8 @@ pub(crate) struct ContainerRecord {
     pub(crate) tty: bool,
     /// Whether it has a standard input.
     pub(crate) stdin: bool,
+    /// The signal that asks it to end.
+    pub(crate) stop_signal: i32,
     /// Bytes of memory it may use.
     pub(crate) memory_limit: Option<u64>,
     /// What is mounted in it, for `ContainerStatus`.
@@ -182,6 +184,7 @@ impl ContainerRecord {
             log_path: String::new(),
             tty: false,
             stdin: false,
+            stop_signal: 15,
             memory_limit: None,
             mounts: Vec::new(),
             exit: None,

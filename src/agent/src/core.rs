@@ -1,0 +1,352 @@
+//! What all services of an agent share: the parts below, the sandboxes and containers in memory, the stream of events.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use moxlet_cri::v1;
+use moxlet_ids::{ContainerId, SandboxId};
+use moxlet_image::ImageStore;
+use moxlet_init_proto::client::Client;
+use moxlet_network::Cni;
+use moxlet_sandbox::{Engine, cgroup::ContainerCgroups};
+use moxlet_storage::Driver;
+use tokio::sync::{broadcast, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    Config,
+    error::{Error, Result},
+    ledger::{ContainerRecord, Exit, Ledger, Phase, SandboxRecord},
+    volumes::Volumes,
+};
+
+/// Events that wait for a slow reader before it loses some; a reader that lost some lists again.
+const EVENTS: usize = 1024;
+
+/// Nanoseconds since 1970.
+pub(crate) fn now_ns() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// A lock whose holder cannot leave it half-changed: poisoned or not.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs something that waits for the kernel outside the async threads.
+pub(crate) async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => Err(Error::io(what, std::io::Error::other(error))),
+    }
+}
+
+/// What a container does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RunState {
+    /// Made, not started.
+    Created,
+    /// Running since then (nanoseconds since 1970).
+    Running { started_at_ns: i64 },
+    /// Ended.
+    Exited(Exit),
+}
+
+impl RunState {
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(self, Self::Exited(_))
+    }
+}
+
+/// A sandbox in memory.
+pub(crate) struct Sandbox {
+    /// Its id.
+    pub(crate) id: SandboxId,
+    /// What is on disk of it.
+    record: Mutex<SandboxRecord>,
+    /// The init of its CT while that runs.
+    client: Mutex<Option<Client>>,
+    /// Held through every change of the sandbox as a whole.
+    pub(crate) change: tokio::sync::Mutex<()>,
+}
+
+impl Sandbox {
+    /// A sandbox of this record, its CT not (yet) reached.
+    pub(crate) fn new(record: SandboxRecord) -> Arc<Self> {
+        Arc::new(Self {
+            id: record.id.clone(),
+            record: Mutex::new(record),
+            client: Mutex::new(None),
+            change: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// A copy of its record.
+    pub(crate) fn record(&self) -> SandboxRecord {
+        lock(&self.record).clone()
+    }
+
+    /// How far it is.
+    pub(crate) fn phase(&self) -> Phase {
+        lock(&self.record).phase
+    }
+
+    /// Its CT's init.
+    ///
+    /// # Errors
+    /// When the CT does not run.
+    pub(crate) fn client(&self) -> Result<Client> {
+        let client = lock(&self.client).clone();
+        client.ok_or_else(|| Error::State(format!("sandbox {} is not running", self.id)))
+    }
+
+    /// Says that its init is reached, or gone.
+    pub(crate) fn set_client(&self, client: Option<Client>) {
+        *lock(&self.client) = client;
+    }
+}
+
+/// A container in memory.
+pub(crate) struct Container {
+    /// Its id.
+    pub(crate) id: ContainerId,
+    /// Its sandbox.
+    pub(crate) sandbox: SandboxId,
+    record: Mutex<ContainerRecord>,
+    /// What it does; waited for by stop, logs and streams.
+    pub(crate) state: watch::Sender<RunState>,
+    /// Held through create, start and remove.
+    pub(crate) change: tokio::sync::Mutex<()>,
+}
+
+impl Container {
+    /// A container of this record.
+    pub(crate) fn new(record: ContainerRecord) -> Arc<Self> {
+        let state = match &record.exit {
+            Some(exit) => RunState::Exited(exit.clone()),
+            None => RunState::Created,
+        };
+        Arc::new(Self {
+            id: record.id.clone(),
+            sandbox: record.sandbox.clone(),
+            record: Mutex::new(record),
+            state: watch::Sender::new(state),
+            change: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// A copy of its record.
+    pub(crate) fn record(&self) -> ContainerRecord {
+        lock(&self.record).clone()
+    }
+
+    /// What it does.
+    pub(crate) fn run_state(&self) -> RunState {
+        self.state.borrow().clone()
+    }
+
+    /// Waits until it has ended.
+    pub(crate) async fn ended(&self) {
+        // The sender lives in `self`, so the wait cannot fail.
+        let _ = self.state.subscribe().wait_for(RunState::has_ended).await;
+    }
+}
+
+/// What is shared.
+pub(crate) struct Core {
+    pub(crate) config: Config,
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) cni: Cni,
+    pub(crate) images: Arc<ImageStore>,
+    pub(crate) cgroups: Arc<ContainerCgroups>,
+    pub(crate) volumes: Volumes,
+    pub(crate) ledger: Arc<Ledger>,
+    /// moxlet-init on the host, a copy that no upgrade replaces.
+    pub(crate) init_binary: PathBuf,
+    /// Shared directories of the pods, a shared mount.
+    pub(crate) pods_dir: PathBuf,
+    /// Base of the pods' log directories.
+    pub(crate) logs_dir: PathBuf,
+    /// Everything that runs.
+    pub(crate) tasks: TaskTracker,
+    /// The end.
+    pub(crate) stop: CancellationToken,
+    sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
+    containers: Mutex<BTreeMap<ContainerId, Arc<Container>>>,
+    events: broadcast::Sender<v1::ContainerEventResponse>,
+}
+
+/// The parts of a core.
+pub(crate) struct Parts {
+    pub(crate) config: Config,
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) cni: Cni,
+    pub(crate) images: Arc<ImageStore>,
+    pub(crate) cgroups: ContainerCgroups,
+    pub(crate) volumes: Volumes,
+    pub(crate) ledger: Ledger,
+    pub(crate) init_binary: PathBuf,
+    pub(crate) stop: CancellationToken,
+}
+
+impl Core {
+    /// Puts the parts together.
+    pub(crate) fn new(parts: Parts) -> Arc<Self> {
+        Arc::new(Self {
+            pods_dir: parts.config.root_dir.join("pods"),
+            logs_dir: parts.config.root_dir.join("logs"),
+            config: parts.config,
+            driver: parts.driver,
+            engine: parts.engine,
+            cni: parts.cni,
+            images: parts.images,
+            cgroups: Arc::new(parts.cgroups),
+            volumes: parts.volumes,
+            ledger: Arc::new(parts.ledger),
+            init_binary: parts.init_binary,
+            tasks: TaskTracker::new(),
+            stop: parts.stop,
+            sandboxes: Mutex::default(),
+            containers: Mutex::default(),
+            events: broadcast::Sender::new(EVENTS),
+        })
+    }
+
+    /// Runs a change to its end even when the caller goes away: half a change is none.
+    pub(crate) async fn whole<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        match self.tasks.spawn(work).await {
+            Ok(done) => done,
+            Err(error) => Err(Error::io("a task of the agent failed", std::io::Error::other(error))),
+        }
+    }
+
+    /// Adds a sandbox.
+    pub(crate) fn insert_sandbox(&self, sandbox: Arc<Sandbox>) {
+        lock(&self.sandboxes).insert(sandbox.id.clone(), sandbox);
+    }
+
+    /// Forgets a sandbox.
+    pub(crate) fn forget_sandbox(&self, id: &SandboxId) {
+        lock(&self.sandboxes).remove(id);
+    }
+
+    /// All sandboxes.
+    pub(crate) fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
+        lock(&self.sandboxes).values().cloned().collect()
+    }
+
+    /// A sandbox by its id, or by a beginning of it that no other shares (as crictl gives it).
+    pub(crate) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
+        let all = lock(&self.sandboxes);
+        unique(all.iter(), id).cloned().ok_or_else(|| Error::NotFound(format!("sandbox {id:?}")))
+    }
+
+    /// Adds a container.
+    pub(crate) fn insert_container(&self, container: Arc<Container>) {
+        lock(&self.containers).insert(container.id.clone(), container);
+    }
+
+    /// Forgets a container.
+    pub(crate) fn forget_container(&self, id: &ContainerId) {
+        lock(&self.containers).remove(id);
+    }
+
+    /// All containers.
+    pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
+        lock(&self.containers).values().cloned().collect()
+    }
+
+    /// The containers of a sandbox.
+    pub(crate) fn containers_of(&self, sandbox: &SandboxId) -> Vec<Arc<Container>> {
+        lock(&self.containers).values().filter(|c| c.sandbox == *sandbox).cloned().collect()
+    }
+
+    /// A container by its id or a beginning of it that no other shares.
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
+        let all = lock(&self.containers);
+        unique(all.iter(), id).cloned().ok_or_else(|| Error::NotFound(format!("container {id:?}")))
+    }
+
+    /// Changes a sandbox's record on disk, then in memory.
+    pub(crate) async fn change_sandbox(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        change: impl FnOnce(&mut SandboxRecord),
+    ) -> Result<()> {
+        let mut record = sandbox.record();
+        change(&mut record);
+        let (ledger, copy) = (self.ledger.clone(), record.clone());
+        blocking("writing the ledger", move || ledger.put_sandbox(&copy)).await?;
+        *lock(&sandbox.record) = record;
+        Ok(())
+    }
+
+    /// Changes a container's record on disk, then in memory.
+    pub(crate) async fn change_container(
+        &self,
+        container: &Arc<Container>,
+        change: impl FnOnce(&mut ContainerRecord),
+    ) -> Result<()> {
+        let mut record = container.record();
+        change(&mut record);
+        let (ledger, copy) = (self.ledger.clone(), record.clone());
+        blocking("writing the ledger", move || ledger.put_container(&copy)).await?;
+        *lock(&container.record) = record;
+        Ok(())
+    }
+
+    /// Tells the listeners; `id` is a container's or a sandbox's.
+    pub(crate) fn say(&self, id: &str, sandbox: &Sandbox, kind: v1::ContainerEventType) {
+        if self.events.receiver_count() == 0 {
+            return;
+        }
+        let statuses = self.containers_of(&sandbox.id).iter().map(|c| crate::status::container(c)).collect();
+        let _ = self.events.send(v1::ContainerEventResponse {
+            container_id: id.to_owned(),
+            container_event_type: kind as i32,
+            created_at: now_ns(),
+            pod_sandbox_status: Some(crate::status::sandbox(sandbox)),
+            containers_statuses: statuses,
+        });
+    }
+
+    /// Listens from now on.
+    pub(crate) fn listen(&self) -> broadcast::Receiver<v1::ContainerEventResponse> {
+        self.events.subscribe()
+    }
+}
+
+/// The one entry whose key is or begins with `id`.
+fn unique<'a, K: std::fmt::Display + 'a, V: 'a>(
+    all: impl Iterator<Item = (&'a K, &'a V)>,
+    id: &str,
+) -> Option<&'a V> {
+    let mut found = None;
+    for (key, value) in all {
+        let key = key.to_string();
+        if key == id {
+            return Some(value);
+        }
+        if id.len() >= 3 && key.starts_with(id) {
+            if found.is_some() {
+                return None;
+            }
+            found = Some(value);
+        }
+    }
+    found
+}
