@@ -108,14 +108,16 @@ pub(crate) struct ContainerRecord {
     pub(crate) image: String,
     /// The image as the user wrote it.
     pub(crate) user_image: String,
+    /// The image's digest reference, or its id where it has none.
+    pub(crate) image_ref: String,
     /// The image's id.
     pub(crate) image_id: Digest,
     /// CRI labels.
     pub(crate) labels: BTreeMap<String, String>,
     /// CRI annotations.
     pub(crate) annotations: BTreeMap<String, String>,
-    /// Its log, relative to the sandbox's log directory; empty: none.
-    pub(crate) log_path: String,
+    /// Its log on the host; none: it is not kept.
+    pub(crate) log_file: Option<PathBuf>,
     /// Whether it has a terminal.
     pub(crate) tty: bool,
     /// Whether it has a standard input.
@@ -178,10 +180,11 @@ impl ContainerRecord {
             attempt: 0,
             image: String::new(),
             user_image: String::new(),
+            image_ref: String::new(),
             image_id,
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
-            log_path: String::new(),
+            log_file: None,
             tty: false,
             stdin: false,
             stop_signal: 15,

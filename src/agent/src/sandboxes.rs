@@ -1,0 +1,313 @@
+//! Pod sandboxes: a CT, its network, the directory that host and CT share.
+//!
+//! ```text
+//! <root_dir>/pods/<sandbox>/      in the CT: /run/moxlet/pod
+//!   run/init.sock  state/         the init's socket and exit records (the CT's root writes)
+//!   etc/  shm/                    resolv.conf and hostname; /dev/shm of all containers
+//!   logs/                         the pod's log directory, bound with the CT's ids
+//!   ctr/<container>/rootfs        a container's root
+//!   mnt/<container>/<n>           what is mounted in it
+//! ```
+//! Every step may be repeated; a sandbox that was not completed is removed by the same steps as one that is not wanted.
+
+use std::{
+    fs,
+    os::unix::fs::{DirBuilderExt, chown},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use moxlet_cri::v1;
+use moxlet_ids::SandboxId;
+use moxlet_init_proto::client::Client;
+use moxlet_sandbox::{Limits, SandboxSpec, SandboxState};
+use moxlet_storage::{IdMap, idmap, mounts};
+use rustix::mount::{MountFlags, mount};
+use tracing::{info, warn};
+
+use crate::{
+    containers,
+    core::{Core, Sandbox, blocking, now_ns},
+    error::{Error, Result, chain},
+    ledger::{Phase, SandboxRecord},
+    watch,
+};
+
+/// How long a CT may take until its init answers.
+const INIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a CT's init may take to end its containers when the sandbox is stopped.
+const STOP_GRACE: Duration = Duration::from_secs(3);
+/// `/dev/shm` of a pod, as container runtimes size it.
+const SHM: &std::ffi::CStr = c"size=65536k,mode=1777";
+
+/// Where a pod's shared directory is on the host.
+pub(crate) fn shared_dir(core: &Core, id: &SandboxId) -> PathBuf {
+    core.pods_dir.join(id.as_str())
+}
+
+/// Refuses by name what a CT cannot be.
+fn check(config: &v1::PodSandboxConfig) -> Result<bool> {
+    let linux = config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    let refuse = |what: &str| Err(Error::Refused(format!("{what} (a pod is an unprivileged container)")));
+    if security.privileged {
+        return refuse("a privileged pod sandbox");
+    }
+    let names = security.namespace_options.unwrap_or_default();
+    for (mode, what) in [(names.network, "hostNetwork"), (names.pid, "hostPID"), (names.ipc, "hostIPC")] {
+        if mode == v1::NamespaceMode::Node as i32 {
+            return refuse(what);
+        }
+    }
+    if config.port_mappings.iter().any(|p| p.host_port != 0) {
+        return Err(Error::Refused("hostPort".to_owned()));
+    }
+    Ok(names.pid == v1::NamespaceMode::Pod as i32)
+}
+
+/// The CT's limits: those that the node sums up, with the overhead.
+fn limits(config: &v1::PodSandboxConfig) -> Limits {
+    let linux = config.linux.clone().unwrap_or_default();
+    let mut limits = linux.resources.as_ref().map(containers::limits).unwrap_or_default();
+    let extra = linux.overhead.as_ref().map(containers::limits).unwrap_or_default();
+    limits.memory_bytes = limits.memory_bytes.map(|m| m.saturating_add(extra.memory_bytes.unwrap_or(0)));
+    limits
+}
+
+fn make_dir(path: &Path, mode: u32, owner: Option<u32>) -> Result<()> {
+    let made = match fs::DirBuilder::new().mode(mode).create(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    };
+    made.and_then(|()| owner.map_or(Ok(()), |o| chown(path, Some(o), Some(o))))
+        .map_err(|e| Error::io(format!("cannot make {}", path.display()), e))
+}
+
+fn put_file(path: &Path, text: &str, owner: u32) -> Result<()> {
+    fs::write(path, text)
+        .and_then(|()| chown(path, Some(owner), Some(owner)))
+        .map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
+}
+
+/// What a pod's resolv.conf says.
+fn resolv_conf(config: &v1::PodSandboxConfig) -> String {
+    match &config.dns_config {
+        Some(dns) => moxlet_network::files::resolv_conf(&dns.servers, &dns.searches, &dns.options),
+        None => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+    }
+}
+
+/// Makes the shared directory.
+fn make_shared(dir: &Path, logs: Option<&Path>, hostname: &str, resolv: &str, map: IdMap) -> Result<()> {
+    let base = map.host_base;
+    make_dir(dir, 0o711, None)?;
+    for (name, mode, owner) in [
+        ("run", 0o700, Some(base)),
+        ("state", 0o700, Some(base)),
+        ("ctr", 0o711, None),
+        ("mnt", 0o711, None),
+        ("etc", 0o755, None),
+        ("shm", 0o1777, None),
+        ("logs", 0o755, None),
+    ] {
+        make_dir(&dir.join(name), mode, owner)?;
+    }
+    put_file(&dir.join("etc/hostname"), &format!("{hostname}\n"), base)?;
+    put_file(&dir.join("etc/resolv.conf"), resolv, base)?;
+    let shm = dir.join("shm");
+    if !mounts::is_mounted(&shm)? {
+        mount("shm", &shm, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, Some(SHM))
+            .map_err(|e| Error::io(format!("cannot mount a tmpfs at {}", shm.display()), e))?;
+        chown(&shm, Some(base), Some(base)).map_err(|e| Error::io("cannot own /dev/shm", e))?;
+    }
+    if let Some(logs) = logs {
+        fs::create_dir_all(logs).map_err(|e| Error::io(format!("cannot make {}", logs.display()), e))?;
+        idmap::bind_idmapped(logs, &dir.join("logs"), map, false, false)?;
+    }
+    Ok(())
+}
+
+fn record(config: &v1::PodSandboxConfig, share_pids: bool) -> Result<SandboxRecord> {
+    let meta = config.metadata.clone().ok_or_else(|| Error::Invalid("the sandbox has no metadata".into()))?;
+    let mut record = SandboxRecord::new(SandboxId::random(), meta.uid.parse()?, now_ns());
+    record.namespace = meta.namespace;
+    record.name = meta.name;
+    record.attempt = meta.attempt;
+    record.hostname = config.hostname.clone();
+    if !config.log_directory.is_empty() {
+        let dir = PathBuf::from(&config.log_directory);
+        if !dir.is_absolute() || dir.components().any(|c| c == std::path::Component::ParentDir) {
+            return Err(Error::Invalid(format!("log_directory {:?} is no absolute path", config.log_directory)));
+        }
+        record.log_directory = Some(dir);
+    }
+    record.labels = config.labels.clone().into_iter().collect();
+    record.annotations = config.annotations.clone().into_iter().collect();
+    record.share_pids = share_pids;
+    Ok(record)
+}
+
+/// `RunPodSandbox`.
+pub(crate) async fn run(core: &Arc<Core>, config: v1::PodSandboxConfig, handler: &str) -> Result<SandboxId> {
+    if !matches!(handler, "" | "moxlet") {
+        return Err(Error::Invalid(format!("no runtime for {handler:?} is configured (RuntimeClass handler)")));
+    }
+    let share_pids = check(&config)?;
+    let record = record(&config, share_pids)?;
+    let taken = core.sandboxes().into_iter().map(|s| s.record()).find(|s| {
+        s.uid == record.uid && s.name == record.name && s.namespace == record.namespace && s.attempt == record.attempt
+    });
+    if let Some(other) = taken {
+        return Err(Error::State(format!(
+            "sandbox {} of pod {}/{} has attempt {} already",
+            other.id, other.namespace, other.name, other.attempt
+        )));
+    }
+    let sandbox = Sandbox::new(record);
+    core.insert_sandbox(sandbox.clone());
+    let core = core.clone();
+    core.clone()
+        .whole(async move {
+            let _guard = sandbox.change.lock().await;
+            match make(&core, &sandbox, &config).await {
+                Ok(()) => Ok(sandbox.id.clone()),
+                Err(error) => {
+                    if let Err(second) = remove_parts(&core, &sandbox).await {
+                        warn!(sandbox = %sandbox.id, error = chain(&second), "a failed sandbox is not wholly removed; the next start tries again");
+                    }
+                    Err(error)
+                }
+            }
+        })
+        .await
+}
+
+async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxConfig) -> Result<()> {
+    core.change_sandbox(sandbox, |_| {}).await?;
+    let record = sandbox.record();
+    let (dir, map) = (shared_dir(core, &sandbox.id), core.config.map);
+    let (logs, host, resolv) = (record.log_directory.clone(), record.hostname.clone(), resolv_conf(config));
+    let shared = dir.clone();
+    blocking("making a pod's directory", move || make_shared(&shared, logs.as_deref(), &host, &resolv, map)).await?;
+    let spec = SandboxSpec {
+        id: sandbox.id.clone(),
+        pod_namespace: record.namespace.clone(),
+        pod_name: record.name.clone(),
+        pod_uid: record.uid.clone(),
+        attempt: record.attempt,
+        hostname: record.hostname.clone(),
+        map,
+        shared_dir: dir.clone(),
+        init_binary: core.init_binary.clone(),
+        init_args: vec!["--grace".into(), STOP_GRACE.as_secs().to_string()],
+        limits: limits(config),
+        sysctls: config.linux.iter().flat_map(|l| l.sysctls.clone()).collect(),
+    };
+    core.engine.create(&spec).await?;
+    let pid = core.engine.start(&sandbox.id).await?;
+    let netns = PathBuf::from(format!("/proc/{pid}/ns/net"));
+    let socket = dir.join("run/init.sock");
+    let (attachment, client) = tokio::join!(
+        core.cni.add(&sandbox.id, &netns, &record.namespace, &record.name),
+        Client::connect(&socket, INIT_TIMEOUT),
+    );
+    let (attachment, client) = (attachment?, client?);
+    core.change_sandbox(sandbox, |r| {
+        r.ips = attachment.ips;
+        r.phase = Phase::Ready;
+    })
+    .await?;
+    sandbox.set_client(Some(client));
+    watch::spawn(core, sandbox);
+    info!(sandbox = %sandbox.id, pod = format!("{}/{}", record.namespace, record.name), pid, "sandbox runs");
+    core.say(sandbox.id.as_str(), sandbox, v1::ContainerEventType::ContainerStartedEvent);
+    Ok(())
+}
+
+/// `StopPodSandbox`. Of an unknown one: nothing, as CRI asks.
+pub(crate) async fn stop(core: &Arc<Core>, id: &str) -> Result<()> {
+    let Ok(sandbox) = core.sandbox(id) else { return Ok(()) };
+    let core = core.clone();
+    core.clone()
+        .whole(async move {
+            let _guard = sandbox.change.lock().await;
+            stop_parts(&core, &sandbox).await
+        })
+        .await
+}
+
+/// Stops a CT and releases its network; the caller holds the sandbox.
+async fn stop_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
+    let running = matches!(core.engine.state(&sandbox.id).await?, Some(SandboxState::Running { .. }));
+    if running {
+        if let Ok(client) = sandbox.client() {
+            // It kills its containers and writes how they ended; what goes wrong here the engine ends.
+            let _ = tokio::time::timeout(STOP_GRACE, client.shutdown(Duration::ZERO)).await;
+        }
+        core.engine.stop(&sandbox.id, STOP_GRACE).await?;
+    }
+    ended(core, sandbox).await?;
+    core.cni.del(&sandbox.id, None).await?;
+    Ok(())
+}
+
+/// Notes that a CT does not run any more; the caller holds the sandbox.
+pub(crate) async fn ended(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
+    sandbox.set_client(None);
+    for container in core.containers_of(&sandbox.id) {
+        containers::lost(core, sandbox, &container).await?;
+    }
+    if sandbox.phase() == Phase::Ready {
+        core.change_sandbox(sandbox, |r| r.phase = Phase::NotReady).await?;
+        info!(sandbox = %sandbox.id, "sandbox has stopped");
+        core.say(sandbox.id.as_str(), sandbox, v1::ContainerEventType::ContainerStoppedEvent);
+    }
+    Ok(())
+}
+
+/// `RemovePodSandbox`. Of an unknown one: nothing, as CRI asks.
+pub(crate) async fn remove(core: &Arc<Core>, id: &str) -> Result<()> {
+    let Ok(sandbox) = core.sandbox(id) else { return Ok(()) };
+    let core = core.clone();
+    core.clone()
+        .whole(async move {
+            let _guard = sandbox.change.lock().await;
+            stop_parts(&core, &sandbox).await?;
+            remove_parts(&core, &sandbox).await
+        })
+        .await
+}
+
+/// Removes all of a sandbox, its containers first, its line in the ledger last. The caller holds it.
+pub(crate) async fn remove_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
+    let id = &sandbox.id;
+    core.change_sandbox(sandbox, |r| r.phase = Phase::Removing).await?;
+    core.engine.delete(id).await?;
+    ended(core, sandbox).await?;
+    for container in core.containers_of(id) {
+        containers::remove_parts(core, sandbox, &container).await?;
+    }
+    core.cni.del(id, None).await?;
+    remove_shared(core, id).await?;
+    let (ledger, own) = (core.ledger.clone(), id.clone());
+    blocking("writing the ledger", move || ledger.remove_sandbox(&own)).await?;
+    core.say(id.as_str(), sandbox, v1::ContainerEventType::ContainerDeletedEvent);
+    core.forget_sandbox(id);
+    Ok(())
+}
+
+/// Removes a pod's shared directory with all that is mounted below it. Idempotent.
+pub(crate) async fn remove_shared(core: &Core, id: &SandboxId) -> Result<()> {
+    let dir = shared_dir(core, id);
+    blocking("removing a pod's directory", move || {
+        mounts::unmount_all_below(&dir)?;
+        match fs::remove_dir_all(&dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(format!("cannot remove {}", dir.display()), e))
+            }
+            _ => Ok(()),
+        }
+    })
+    .await
+}

@@ -1,0 +1,131 @@
+//! Sandboxes and containers as CRI shows them.
+
+use moxlet_cri::v1;
+
+use crate::{
+    core::{Container, RunState, Sandbox},
+    ledger::{ContainerRecord, Phase},
+};
+
+fn sandbox_state(phase: Phase) -> i32 {
+    match phase {
+        Phase::Ready => v1::PodSandboxState::SandboxReady as i32,
+        Phase::Creating | Phase::NotReady | Phase::Removing => v1::PodSandboxState::SandboxNotready as i32,
+    }
+}
+
+/// `PodSandboxStatus`.
+pub(crate) fn sandbox(sandbox: &Sandbox) -> v1::PodSandboxStatus {
+    let record = sandbox.record();
+    let mut ips = record.ips.iter().map(ToString::to_string);
+    let network = v1::PodSandboxNetworkStatus {
+        ip: ips.next().unwrap_or_default(),
+        additional_ips: ips.map(|ip| v1::PodIp { ip }).collect(),
+    };
+    let pid = if record.share_pids { v1::NamespaceMode::Pod } else { v1::NamespaceMode::Container };
+    let options = v1::NamespaceOption { pid: pid as i32, ..v1::NamespaceOption::default() };
+    v1::PodSandboxStatus {
+        id: record.id.to_string(),
+        metadata: Some(v1::PodSandboxMetadata {
+            name: record.name,
+            uid: record.uid.to_string(),
+            namespace: record.namespace,
+            attempt: record.attempt,
+        }),
+        state: sandbox_state(record.phase),
+        created_at: record.created_at_ns,
+        network: Some(network),
+        linux: Some(v1::LinuxPodSandboxStatus { namespaces: Some(v1::Namespace { options: Some(options) }) }),
+        labels: record.labels.into_iter().collect(),
+        annotations: record.annotations.into_iter().collect(),
+        ..v1::PodSandboxStatus::default()
+    }
+}
+
+/// An item of `ListPodSandbox`.
+pub(crate) fn sandbox_item(item: &Sandbox) -> v1::PodSandbox {
+    let status = sandbox(item);
+    v1::PodSandbox {
+        id: status.id,
+        metadata: status.metadata,
+        state: status.state,
+        created_at: status.created_at,
+        labels: status.labels,
+        annotations: status.annotations,
+        runtime_handler: String::new(),
+    }
+}
+
+fn container_state(state: &RunState) -> v1::ContainerState {
+    match state {
+        RunState::Created => v1::ContainerState::ContainerCreated,
+        RunState::Running { .. } => v1::ContainerState::ContainerRunning,
+        RunState::Exited(_) => v1::ContainerState::ContainerExited,
+    }
+}
+
+fn image(record: &ContainerRecord) -> v1::ImageSpec {
+    v1::ImageSpec {
+        image: record.image.clone(),
+        user_specified_image: record.user_image.clone(),
+        ..v1::ImageSpec::default()
+    }
+}
+
+/// `ContainerStatus`.
+pub(crate) fn container(container: &Container) -> v1::ContainerStatus {
+    let record = container.record();
+    let state = container.run_state();
+    let mut status = v1::ContainerStatus {
+        id: record.id.to_string(),
+        metadata: Some(v1::ContainerMetadata { name: record.name.clone(), attempt: record.attempt }),
+        state: container_state(&state) as i32,
+        created_at: record.created_at_ns,
+        image: Some(image(&record)),
+        image_ref: record.image_ref.clone(),
+        image_id: record.image_id.to_string(),
+        log_path: record.log_file.as_ref().map(|p| p.display().to_string()).unwrap_or_default(),
+        ..v1::ContainerStatus::default()
+    };
+    status.mounts = record
+        .mounts
+        .into_iter()
+        .map(|m| v1::Mount {
+            container_path: m.container_path,
+            host_path: m.host_path,
+            readonly: m.read_only,
+            ..v1::Mount::default()
+        })
+        .collect();
+    status.labels = record.labels.into_iter().collect();
+    status.annotations = record.annotations.into_iter().collect();
+    match state {
+        RunState::Created => {}
+        RunState::Running { started_at_ns } => status.started_at = started_at_ns,
+        RunState::Exited(exit) => {
+            status.started_at = exit.started_at_ns;
+            status.finished_at = exit.finished_at_ns;
+            status.exit_code = exit.code;
+            status.reason = exit.reason;
+            status.message = exit.message;
+        }
+    }
+    status
+}
+
+/// An item of `ListContainers`.
+pub(crate) fn container_item(item: &Container) -> v1::Container {
+    let record = item.record();
+    v1::Container {
+        id: record.id.to_string(),
+        pod_sandbox_id: record.sandbox.to_string(),
+        metadata: Some(v1::ContainerMetadata { name: record.name.clone(), attempt: record.attempt }),
+        image: Some(image(&record)),
+        image_ref: record.image_ref.clone(),
+        image_id: record.image_id.to_string(),
+        state: container_state(&item.run_state()) as i32,
+        created_at: record.created_at_ns,
+        labels: record.labels.into_iter().collect(),
+        annotations: record.annotations.into_iter().collect(),
+    }
+}
