@@ -1,10 +1,12 @@
-//! What can go wrong with an image.
+//! What can go wrong with an image. The texts are what a kubelet shows in a pod's events.
+
+use std::{io, path::PathBuf, sync::Arc};
 
 /// The result of an image operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an image operation failed.
-#[derive(Debug, thiserror::Error)]
+/// Why an image operation failed. It can be cloned, since all who wait for one pull get its outcome.
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The name is none (the kubelet's `InvalidImageName`).
     #[error("could not parse image reference {reference:?}: {reason}")]
@@ -52,10 +54,77 @@ pub enum Error {
         /// What it is.
         actual: String,
     },
+    /// The image is damaged, hostile, or of a kind that we do not run.
+    #[error("failed to pull image {reference:?}: {part}: {reason}")]
+    BadImage {
+        /// The image.
+        reference: String,
+        /// Which part: `manifest`, `config`, `layer 3 (sha256:…)`.
+        part: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An operation on a file of the store failed.
+    #[error("could not {what} {}", path.display())]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// A file of the store was written by a newer version.
+    #[error("{} has version {version}, which this program does not know: it was written by a newer one", path.display())]
+    TooNew {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        version: u32,
+    },
+    /// The beginning of an id that several images share.
+    #[error("image id {0:?} is ambiguous: give more digits")]
+    Ambiguous(String),
+    /// No TLS in this process.
+    #[error("could not set up the registry client: {0}")]
+    Client(String),
+    /// A worker of the runtime died.
+    #[error("the image worker was stopped")]
+    Stopped,
     /// The store below.
     #[error(transparent)]
-    Storage(#[from] moxlet_storage::Error),
-    /// Pulling is not built yet.
-    #[error("cannot pull {0:?}: pulling is not built yet")]
-    NotBuilt(String),
+    Storage(Arc<moxlet_storage::Error>),
+}
+
+impl From<moxlet_storage::Error> for Error {
+    fn from(error: moxlet_storage::Error) -> Self {
+        Self::Storage(Arc::new(error))
+    }
+}
+
+/// Adds what was attempted on what to a system error.
+pub(crate) trait Attempt<T> {
+    fn attempt(self, what: &'static str, path: impl Into<PathBuf>) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> Attempt<T> for std::result::Result<T, E> {
+    fn attempt(self, what: &'static str, path: impl Into<PathBuf>) -> Result<T> {
+        self.map_err(|e| Error::Io { what, path: path.into(), source: Arc::new(e.into()) })
+    }
+}
+
+/// An error with all its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
 }
