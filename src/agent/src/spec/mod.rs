@@ -1,0 +1,248 @@
+//! The OCI runtime spec of a container, from a CRI request and the image's configuration, as containerd makes it.
+//!
+//! Network, IPC, UTS and user namespace are the CT's own; mount, cgroup and (unless the pod shares it) PID namespace are
+//! made anew in it. What only a host could give is refused by name.
+
+mod capabilities;
+mod mounts;
+mod resources;
+mod seccomp;
+#[cfg(test)]
+mod tests;
+mod user;
+
+use std::path::Path;
+
+use moxlet_cri::v1::{self, NamespaceMode, security_profile::ProfileType};
+use moxlet_ids::ContainerId;
+use moxlet_storage::IdMap;
+use oci_spec::image::ImageConfiguration;
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+
+/// Where programs are looked for if neither image nor request says.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const MASKED: [&str; 11] = [
+    "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+    "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware", "/sys/devices/virtual/powercap", "/proc/scsi",
+];
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+/// Of arguments and environment together; the kernel's own bound is below.
+const MAX_TEXT: usize = 4 << 20;
+
+/// A mount whose source is already to be seen in the CT.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ResolvedMount {
+    /// Its source as seen in the CT.
+    pub(crate) source_ct: String,
+    /// Where it appears in the container.
+    pub(crate) target: String,
+    /// Read-only.
+    pub(crate) read_only: bool,
+    /// With the mounts below the source.
+    pub(crate) recursive: bool,
+    /// A new tmpfs; no source.
+    pub(crate) tmpfs: bool,
+}
+
+/// What a spec is made from.
+pub(crate) struct SpecInput<'a> {
+    /// The container.
+    pub(crate) container_id: &'a ContainerId,
+    /// The request.
+    pub(crate) config: &'a v1::ContainerConfig,
+    /// Its sandbox's request.
+    pub(crate) sandbox: &'a v1::PodSandboxConfig,
+    /// The image's configuration.
+    pub(crate) image: &'a ImageConfiguration,
+    /// The mounted root on the host, to read `etc/passwd` and `etc/group` in it.
+    pub(crate) rootfs_host: &'a Path,
+    /// The root as seen in the CT.
+    pub(crate) rootfs_ct: &'a str,
+    /// All mounts besides the standard ones.
+    pub(crate) mounts: &'a [ResolvedMount],
+    /// The container's cgroup as seen in the CT.
+    pub(crate) cgroup_path: Option<&'a str>,
+    /// On v1 the host sets the limits and the spec has none.
+    pub(crate) cgroup_v1: bool,
+    /// The pod's host name.
+    pub(crate) hostname: &'a str,
+    /// The CT's ids.
+    pub(crate) map: IdMap,
+}
+
+/// Makes the spec.
+pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
+    let config = input.config;
+    let linux = config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    if security.privileged {
+        return Err(Error::Refused("privileged container: a CT has no privileges of the host to give".into()));
+    }
+    mounts::refuse(config)?;
+    let image = input.image.config();
+    let image_user = image.as_ref().and_then(|c| c.user().as_deref());
+    let user = user::resolve(config, image_user, input.rootfs_host, input.map)?;
+    let capabilities = capabilities::of(security.capabilities.as_ref())?;
+    let process = json!({
+        "terminal": config.tty,
+        "args": args(input)?,
+        "env": env(input)?,
+        "cwd": cwd(input)?,
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
+        "capabilities": {
+            "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
+            "inheritable": [], "ambient": [],
+        },
+        "noNewPrivileges": security.no_new_privs,
+    });
+    if security.apparmor.as_ref().is_some_and(|p| p.profile_type() == ProfileType::Localhost) {
+        return Err(Error::Refused("an AppArmor profile of the host".into()));
+    }
+    let mut part = json!({
+        "namespaces": namespaces(&security)?,
+        "maskedPaths": mounts::paths(&security.masked_paths, &MASKED)?,
+        "readonlyPaths": mounts::paths(&security.readonly_paths, &READ_ONLY)?,
+    });
+    if let Some(path) = input.cgroup_path {
+        part["cgroupsPath"] = json!(path);
+    }
+    if let Some(profile) = seccomp_profile(&security, &capabilities)? {
+        part["seccomp"] = profile;
+    }
+    let resources = resources::of(linux.resources.as_ref())?;
+    if !input.cgroup_v1 && resources.as_object().is_some_and(|r| !r.is_empty()) {
+        part["resources"] = resources;
+    }
+    let sandbox = input.sandbox.metadata.clone().unwrap_or_default();
+    let name = config.metadata.as_ref().map_or("", |m| m.name.as_str());
+    Ok(json!({
+        "ociVersion": "1.2.0",
+        "hostname": input.hostname,
+        "root": {"path": input.rootfs_ct, "readonly": security.readonly_rootfs},
+        "process": process,
+        "mounts": mounts::all(input.mounts)?,
+        "linux": part,
+        "annotations": {
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.container-name": name,
+            "io.kubernetes.cri.sandbox-name": sandbox.name,
+            "io.kubernetes.cri.sandbox-namespace": sandbox.namespace,
+            "io.kubernetes.cri.sandbox-uid": sandbox.uid,
+            "dev.moxlet/container-id": input.container_id.as_str(),
+        },
+    }))
+}
+
+/// The request's command replaces the image's entry point and its arguments; its args only the latter.
+fn args(input: &SpecInput<'_>) -> Result<Vec<String>> {
+    let image = input.image.config().as_ref();
+    let mut command = input.config.command.clone();
+    let mut args = input.config.args.clone();
+    if command.is_empty() {
+        if args.is_empty() {
+            args = image.and_then(|c| c.cmd().clone()).unwrap_or_default();
+        }
+        command = image.and_then(|c| c.entrypoint().clone()).unwrap_or_default();
+    }
+    command.append(&mut args);
+    if command.is_empty() {
+        return Err(Error::Invalid("no command specified".to_owned()));
+    }
+    plain("an argument", command.iter().map(String::as_str))?;
+    Ok(command)
+}
+
+fn env(input: &SpecInput<'_>) -> Result<Vec<String>> {
+    let mut all: Vec<(String, String)> = vec![("PATH".into(), PATH.into())];
+    let mut places = std::collections::HashMap::from([("PATH".to_owned(), 0)]);
+    let mut set = |key: &str, value: String| match places.get(key) {
+        Some(place) => {
+            let pair: &mut (String, String) = &mut all[*place];
+            pair.1 = value;
+        }
+        None => {
+            places.insert(key.to_owned(), all.len());
+            all.push((key.to_owned(), value));
+        }
+    };
+    if input.config.tty {
+        set("TERM", "xterm".to_owned());
+    }
+    set("HOSTNAME", input.hostname.to_owned());
+    for pair in input.image.config().iter().flat_map(|c| c.env().iter().flatten()) {
+        match pair.split_once('=') {
+            Some((key, value)) if !key.is_empty() => set(key, value.to_owned()),
+            _ => {}
+        }
+    }
+    for pair in &input.config.envs {
+        if pair.key.is_empty() || pair.key.contains('=') {
+            return Err(Error::Invalid(format!("{:?} is no name of an environment variable", pair.key)));
+        }
+        let value = std::str::from_utf8(&pair.value)
+            .map_err(|_| Error::Refused(format!("environment variable {}, which is not UTF-8", pair.key)))?;
+        set(&pair.key, value.to_owned());
+    }
+    plain("an environment variable", all.iter().flat_map(|(k, v)| [k.as_str(), v.as_str()]))?;
+    Ok(all.into_iter().map(|(key, value)| format!("{key}={value}")).collect())
+}
+
+fn plain<'a>(what: &str, texts: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut sum = 0;
+    for text in texts {
+        if text.contains('\0') {
+            return Err(Error::Invalid(format!("{what} contains a NUL byte")));
+        }
+        sum += text.len();
+    }
+    if sum > MAX_TEXT { Err(Error::Invalid(format!("{what}: more than {MAX_TEXT} bytes in all"))) } else { Ok(()) }
+}
+
+fn cwd(input: &SpecInput<'_>) -> Result<String> {
+    let image = input.image.config().as_ref().and_then(|c| c.working_dir().clone());
+    let dir = Some(input.config.working_dir.clone()).filter(|d| !d.is_empty()).or(image).unwrap_or_default();
+    if dir.is_empty() { Ok("/".to_owned()) } else { mounts::target(&dir) }
+}
+
+fn namespaces(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
+    let mut all = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
+    let mut own_pid = true;
+    if let Some(options) = &security.namespace_options {
+        for (what, mode) in [("network", options.network()), ("PID", options.pid()), ("IPC", options.ipc())] {
+            if mode == NamespaceMode::Node {
+                return Err(Error::Refused(format!("the host's {what} namespace: a CT has its own")));
+            }
+        }
+        match options.pid() {
+            NamespaceMode::Target => {
+                return Err(Error::Refused("the PID namespace of another container".into()));
+            }
+            // Without an own one the container is in that of the pod, which is the CT's.
+            NamespaceMode::Pod => own_pid = false,
+            _ => {}
+        }
+    }
+    if own_pid {
+        all.push(json!({"type": "pid"}));
+    }
+    Ok(json!(all))
+}
+
+fn seccomp_profile(security: &v1::LinuxContainerSecurityContext, caps: &[String]) -> Result<Option<Value>> {
+    let refused = |name: &str| Err(Error::Refused(format!("seccomp profile {name:?} of the host")));
+    if let Some(profile) = &security.seccomp {
+        return match profile.profile_type() {
+            ProfileType::RuntimeDefault => Ok(Some(seccomp::runtime_default(caps))),
+            ProfileType::Unconfined => Ok(None),
+            ProfileType::Localhost => refused(&profile.localhost_ref),
+        };
+    }
+    #[allow(deprecated)]
+    match security.seccomp_profile_path.as_str() {
+        "" | "unconfined" => Ok(None),
+        "runtime/default" | "docker/default" => Ok(Some(seccomp::runtime_default(caps))),
+        other => refused(other),
+    }
+}

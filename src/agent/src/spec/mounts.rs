@@ -1,0 +1,93 @@
+//! A container's mounts: the standard ones and those of the request, each parent before what lies below it.
+
+use moxlet_cri::v1;
+use serde_json::{Value, json};
+
+use super::ResolvedMount;
+use crate::error::{Error, Result};
+
+const MAX_MOUNTS: usize = 1024;
+
+/// An absolute path without empty parts, `.` and `..`; as Kubernetes, a relative one begins at the root.
+pub(super) fn target(path: &str) -> Result<String> {
+    let bad = |why: &str| Err(Error::Invalid(format!("container path {path:?} {why}")));
+    if path.is_empty() || path.len() > 4095 || path.contains('\0') {
+        return bad("is no path");
+    }
+    let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty() && *p != ".").collect();
+    if parts.contains(&"..") {
+        return bad("must not contain ..");
+    }
+    Ok(format!("/{}", parts.join("/")))
+}
+
+/// All mounts of the container in the order in which they are made.
+pub(super) fn all(mounts: &[ResolvedMount]) -> Result<Vec<Value>> {
+    if mounts.len() > MAX_MOUNTS {
+        return Err(Error::Invalid(format!("more than {MAX_MOUNTS} mounts")));
+    }
+    let standard = |at: &str, kind: &str, options: &[&str]| {
+        (at.to_owned(), json!({"destination": at, "type": kind, "source": kind, "options": options}))
+    };
+    let mut all = vec![
+        standard("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+        standard("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        standard(
+            "/dev/pts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        standard("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        standard("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+        standard("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+    ];
+    let ours = all.len();
+    for mount in mounts {
+        let at = target(&mount.target)?;
+        if at == "/" {
+            return Err(Error::Invalid("a mount on the container's root".to_owned()));
+        }
+        let access = if mount.read_only { "ro" } else { "rw" };
+        let value = if mount.tmpfs {
+            json!({"destination": at, "type": "tmpfs", "source": "tmpfs",
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", access]})
+        } else {
+            if !mount.source_ct.starts_with('/') {
+                return Err(Error::Invalid(format!("mount source {:?} is not absolute", mount.source_ct)));
+            }
+            let bind = if mount.recursive { "rbind" } else { "bind" };
+            json!({"destination": at, "type": "bind", "source": mount.source_ct,
+                "options": [bind, "rprivate", access]})
+        };
+        if let Some(place) = all[..ours].iter().position(|(standard, _)| *standard == at) {
+            all[place].1 = value;
+        } else {
+            all.push((at, value));
+        }
+    }
+    // Stable: of two mounts on one place the later stays the later.
+    all.sort_by_key(|(at, _)| at.matches('/').count());
+    Ok(all.into_iter().map(|(_, value)| value).collect())
+}
+
+/// Paths that are hidden or read-only: the request's, else the default.
+pub(super) fn paths(asked: &[String], default: &[&str]) -> Result<Vec<String>> {
+    if asked.is_empty() {
+        return Ok(default.iter().map(|p| (*p).to_owned()).collect());
+    }
+    if asked.len() > MAX_MOUNTS {
+        return Err(Error::Invalid(format!("more than {MAX_MOUNTS} masked or read-only paths")));
+    }
+    asked.iter().map(|p| target(p)).collect()
+}
+
+/// What of the request no container of a CT can have.
+pub(super) fn refuse(config: &v1::ContainerConfig) -> Result<()> {
+    if let Some(device) = config.devices.first() {
+        return Err(Error::Refused(format!("device {} of the host", device.host_path)));
+    }
+    if let Some(device) = config.cdi_devices.first() {
+        return Err(Error::Refused(format!("CDI device {}", device.name)));
+    }
+    Ok(())
+}
