@@ -21,6 +21,7 @@ use crate::{
     Config,
     error::{Error, Result},
     ledger::{ContainerRecord, Exit, Ledger, Phase, SandboxRecord},
+    prepare::Pending,
     volumes::Volumes,
 };
 
@@ -75,7 +76,7 @@ pub(crate) struct Sandbox {
     record: Mutex<SandboxRecord>,
     /// The init of its CT while that runs.
     client: Mutex<Option<Client>>,
-    /// Held through every change of the sandbox as a whole.
+    /// Held through every change of the sandbox as a whole and of its containers, and while its record is written.
     pub(crate) change: tokio::sync::Mutex<()>,
 }
 
@@ -124,8 +125,10 @@ pub(crate) struct Container {
     record: Mutex<ContainerRecord>,
     /// What it does; waited for by stop, logs and streams.
     pub(crate) state: watch::Sender<RunState>,
-    /// Held through create, start and remove.
-    pub(crate) change: tokio::sync::Mutex<()>,
+    /// What its start needs.
+    pending: Mutex<Option<Pending>>,
+    /// Held while its record is written.
+    writing: tokio::sync::Mutex<()>,
 }
 
 impl Container {
@@ -140,8 +143,19 @@ impl Container {
             sandbox: record.sandbox.clone(),
             record: Mutex::new(record),
             state: watch::Sender::new(state),
-            change: tokio::sync::Mutex::new(()),
+            pending: Mutex::default(),
+            writing: tokio::sync::Mutex::new(()),
         })
+    }
+
+    /// Keeps what its start needs.
+    pub(crate) fn set_pending(&self, pending: Pending) {
+        *lock(&self.pending) = Some(pending);
+    }
+
+    /// Takes what its start needs; nothing the second time.
+    pub(crate) fn take_pending(&self) -> Option<Pending> {
+        lock(&self.pending).take()
     }
 
     /// A copy of its record.
@@ -301,6 +315,8 @@ impl Core {
         container: &Arc<Container>,
         change: impl FnOnce(&mut ContainerRecord),
     ) -> Result<()> {
+        // The watch writes an end while a start writes that it began.
+        let _one = container.writing.lock().await;
         let mut record = container.record();
         change(&mut record);
         let (ledger, copy) = (self.ledger.clone(), record.clone());

@@ -1,38 +1,81 @@
 //! The CRI runtime whose pod sandboxes are CTs.
 //!
-//! As built so far: its configuration, its error, and the opening of the parts below it (storage, CTs, network, images)
-//! with the checks of the host that they make. The CRI service, the host service and the streaming server over them are
-//! not there, so [`Agent::start`] ends by saying so instead of pretending.
+//! | room | what it does |
+//! |---|---|
+//! | `core` | sandboxes and containers in memory, the parts below, the stream of events |
+//! | `ledger` | what must survive: one small file for each sandbox and container |
+//! | `recover` | at the start: ledger and host are brought in line |
+//! | `sandboxes`, `containers`, `prepare`, `spec` | their lives, and what a container is made of |
+//! | `watch` | one task a running sandbox: what its init reports, and its end |
+//! | `volumes`, `logs`, `stats`, `facts` | what a node asks of a host besides CRI |
+//! | `service` | the gRPC services on the unix socket |
+//! | `streaming` | exec, attach and port-forward |
+//!
+//! Tasks that live as long as the agent: the gRPC server, the streaming server's listeners, a watch for each running
+//! sandbox. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
 
+mod beneath;
 mod config;
+mod containers;
+mod core;
 mod error;
+mod facts;
+mod init_binary;
+mod ledger;
+mod logs;
+mod prepare;
+mod recover;
+mod sandboxes;
+mod service;
+mod spec;
+mod stats;
+mod status;
+mod streaming;
+mod volumes;
+mod watch;
 
-use std::sync::Arc;
+use std::{os::unix::fs::DirBuilderExt, path::Path, sync::Arc, time::Duration};
 
 use moxlet_image::ImageStore;
-use moxlet_network::{Cni, CniConfig};
-use moxlet_sandbox::{LxcConfig, LxcEngine};
-use moxlet_storage::OverlayDriver;
+use moxlet_network::{Cni, CniConfig, forwarding};
+use moxlet_sandbox::{LxcConfig, LxcEngine, cgroup::ContainerCgroups};
+use moxlet_storage::{OverlayDriver, mounts};
 use tokio_util::sync::CancellationToken;
 
 pub use config::{CniSettings, Config};
 pub use error::{Error, Result};
 
+use crate::{
+    core::{Core, Parts, blocking},
+    ledger::Ledger,
+    service::Service,
+    streaming::Streaming,
+    volumes::Volumes,
+};
+
 /// A running agent.
 pub struct Agent {
-    config: Config,
+    core: Arc<Core>,
 }
 
 /// How long a CT's start or a CNI plugin may take.
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Agent {
-    /// Opens the parts of the agent, each of which checks what it needs of the host.
+    /// Opens the parts of the agent, each of which checks what it needs of the host, takes over what runs, and serves.
     ///
     /// # Errors
-    /// The host is not fit, with a hint where there is one; else [`Error::Unfit`], as the services are not built yet.
-    pub async fn start(config: Config, _stop: CancellationToken) -> Result<Self> {
-        let root = &config.root_dir;
+    /// The host is not fit, with a hint where there is one; or the ledger cannot be read.
+    pub async fn start(config: Config, stop: CancellationToken) -> Result<Self> {
+        in_first_mount_namespace()?;
+        let root = config.root_dir.clone();
+        // CTs reach what is mounted for them as an unprivileged user: each directory on the way lets them pass.
+        for (dir, mode) in [("", 0o711), ("run", 0o711), ("pods", 0o711), ("logs", 0o711), ("ledger", 0o700)] {
+            make_dir(&root.join(dir), mode)?;
+        }
+        let pods = root.join("pods");
+        blocking("making the pods' directory shared", move || Ok(mounts::make_shared_dir(&pods)?)).await?;
+        let init_binary = init_binary::install(config.init_binary.as_deref(), &root.join("init"))?;
         let driver = Arc::new(OverlayDriver::open(&root.join("storage")).await?);
         let engine = LxcEngine::new(LxcConfig {
             dir: root.join("lxc"),
@@ -41,21 +84,8 @@ impl Agent {
             start_timeout: PATIENCE,
         })
         .await?;
-        let own = config.cni.use_host_conf.is_none();
-        Cni::new(CniConfig {
-            conf_dir: config.cni.use_host_conf.clone().unwrap_or_else(|| root.join("cni/net.d")),
-            bin_dirs: config.cni.bin_dirs.clone(),
-            cache_dir: root.join("cni/cache"),
-            ipam_dir: root.join("cni/ipam"),
-            pod_cidr: config.pod_cidr.clone(),
-            bridge_name: config.cni.bridge.clone(),
-            network_name: "moxlet".to_owned(),
-            ip_masq: true,
-            write_default: own,
-            timeout: PATIENCE,
-        })
-        .await?;
-        ImageStore::open(
+        forwarding::record(&root.join("ip_forward"))?;
+        let images = ImageStore::open(
             moxlet_image::Config {
                 dir: root.join("images"),
                 plain_http_hosts: config.plain_http_registries.clone(),
@@ -64,21 +94,72 @@ impl Agent {
             driver.clone(),
         )
         .await?;
-        driver.close().await?;
-        drop(engine);
-        let text = "this version of Moxlet cannot run pods yet: the agent's CRI service is not built (see CHANGELOG.md)";
-        Err(Error::Unfit(text.to_owned()))
+        let core = Core::new(Parts {
+            cni: Cni::new(cni(&config)).await?,
+            volumes: Volumes::open(root.join("volumes"), config.map)?,
+            ledger: Ledger::open(&root.join("ledger"))?,
+            cgroups: ContainerCgroups::detect()?,
+            driver,
+            engine: Arc::new(engine),
+            images,
+            init_binary,
+            stop,
+            config,
+        });
+        recover::recover(&core).await?;
+        let streaming = Streaming::start(core.clone()).await?;
+        service::serve(&core, streaming)?;
+        Ok(Self { core })
     }
 
     /// Where the CRI socket is: `unix:///…`.
     #[must_use]
     pub fn cri_endpoint(&self) -> String {
-        format!("unix://{}", self.config.cri_socket.display())
+        format!("unix://{}", self.core.config.cri_socket.display())
     }
 
     /// Stops all pods, each with this grace.
-    pub async fn stop_pods(&self, _grace: std::time::Duration) {}
+    pub async fn stop_pods(&self, grace: Duration) {
+        Service::stop_all(&self.core, grace).await;
+    }
 
-    /// Waits until all tasks have ended.
-    pub async fn join(self) {}
+    /// Waits until all tasks have ended, after the token that the agent was started with is cancelled.
+    pub async fn join(self) {
+        self.core.tasks.close();
+        self.core.tasks.wait().await;
+    }
+}
+
+fn cni(config: &Config) -> CniConfig {
+    let root = &config.root_dir;
+    CniConfig {
+        conf_dir: config.cni.use_host_conf.clone().unwrap_or_else(|| root.join("cni/net.d")),
+        bin_dirs: config.cni.bin_dirs.clone(),
+        cache_dir: root.join("cni/cache"),
+        ipam_dir: root.join("cni/ipam"),
+        pod_cidr: config.pod_cidr.clone(),
+        bridge_name: config.cni.bridge.clone(),
+        network_name: "moxlet".to_owned(),
+        ip_masq: true,
+        write_default: config.cni.use_host_conf.is_none(),
+        timeout: PATIENCE,
+    }
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<()> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(mode).create(path);
+    made.map_err(|e| Error::io(format!("cannot make {}", path.display()), e))
+}
+
+/// What an agent mounts for a pod reaches the pod only from the mount namespace that the CTs come from.
+fn in_first_mount_namespace() -> Result<()> {
+    let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt"));
+    match (of("self"), of("1")) {
+        (Ok(own), Ok(first)) if own != first => Err(Error::Unfit(
+            "this program runs in a mount namespace of its own, from which no mount reaches a pod: remove Private*, \
+             Protect*, ReadOnlyPaths and the like from its systemd unit, or run it outside of `unshare` and `ip netns exec`"
+                .into(),
+        )),
+        _ => Ok(()),
+    }
 }

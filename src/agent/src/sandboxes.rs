@@ -311,3 +311,10 @@ pub(crate) async fn remove_shared(core: &Core, id: &SandboxId) -> Result<()> {
     })
     .await
 }
+
+/// Removes what is left of a sandbox that the ledger does not know. Idempotent.
+pub(crate) async fn remove_stray(core: &Core, id: &SandboxId) -> Result<()> {
+    core.engine.delete(id).await?;
+    core.cni.del(id, None).await?;
+    remove_shared(core, id).await
+}

@@ -47,7 +47,12 @@ impl Process {
     pub(crate) fn open(pid: u32) -> io::Result<Option<Self>> {
         let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
-            Ok(fd) => Ok(Some(Self { fd: AsyncFd::try_with_interest(fd, Interest::READABLE)? })),
+            Ok(fd) => {
+                // SAFETY: an `OwnedFd` always is the same open descriptor, and nothing here takes it out of the `AsyncFd`.
+                #[allow(unsafe_code)]
+                let registered = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+                Ok(Some(Self { fd: registered.map_err(io::Error::from)? }))
+            }
             Err(rustix::io::Errno::SRCH) => Ok(None),
             Err(e) => Err(e.into()),
         }

@@ -20,6 +20,15 @@ use serde::{Deserialize, Serialize};
 pub use error::{Error, Result};
 pub use overlay::OverlayDriver;
 
+/// Removes a file or a tree that a container wrote, of whatever depth, by way of `scratch` (a directory on the same file
+/// system). Links are not followed. Idempotent.
+///
+/// # Errors
+/// What the system says of which path.
+pub fn remove_tree(path: &Path, scratch: &Path) -> Result<()> {
+    tree::remove(path, scratch)
+}
+
 /// Which ids of the host a pod's ids 0..size become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct IdMap {

@@ -200,6 +200,12 @@ impl ContainerCgroups {
         dirs.iter().flat_map(|dir| processes(dir)).collect()
     }
 
+    /// The processes of a container as the host numbers them; none if it has no cgroup.
+    #[must_use]
+    pub fn processes_of(&self, sandbox: &SandboxId, container: &ContainerId) -> Vec<u32> {
+        self.dir("memory", sandbox, Some(container)).map(|dir| processes(&dir)).unwrap_or_default()
+    }
+
     /// A container's cgroup as seen in its CT, whose cgroup namespace begins at the CT's own cgroup: the OCI spec's
     /// `linux.cgroupsPath`.
     #[must_use]

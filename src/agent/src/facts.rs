@@ -1,0 +1,117 @@
+//! Facts of the host that the Node object shows, read anew each time.
+
+use std::{
+    fs::File,
+    io::Read,
+    net::{IpAddr, UdpSocket},
+    path::Path,
+};
+
+use moxlet_cri::host;
+
+/// Files of /proc, /sys and /etc are cut here.
+const MAX: u64 = 1 << 20;
+/// Ticks of `/proc/stat` a second: what the kernel shows to programs on every architecture.
+const TICKS: u64 = 100;
+
+fn text(path: &str) -> String {
+    let mut bytes = Vec::new();
+    if let Ok(file) = File::open(path) {
+        let _ = file.take(MAX).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).trim().to_owned()
+}
+
+/// Reads what the host is; of `root`, the size of its file system.
+pub(crate) fn read(root: &Path) -> host::InfoResponse {
+    let name = rustix::system::uname();
+    let memory = text("/proc/meminfo");
+    let total = meminfo(&memory, "MemTotal:");
+    let size = rustix::fs::statvfs(root).map_or(0, |s| s.f_blocks.saturating_mul(s.f_frsize));
+    host::InfoResponse {
+        hostname: name.nodename().to_string_lossy().into_owned(),
+        machine_id: text("/etc/machine-id"),
+        system_uuid: text("/sys/class/dmi/id/product_uuid"),
+        boot_id: text("/proc/sys/kernel/random/boot_id"),
+        kernel_version: name.release().to_string_lossy().into_owned(),
+        os_image: pretty_name(&text("/etc/os-release")),
+        architecture: architecture().to_owned(),
+        runtime_version: format!("moxlet://{}", env!("CARGO_PKG_VERSION")),
+        cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
+        memory_bytes: total,
+        ephemeral_storage_bytes: size,
+        addresses: addresses().iter().map(ToString::to_string).collect(),
+        cpu_usage_core_nano_seconds: busy_ns(&text("/proc/stat")),
+        memory_working_set_bytes: total.saturating_sub(meminfo(&memory, "MemAvailable:")),
+        ..host::InfoResponse::default()
+    }
+}
+
+/// The architecture as Go names it.
+pub(crate) fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+fn pretty_name(text: &str) -> String {
+    let value = text.lines().find_map(|l| l.strip_prefix("PRETTY_NAME="));
+    value.unwrap_or("Linux").trim_matches('"').to_owned()
+}
+
+/// Bytes of a line of `/proc/meminfo`.
+fn meminfo(text: &str, key: &str) -> u64 {
+    let line = text.lines().find_map(|l| l.strip_prefix(key));
+    line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Time that the processors worked: user, nice, system, irq, softirq, steal; not idle, iowait, nor guest (in user already).
+fn busy_ns(text: &str) -> u64 {
+    let fields = text.lines().find_map(|l| l.strip_prefix("cpu "));
+    let fields: Vec<u64> = fields.unwrap_or("").split_whitespace().filter_map(|f| f.parse().ok()).collect();
+    let ticks: u64 = [0, 1, 2, 5, 6, 7].iter().filter_map(|at| fields.get(*at)).sum();
+    ticks.saturating_mul(1_000_000_000 / TICKS)
+}
+
+/// The host's addresses, those that its default routes leave from first. A UDP socket that is connected sends nothing.
+fn addresses() -> Vec<IpAddr> {
+    let mut found = Vec::new();
+    for (from, to) in [("0.0.0.0:0", "192.0.2.1:9"), ("[::]:0", "[2001:db8::1]:9")] {
+        let source = UdpSocket::bind(from).and_then(|s| s.connect(to).map(|()| s)).and_then(|s| s.local_addr());
+        found.extend(source.ok().map(|a| a.ip()));
+    }
+    for address in nix::ifaddrs::getifaddrs().into_iter().flatten() {
+        let Some(storage) = address.address else { continue };
+        let ip = storage
+            .as_sockaddr_in()
+            .map(|a| IpAddr::from(a.ip()))
+            .or_else(|| storage.as_sockaddr_in6().map(|a| IpAddr::from(a.ip())));
+        found.extend(ip.filter(|ip| match ip {
+            IpAddr::V4(v4) => !v4.is_link_local(),
+            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+        }));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    found.retain(|ip| !ip.is_loopback() && !ip.is_unspecified() && seen.insert(*ip));
+    if found.is_empty() { vec![IpAddr::from([127, 0, 0, 1])] } else { found }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_of_proc_are_read() {
+        assert_eq!(meminfo("MemTotal:       2048 kB\nMemFree: 1 kB\n", "MemTotal:"), 2048 * 1024);
+        assert_eq!(busy_ns("cpu  10 1 5 1000 50 2 3 4 9 9\ncpu0 1\n"), 25 * 10_000_000);
+        assert_eq!(pretty_name("A=b\nPRETTY_NAME=\"Debian GNU/Linux 13\"\n"), "Debian GNU/Linux 13");
+    }
+
+    #[test]
+    fn this_host_has_memory_and_an_address() {
+        let info = read(Path::new("/"));
+        assert!(info.memory_bytes > 0 && info.cpus > 0 && !info.addresses.is_empty());
+    }
+}

@@ -1,0 +1,131 @@
+//! The start of an agent: what the ledger says meets what the host has. Running CTs are taken over as they are, half-made
+//! and half-removed things are removed, and what belongs to no sandbox of the ledger goes.
+
+use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
+
+use moxlet_ids::{ContainerId, SandboxId};
+use moxlet_init_proto::client::Client;
+use moxlet_sandbox::SandboxState;
+use tracing::{info, warn};
+
+use crate::{
+    containers,
+    core::{Container, Core, Sandbox, blocking},
+    error::{Result, chain},
+    ledger::Phase,
+    sandboxes, watch,
+};
+
+/// How long an init that runs may take to answer before it is taken over without its hello.
+const HELLO: Duration = Duration::from_secs(5);
+
+/// Loads the ledger and brings the host in line with it.
+///
+/// # Errors
+/// A ledger that cannot be read: to guess would be to lose a pod. What else goes wrong is logged and tried again at the next
+/// start.
+pub(crate) async fn recover(core: &Arc<Core>) -> Result<()> {
+    let ledger = core.ledger.clone();
+    let (sandboxes, containers) = blocking("reading the ledger", move || ledger.load()).await?;
+    for record in sandboxes {
+        core.insert_sandbox(Sandbox::new(record));
+    }
+    for record in containers {
+        if core.sandbox(record.sandbox.as_str()).is_ok() {
+            core.insert_container(Container::new(record));
+        } else {
+            core.ledger.remove_container(&record.id)?;
+        }
+    }
+    strays(core).await;
+    let all = core.sandboxes().into_iter().map(|sandbox| async move {
+        if let Err(error) = sandbox_again(core, &sandbox).await {
+            warn!(sandbox = %sandbox.id, error = chain(&error), "a sandbox is not wholly recovered; the next start tries again");
+        }
+    });
+    futures::future::join_all(all).await;
+    Ok(())
+}
+
+async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
+    let guard = sandbox.change.lock().await;
+    if matches!(sandbox.phase(), Phase::Creating | Phase::Removing) {
+        info!(sandbox = %sandbox.id, "removing a sandbox that was half made or half removed");
+        return sandboxes::remove_parts(core, sandbox).await;
+    }
+    match core.engine.state(&sandbox.id).await? {
+        Some(SandboxState::Running { .. }) if sandbox.phase() == Phase::Ready => {
+            let socket = sandboxes::shared_dir(core, &sandbox.id).join("run/init.sock");
+            let client = match Client::connect(&socket, HELLO).await {
+                Ok(client) => client,
+                Err(error) => {
+                    warn!(sandbox = %sandbox.id, %error, "the init of a running CT does not answer; it is asked again");
+                    Client::new(&socket)
+                }
+            };
+            sandbox.set_client(Some(client));
+        }
+        state => {
+            // Its CT ended while nobody looked; or a stop was cut short and is finished now.
+            if matches!(state, Some(SandboxState::Running { .. })) {
+                core.engine.stop(&sandbox.id, Duration::from_secs(3)).await?;
+            }
+            sandboxes::ended(core, sandbox).await?;
+            core.cni.del(&sandbox.id, None).await?;
+        }
+    }
+    for container in core.containers_of(&sandbox.id) {
+        let record = container.record();
+        if !record.created || !record.started {
+            info!(container = %container.id, "removing a container that was not started");
+            containers::remove_parts(core, sandbox, &container).await?;
+        }
+    }
+    if let Ok(client) = sandbox.client() {
+        if let Ok(known) = client.list().await {
+            let known: BTreeSet<String> = known.into_iter().map(|c| c.id).collect();
+            for container in core.containers_of(&sandbox.id) {
+                if !known.contains(container.id.as_str()) {
+                    containers::lost(core, sandbox, &container).await?;
+                }
+            }
+        }
+        drop(guard);
+        watch::spawn(core, sandbox);
+    }
+    Ok(())
+}
+
+/// Removes what no sandbox or container of the ledger owns.
+async fn strays(core: &Arc<Core>) {
+    let sandboxes: BTreeSet<SandboxId> = core.sandboxes().iter().map(|s| s.id.clone()).collect();
+    let containers: BTreeSet<ContainerId> = core.containers().iter().map(|c| c.id.clone()).collect();
+    let mut found: BTreeSet<SandboxId> = BTreeSet::new();
+    match core.engine.list().await {
+        Ok(all) => found.extend(all.into_iter().map(|s| s.id)),
+        Err(error) => warn!(error = chain(&error), "cannot list the CTs"),
+    }
+    if let Ok(entries) = fs::read_dir(&core.pods_dir) {
+        found.extend(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<SandboxId>().ok()));
+    }
+    match core.cni.attached().await {
+        Ok(all) => found.extend(all),
+        Err(error) => warn!(error = chain(&error), "cannot list the pods' addresses"),
+    }
+    for id in found.difference(&sandboxes) {
+        info!(sandbox = %id, "removing what is left of a sandbox");
+        if let Err(error) = sandboxes::remove_stray(core, id).await {
+            warn!(sandbox = %id, error = chain(&error), "not wholly removed; the next start tries again");
+        }
+    }
+    let roots = match core.driver.roots().await {
+        Ok(roots) => roots,
+        Err(error) => return warn!(error = chain(&error), "cannot list the containers' roots"),
+    };
+    for id in roots.into_iter().filter(|id| !containers.contains(id)) {
+        info!(container = %id, "removing the root of a container that is gone");
+        if let Err(error) = core.driver.remove_root(&id).await {
+            warn!(container = %id, error = chain(&error), "not removed; the next start tries again");
+        }
+    }
+}

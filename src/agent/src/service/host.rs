@@ -1,0 +1,112 @@
+//! `moxlet.host.v1`: what a node asks that CRI has no word for.
+
+use std::{collections::BTreeSet, fs, io::Read, path::Path};
+
+use moxlet_cri::host::{self, host_service_server::HostService};
+use moxlet_ids::PodUid;
+use tonic::{Request, Response, Status};
+
+use super::{Parts, Service};
+use crate::{
+    beneath,
+    core::blocking,
+    error::{Error, Result},
+    facts, logs, sandboxes,
+};
+
+type Answer<T> = std::result::Result<Response<T>, Status>;
+
+/// Bytes of a termination message that are kept, as in the kubelet.
+const MAX_MESSAGE: u64 = 4096;
+
+/// The pods that have a log directory, which are named `<namespace>_<name>_<uid>` as the kubelet does it.
+fn pods_with_logs(dir: &Path) -> BTreeSet<PodUid> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.rsplit('_').next()?.parse().ok()).collect()
+}
+
+/// Removes a pod's log directory. What containers wrote in it is not followed.
+fn remove_logs(dir: &Path, uid: &PodUid) -> Result<()> {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_str().and_then(|n| n.rsplit('_').next()) == Some(uid.as_str()) {
+            moxlet_storage::remove_tree(&entry.path(), dir)?;
+        }
+    }
+    Ok(())
+}
+
+#[tonic::async_trait]
+impl HostService for Service {
+    async fn info(&self, _: Request<host::InfoRequest>) -> Answer<host::InfoResponse> {
+        let root = self.core.config.root_dir.clone();
+        let facts = blocking("reading facts of the host", move || Ok(facts::read(&root))).await?;
+        Ok(Response::new(host::InfoResponse {
+            pod_logs_dir: self.core.logs_dir.display().to_string(),
+            stream_endpoint: self.streaming.endpoint(),
+            sandbox_overhead_memory_bytes: self.core.config.sandbox_overhead_memory_bytes,
+            ..facts
+        }))
+    }
+
+    async fn apply_volume(&self, request: Request<host::ApplyVolumeRequest>) -> Answer<host::ApplyVolumeResponse> {
+        let (core, request) = (self.core.clone(), request.into_inner());
+        let path = blocking("making a volume", move || core.volumes.apply(&request)).await?;
+        Ok(Response::new(host::ApplyVolumeResponse { host_path: path.display().to_string() }))
+    }
+
+    async fn remove_pod_volumes(
+        &self,
+        request: Request<host::RemovePodVolumesRequest>,
+    ) -> Answer<host::RemovePodVolumesResponse> {
+        let uid: PodUid = request.into_inner().pod_uid.parse().map_err(Error::from)?;
+        if let Some(sandbox) = self.core.sandboxes().iter().find(|s| s.record().uid == uid) {
+            return Err(Error::State(format!("pod {uid} still has sandbox {}", sandbox.id)).into());
+        }
+        let core = self.core.clone();
+        blocking("removing volumes", move || {
+            core.volumes.remove_pod(&uid)?;
+            remove_logs(&core.logs_dir, &uid)
+        })
+        .await?;
+        Ok(Response::new(host::RemovePodVolumesResponse {}))
+    }
+
+    async fn list_pods(&self, _: Request<host::ListPodsRequest>) -> Answer<host::ListPodsResponse> {
+        let core = self.core.clone();
+        let pods = blocking("listing volumes", move || {
+            let mut pods = core.volumes.pods()?;
+            pods.extend(pods_with_logs(&core.logs_dir));
+            Ok(pods)
+        })
+        .await?;
+        Ok(Response::new(host::ListPodsResponse { pod_uids: pods.iter().map(ToString::to_string).collect() }))
+    }
+
+    type StreamLogsStream = Parts<host::LogChunk>;
+
+    async fn stream_logs(&self, request: Request<host::StreamLogsRequest>) -> Answer<Self::StreamLogsStream> {
+        let chunks = logs::stream(self.core.clone(), request.into_inner())?;
+        Ok(Response::new(Box::pin(chunks)))
+    }
+
+    async fn termination_message(
+        &self,
+        request: Request<host::TerminationMessageRequest>,
+    ) -> Answer<host::TerminationMessageResponse> {
+        let container = self.core.container(&request.into_inner().container_id)?;
+        let dir = sandboxes::shared_dir(&self.core, &container.sandbox).join("term");
+        let id = container.id.clone();
+        let data = blocking("reading a termination message", move || {
+            let Ok(dir) = beneath::open_dir(&dir) else { return Ok(Vec::new()) };
+            let Ok(file) = beneath::open_file(&dir, Path::new(id.as_str())) else { return Ok(Vec::new()) };
+            let mut data = Vec::new();
+            file.take(MAX_MESSAGE)
+                .read_to_end(&mut data)
+                .map_err(|e| Error::io(format!("cannot read the termination message of {id}"), e))?;
+            Ok(data)
+        })
+        .await?;
+        Ok(Response::new(host::TerminationMessageResponse { data }))
+    }
+}

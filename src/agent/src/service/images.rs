@@ -1,0 +1,130 @@
+//! CRI's ImageService.
+
+use base64::Engine as _;
+use moxlet_cri::v1::{self, image_service_server::ImageService};
+use moxlet_image::{Credentials, ImageRecord};
+use tonic::{Request, Response, Status};
+
+use super::{Parts, Service, in_chunks};
+use crate::{
+    core::now_ns,
+    error::{Error, Result},
+};
+
+type Answer<T> = std::result::Result<Response<T>, Status>;
+
+/// An image as CRI shows it; the user is a number where the image's is.
+fn shown(image: ImageRecord) -> v1::Image {
+    let user = image.config.config().as_ref().and_then(|c| c.user().clone()).unwrap_or_default();
+    let name = user.split(':').next().unwrap_or_default();
+    let uid = if name.is_empty() { Some(0) } else { name.parse::<i64>().ok() };
+    let username = if uid.is_some() { String::new() } else { name.to_owned() };
+    v1::Image {
+        id: image.id.to_string(),
+        repo_tags: image.repo_tags,
+        repo_digests: image.repo_digests,
+        size: image.size_bytes,
+        uid: uid.map(|value| v1::Int64Value { value }),
+        username,
+        ..v1::Image::default()
+    }
+}
+
+/// CRI's way to log in as ours. `auth` is base64 of `user:password`, with NULs at its end in old files.
+fn credentials(auth: v1::AuthConfig) -> Result<Credentials> {
+    let mut all = Credentials {
+        username: auth.username,
+        password: auth.password,
+        registry_token: auth.registry_token,
+    };
+    if all.username.is_empty() && !auth.auth.is_empty() {
+        let wrong = || Error::Invalid("the registry's auth is not base64 of user:password".into());
+        let bytes = base64::engine::general_purpose::STANDARD.decode(auth.auth.trim()).map_err(|_| wrong())?;
+        let text = String::from_utf8(bytes).map_err(|_| wrong())?;
+        let (user, password) = text.split_once(':').ok_or_else(wrong)?;
+        all.username = user.to_owned();
+        all.password = password.trim_end_matches('\0').to_owned();
+    }
+    if !auth.identity_token.is_empty() && all.registry_token.is_empty() && all.username.is_empty() {
+        return Err(Error::Refused("an identity token of a registry".into()));
+    }
+    Ok(all)
+}
+
+impl Service {
+    async fn all_images(&self, filter: Option<v1::ImageFilter>) -> Result<Vec<v1::Image>> {
+        let wanted = filter.and_then(|f| f.image).map(|i| i.image).filter(|i| !i.is_empty());
+        let images = match wanted {
+            Some(name) => self.core.images.resolve(&name).await?.into_iter().collect(),
+            None => self.core.images.list().await?,
+        };
+        Ok(images.into_iter().map(shown).collect())
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for Service {
+    async fn list_images(&self, request: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
+        let images = self.all_images(request.into_inner().filter).await?;
+        Ok(Response::new(v1::ListImagesResponse { images }))
+    }
+
+    type StreamImagesStream = Parts<v1::StreamImagesResponse>;
+
+    async fn stream_images(&self, request: Request<v1::StreamImagesRequest>) -> Answer<Self::StreamImagesStream> {
+        let images = self.all_images(request.into_inner().filter).await?;
+        Ok(in_chunks(images, |images| v1::StreamImagesResponse { images }))
+    }
+
+    async fn image_status(&self, request: Request<v1::ImageStatusRequest>) -> Answer<v1::ImageStatusResponse> {
+        let name = request.into_inner().image.unwrap_or_default().image;
+        let image = self.core.images.resolve(&name).await.map_err(Error::from)?;
+        Ok(Response::new(v1::ImageStatusResponse { image: image.map(shown), ..v1::ImageStatusResponse::default() }))
+    }
+
+    async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<v1::PullImageResponse> {
+        let request = request.into_inner();
+        let name = request.image.unwrap_or_default().image;
+        let auths = request.auth.map(credentials).transpose()?;
+        let image = self.core.images.pull(&name, auths.as_slice()).await.map_err(Error::from)?;
+        Ok(Response::new(v1::PullImageResponse { image_ref: image.id.to_string() }))
+    }
+
+    async fn remove_image(&self, request: Request<v1::RemoveImageRequest>) -> Answer<v1::RemoveImageResponse> {
+        let name = request.into_inner().image.unwrap_or_default().image;
+        self.core.images.remove(&name).await.map_err(Error::from)?;
+        Ok(Response::new(v1::RemoveImageResponse {}))
+    }
+
+    async fn image_fs_info(&self, _: Request<v1::ImageFsInfoRequest>) -> Answer<v1::ImageFsInfoResponse> {
+        let usage = self.core.driver.fs_usage().await.map_err(Error::from)?;
+        let number = |value| Some(v1::UInt64Value { value });
+        let shown = v1::FilesystemUsage {
+            timestamp: now_ns(),
+            fs_id: Some(v1::FilesystemIdentifier { mountpoint: usage.mountpoint.display().to_string() }),
+            used_bytes: number(usage.used_bytes),
+            inodes_used: number(usage.inodes_used),
+        };
+        Ok(Response::new(v1::ImageFsInfoResponse {
+            image_filesystems: vec![shown.clone()],
+            container_filesystems: vec![shown],
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_login_comes_in_parts_or_encoded() {
+        let auth = v1::AuthConfig { auth: "dXNlcjpwYTpzcwA=".into(), ..v1::AuthConfig::default() };
+        let got = credentials(auth).unwrap();
+        assert_eq!((got.username.as_str(), got.password.as_str()), ("user", "pa:ss"));
+        for bad in ["%", "dXNlcg=="] {
+            let auth = v1::AuthConfig { auth: bad.into(), ..v1::AuthConfig::default() };
+            assert!(credentials(auth).is_err(), "{bad}");
+        }
+    }
+}

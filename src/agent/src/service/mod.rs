@@ -1,0 +1,123 @@
+//! The gRPC services of an agent on its unix socket: CRI's RuntimeService and ImageService, and `moxlet.host.v1`.
+//!
+//! A file a service; each method checks its request and calls the part that does the work.
+
+mod host;
+mod images;
+mod runtime;
+
+use std::{os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc};
+
+use futures::{Stream, stream};
+use moxlet_cri::{
+    host::host_service_server::HostServiceServer,
+    v1::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
+};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Response, Status, transport::Server};
+use tracing::{error, info};
+
+use crate::{
+    core::Core,
+    error::{Error, Result},
+    streaming::Streaming,
+};
+
+/// The largest request that is read, in bytes: a volume's files are at most half of it.
+const MAX_REQUEST: usize = 16 << 20;
+/// Items of a chunk of CRI's `Stream…` lists.
+const CHUNK: usize = 64;
+
+/// What all three services know.
+#[derive(Clone)]
+pub(crate) struct Service {
+    core: Arc<Core>,
+    streaming: Arc<Streaming>,
+}
+
+/// An answer in parts.
+type Parts<T> = Pin<Box<dyn Stream<Item = std::result::Result<T, Status>> + Send>>;
+
+/// A list as CRI streams it: chunks, at least one.
+fn in_chunks<I, T>(mut items: Vec<I>, wrap: impl Fn(Vec<I>) -> T) -> Response<Parts<T>>
+where
+    T: Send + 'static,
+{
+    let mut parts = Vec::new();
+    loop {
+        let rest = items.split_off(items.len().min(CHUNK));
+        parts.push(Ok(wrap(items)));
+        if rest.is_empty() {
+            break;
+        }
+        items = rest;
+    }
+    Response::new(Box::pin(stream::iter(parts)))
+}
+
+/// Whether all labels of a selector are there.
+fn selected<'a>(
+    selector: &std::collections::HashMap<String, String>,
+    mut label: impl FnMut(&str) -> Option<&'a String>,
+) -> bool {
+    selector.iter().all(|(key, value)| label(key) == Some(value))
+}
+
+/// Serves until the agent stops.
+///
+/// # Errors
+/// The socket cannot be made.
+pub(crate) fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result<()> {
+    let path = core.config.cri_socket.clone();
+    let listener = listen(&path)?;
+    let service = Service { core: core.clone(), streaming };
+    let stop = core.stop.clone();
+    core.tasks.spawn(async move {
+        let server = Server::builder()
+            .add_service(RuntimeServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
+            .add_service(ImageServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
+            .add_service(HostServiceServer::new(service).max_decoding_message_size(MAX_REQUEST));
+        // Streams (logs, events) end by the same token, so that nobody is waited for.
+        let served = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled());
+        if let Err(error) = served.await {
+            error!(%error, "the CRI socket failed");
+        }
+        let _ = std::fs::remove_file(&path);
+    });
+    info!(socket = %core.config.cri_socket.display(), "CRI is served");
+    Ok(())
+}
+
+/// A listening socket for root only; one that a crash left is replaced.
+fn listen(path: &Path) -> Result<UnixListener> {
+    let failed = |e: std::io::Error| {
+        Error::io(format!("cannot listen at {} (its path may have at most 107 bytes)", path.display()), e)
+    };
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).map_err(failed)?;
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use futures::StreamExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_list_comes_in_chunks_and_an_empty_one_as_one() {
+        let count = async |n: usize| in_chunks(vec![0; n], |c| c.len()).into_inner().map(Result::unwrap).collect::<Vec<_>>().await;
+        assert_eq!(count(0).await, [0]);
+        assert_eq!(count(64).await, [64]);
+        assert_eq!(count(130).await, [64, 64, 2]);
+    }
+}
