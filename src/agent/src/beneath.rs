@@ -42,8 +42,14 @@ pub(crate) fn make_dirs(dir: impl AsFd, path: &Path, mode: Mode) -> io::Result<O
     Ok(at)
 }
 
+/// Opens a directory below `dir` for listing; `path` may be empty for `dir` itself.
+pub(crate) fn open_dir_below(dir: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(openat2(&dir, path, flags, Mode::empty(), INSIDE)?)
+}
+
 /// Opens a regular file below `dir` for reading; of anything else nothing is read.
-#[allow(dead_code)]
 pub(crate) fn open_file(dir: impl AsFd, path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(openat2(&dir, path, flags, Mode::empty(), INSIDE)?);
@@ -66,6 +72,22 @@ mod tests {
         assert!(make_dirs(&root, Path::new("a/b"), Mode::from_raw_mode(0o755)).is_err());
         assert!(make_dirs(&root, Path::new("c/d"), Mode::from_raw_mode(0o755)).is_ok());
         assert!(dir.path().join("c/d").is_dir());
+    }
+
+    #[test]
+    fn only_regular_files_are_read_and_links_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("a")).unwrap();
+        std::fs::write(dir.path().join("a/file"), "x").unwrap();
+        std::os::unix::fs::symlink("file", dir.path().join("a/link")).unwrap();
+        std::os::unix::fs::symlink("a", dir.path().join("b")).unwrap();
+        let root = open_dir(dir.path()).unwrap();
+        assert!(open_file(&root, Path::new("a/file")).is_ok());
+        for bad in ["a", "a/link", "b/file", "../x"] {
+            assert!(open_file(&root, Path::new(bad)).is_err(), "{bad}");
+        }
+        assert!(open_dir_below(&root, Path::new("a")).is_ok() && open_dir_below(&root, Path::new("")).is_ok());
+        assert!(open_dir_below(&root, Path::new("b")).is_err());
     }
 
     #[test]

@@ -40,9 +40,9 @@ fn kernel() -> Vec<String> {
     if !filesystems.lines().any(|l| l.trim_start_matches("nodev").trim() == "overlay") && !module.exists() {
         missing.push("the kernel has no OverlayFS: load the module `overlay`".to_owned());
     }
-    if older_than(&release, (5, 19)) {
+    if older_than(&release, (6, 3)) {
         missing.push(format!(
-            "the kernel is {release}; 5.19 or newer is needed for OverlayFS on idmapped mounts: upgrade the kernel"
+            "the kernel is {release}; 6.3 or newer is needed for idmapped mounts of tmpfs, where secrets lie: upgrade the kernel (Debian 12 has one in bookworm-backports)"
         ));
     }
     missing

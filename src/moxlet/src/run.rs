@@ -16,6 +16,9 @@ use crate::{
 /// How long pods get to end with `--stop-pods`.
 const STOP_PODS_GRACE: Duration = Duration::from_secs(30);
 
+/// Range of the pods of a machine without a cluster.
+const ALONE_CIDR: &str = "10.244.0.0/24";
+
 /// Runs the command that was asked for, until a signal ends it.
 ///
 /// # Errors
@@ -85,7 +88,7 @@ async fn serve(config: Config, with_node: bool) -> Result<()> {
     let signals = tokio::spawn(watch_signals(stop.clone()));
     // The agent outlives the node: a node that stops still talks to it.
     let agent_stop = CancellationToken::new();
-    let agent = moxlet_agent::Agent::start(agent_config(&config), agent_stop.clone())
+    let agent = moxlet_agent::Agent::start(agent_config(&config, with_node), agent_stop.clone())
         .await
         .context("the agent could not start")?;
     info!(socket = %config.cri_socket().display(), "agent ready");
@@ -135,7 +138,12 @@ async fn watch_signals(stop: CancellationToken) {
     }
 }
 
-fn agent_config(config: &Config) -> moxlet_agent::Config {
+/// Whether there is no cluster.
+fn alone(config: &Config) -> bool {
+    config.kubeconfig.is_none() && config.bootstrap_kubeconfig.is_none()
+}
+
+fn agent_config(config: &Config, with_node: bool) -> moxlet_agent::Config {
     let (crate::config::Engine::Lxc, crate::config::Storage::Overlay) = (config.engine, config.storage);
     let defaults = moxlet_agent::Config::default();
     moxlet_agent::Config {
@@ -143,7 +151,8 @@ fn agent_config(config: &Config) -> moxlet_agent::Config {
         cri_socket: config.cri_socket(),
         stream_listen: config.stream_listen.or(defaults.stream_listen),
         init_binary: config.init_binary.clone(),
-        pod_cidr: config.pod_cidr.clone(),
+        // Nobody allots a range to a machine without a cluster.
+        pod_cidr: config.pod_cidr.clone().or_else(|| (with_node && alone(config)).then(|| ALONE_CIDR.to_owned())),
         cni: moxlet_agent::CniSettings {
             use_host_conf: config.cni_conf_dir.clone(),
             bin_dirs: config.cni_bin_dirs.clone(),

@@ -92,8 +92,9 @@ impl Cni {
         if config.write_default {
             fs::create_dir_all(&config.conf_dir).map_err(io("create", &config.conf_dir))?;
         }
-        let cidr = config.pod_cidr.clone();
         let cni = Self { config, pod_cidr: RwLock::new(None) };
+        // Without a word from the configuration the range of the last start stays, until the cluster says another.
+        let cidr = cni.config.pod_cidr.clone().or_else(|| cni.written_cidr());
         if let Some(cidr) = cidr {
             cni.set_pod_cidr(&cidr).await?;
         }
@@ -248,6 +249,14 @@ impl Cni {
         if status.success() { Ok(()) } else { Err(Error::Bridge(self.config.bridge_name.clone())) }
     }
 
+    /// The range in our own conflist, if there is one.
+    fn written_cidr(&self) -> Option<String> {
+        let bytes = fs::read(self.config.conf_dir.join(OWN_FILE)).ok().filter(|_| self.config.write_default)?;
+        let list: Conflist = serde_json::from_slice(&bytes).ok()?;
+        let range = list.plugins.first()?.get("ipam")?.get("ranges")?.get(0)?.get(0)?;
+        Some(range.get("subnet")?.as_str()?.to_owned())
+    }
+
     fn pod_cidr(&self) -> Option<String> {
         self.pod_cidr.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -284,7 +293,7 @@ impl Cni {
         let none = |reason: &str| Error::NoConfig { dir: dir.clone(), reason: reason.into() };
         let path = if self.config.write_default {
             if self.pod_cidr().is_none() {
-                return Err(none("the pods' address range is not known yet"));
+                return Err(none("the pods' address range is not known yet: the cluster allots one (Node.spec.podCIDR), or set pod_cidr"));
             }
             dir.join(OWN_FILE)
         } else {
