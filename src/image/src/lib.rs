@@ -1,14 +1,37 @@
 //! OCI images: registry client, layer pipeline, image store.
+//!
+//! A pull streams every layer from its registry through digest check, decompression and digest check again into a
+//! directory of the storage driver; no layer is ever in memory or on disk as a blob. What an image is called lies in
+//! small records beside its config.
 
+mod download;
 mod error;
+mod layer;
+mod pull;
+mod reference;
+mod registry;
+mod store;
+#[cfg(test)]
+mod tests;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
 
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared, WeakShared},
+};
 use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::Driver;
 
 pub use error::{Error, Result};
 pub use oci_spec::image::ImageConfiguration;
+pub use reference::Reference;
+
+use store::Store;
 
 /// How a store is set up.
 #[derive(Debug, Clone)]
@@ -22,7 +45,7 @@ pub struct Config {
 }
 
 /// One way to log in at a registry; several are tried in turn.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Credentials {
     /// The user.
     pub username: String,
@@ -55,37 +78,81 @@ pub struct ImageRecord {
     pub config: ImageConfiguration,
 }
 
+/// Who pulls what. Credentials are part of it: one caller must not get what only another one may have.
+type Wanted = (Reference, Vec<Credentials>);
+type Pull = BoxFuture<'static, Result<ImageRecord>>;
+
 /// The images of a host.
 pub struct ImageStore {
-    #[allow(dead_code)]
-    config: Config,
-    #[allow(dead_code)]
-    driver: Arc<dyn Driver>,
+    store: Arc<Store>,
+    /// The pulls that somebody waits for; the last one who goes takes the pull along.
+    pulls: Mutex<HashMap<Wanted, WeakShared<Pull>>>,
 }
 
 impl ImageStore {
-    /// Opens the store; its layers lie in `driver`.
+    /// Opens the store; its layers lie in `driver`, which holds no others. What a crash left half-made is removed.
+    ///
+    /// # Errors
+    /// The directory or the driver cannot be read, or a record was written by a newer version ([`Error::TooNew`]).
+    /// Images that turn out to be damaged are reported in the log and forgotten.
     pub async fn open(config: Config, driver: Arc<dyn Driver>) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { config, driver }))
+        let store = Store::open(config, driver).await?;
+        Ok(Arc::new(Self { store, pulls: Mutex::default() }))
     }
 
-    /// Brings an image from its registry. Pulls of one image at the same time become one.
-    pub async fn pull(&self, reference: &str, _auths: &[Credentials]) -> Result<ImageRecord> {
-        Err(Error::NotBuilt(reference.to_owned()))
+    /// Brings an image from its registry. Pulls of one image with the same credentials at the same time become one,
+    /// which ends early only when all who wait for it have gone.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`]; what the registry answers ([`Error::NotFound`], [`Error::Denied`],
+    /// [`Error::Unreachable`]); what is wrong with the image ([`Error::DigestMismatch`], [`Error::BadImage`]); a failure
+    /// of the store.
+    pub async fn pull(&self, reference: &str, auths: &[Credentials]) -> Result<ImageRecord> {
+        let wanted = (Reference::parse(reference)?, auths.to_vec());
+        self.join(wanted).await
     }
 
-    /// The image of a reference, an id (or its hexadecimal digits) or a digest reference.
-    pub async fn resolve(&self, _reference: &str) -> Result<Option<ImageRecord>> {
-        Ok(None)
+    /// The image of a reference, an id (or three or more of its hexadecimal digits) or a digest reference.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`] for a text that is nothing of the kind, [`Error::Ambiguous`] for the beginning of several
+    /// ids.
+    pub async fn resolve(&self, reference: &str) -> Result<Option<ImageRecord>> {
+        self.store.resolve(reference)
     }
 
     /// All images.
+    ///
+    /// # Errors
+    /// None at present.
     pub async fn list(&self) -> Result<Vec<ImageRecord>> {
-        Ok(Vec::new())
+        Ok(self.store.list())
     }
 
-    /// Takes a tag from an image, or removes an image named by its id with all tags. Idempotent.
-    pub async fn remove(&self, _reference: &str) -> Result<()> {
-        Ok(())
+    /// Takes a tag or digest from an image, or removes an image named by its id with all its names. With the last name
+    /// the image goes, and its layers as far as no other image or container needs them. Idempotent.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`], or a failure of the store. Layers that could not be removed are tried again at the next
+    /// removal or opening.
+    pub async fn remove(&self, reference: &str) -> Result<()> {
+        self.store.remove(reference).await
+    }
+
+    /// The pull that is under way, or a new one.
+    fn join(&self, wanted: Wanted) -> Shared<Pull> {
+        let mut pulls = self.pulls.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pull) = pulls.get(&wanted).and_then(WeakShared::upgrade)
+            && pull.peek().is_none()
+        {
+            return pull;
+        }
+        pulls.retain(|_, p| p.upgrade().is_some());
+        let (reference, auths) = wanted.clone();
+        let pull = pull::pull(Arc::clone(&self.store), reference, auths).boxed().shared();
+        if let Some(weak) = pull.downgrade() {
+            pulls.insert(wanted, weak);
+        }
+        pull
     }
 }

@@ -120,9 +120,16 @@ fn read(body: &[u8]) -> std::result::Result<Found, String> {
             if layers.len() > MAX_LAYERS {
                 return Err(format!("it has {} layers, more than {MAX_LAYERS}", layers.len()));
             }
-            let known = ["", "application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+            let known = [
+                "",
+                "application/vnd.oci.image.config.v1+json",
+                "application/vnd.docker.container.image.v1+json",
+            ];
             if !known.contains(&config.media_type.as_str()) {
-                return Err(format!("it is not a container image: its config is of type {:?}", config.media_type));
+                return Err(format!(
+                    "it is not a container image: its config is of type {:?}",
+                    config.media_type
+                ));
             }
             for layer in &layers {
                 let kind = layer.media_type.as_str();
@@ -138,11 +145,13 @@ fn read(body: &[u8]) -> std::result::Result<Found, String> {
 
 fn choose(entries: &[IndexEntry], architecture: &str) -> std::result::Result<Digest, String> {
     let rank = |entry: &&IndexEntry| match &entry.platform {
-        Some(p) if p.os == "linux" && p.architecture == architecture => match (architecture, p.variant.as_str()) {
-            (_, "") | ("arm64", "v8") | ("amd64", "v1") => Some(0),
-            ("amd64", _) => None,
-            _ => Some(1),
-        },
+        Some(p) if p.os == "linux" && p.architecture == architecture => {
+            match (architecture, p.variant.as_str()) {
+                (_, "") | ("arm64", "v8") | ("amd64", "v1") => Some(0),
+                ("amd64", _) => None,
+                _ => Some(1),
+            }
+        }
         Some(_) => None,
         None => Some(2),
     };
@@ -171,9 +180,18 @@ mod tests {
         let entry = |c, arch: &str, variant: &str| IndexEntry {
             digest: digest(c),
             size: 1,
-            platform: Some(Platform { architecture: arch.into(), os: "linux".into(), variant: variant.into() }),
+            platform: Some(Platform {
+                architecture: arch.into(),
+                os: "linux".into(),
+                variant: variant.into(),
+            }),
         };
-        let all = [entry('a', "unknown", ""), entry('b', "amd64", "v3"), entry('c', "arm64", "v8"), entry('d', "amd64", "")];
+        let all = [
+            entry('a', "unknown", ""),
+            entry('b', "amd64", "v3"),
+            entry('c', "arm64", "v8"),
+            entry('d', "amd64", ""),
+        ];
         assert_eq!(choose(&all, "amd64").unwrap().as_str(), digest('d'));
         assert_eq!(choose(&all, "arm64").unwrap().as_str(), digest('c'));
         assert!(choose(&all, "riscv64").unwrap_err().contains("no match for platform"));
@@ -186,7 +204,9 @@ mod tests {
             "{}".to_owned(),
             r#"{"schemaVersion":1}"#.to_owned(),
             r#"{"schemaVersion":2}"#.to_owned(),
-            format!(r#"{{"schemaVersion":2,"manifests":[],"config":{{"digest":"{d}","size":1}},"layers":[]}}"#),
+            format!(
+                r#"{{"schemaVersion":2,"manifests":[],"config":{{"digest":"{d}","size":1}},"layers":[]}}"#
+            ),
             format!(r#"{{"schemaVersion":2,"config":{{"digest":"{d}","size":-1}},"layers":[]}}"#),
             format!(r#"{{"schemaVersion":2,"config":{{"digest":"../x","size":1}},"layers":[]}}"#),
         ] {

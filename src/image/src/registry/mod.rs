@@ -9,7 +9,7 @@ use futures::lock::Mutex;
 use moxlet_ids::Digest;
 use reqwest::{
     Client, Response, StatusCode, Url,
-    header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER},
 };
 
 use crate::{Credentials, Error, Reference, Result, error::chain};
@@ -69,9 +69,8 @@ impl Registry {
             other => other,
         };
         let scheme = if self.is_plain(host) { "http" } else { "https" };
-        let base = Url::parse(&format!("{scheme}://{host}/v2/{}/", reference.repository())).map_err(|e| {
-            Error::InvalidName { reference: reference.to_string(), reason: e.to_string() }
-        })?;
+        let base = Url::parse(&format!("{scheme}://{host}/v2/{}/", reference.repository()))
+            .map_err(|e| Error::InvalidName { reference: reference.to_string(), reason: e.to_string() })?;
         Ok(Session { registry: self, reference, auths, base, login: Mutex::new(None) })
     }
 
@@ -105,6 +104,14 @@ fn is_loopback(host: &str) -> bool {
     bare == "localhost" || bare.parse::<IpAddr>().is_ok_and(|a| a.is_loopback())
 }
 
+/// What a request asks for beside the address.
+#[derive(Debug, Clone, Copy)]
+struct Ask {
+    accept: Option<&'static str>,
+    /// Where in the content it is to begin.
+    from: u64,
+}
+
 /// What a request ended in that was answered with no success.
 enum Refusal {
     Unauthorized(HeaderMap, String),
@@ -118,7 +125,8 @@ impl Session<'_> {
 
     /// The body of a manifest (not longer than `max`) and its digest as the registry announces it.
     pub(crate) async fn manifest(&self, wanted: &str, max: usize) -> Result<(Vec<u8>, Option<Digest>)> {
-        let response = self.get(&format!("manifests/{wanted}"), Some(manifest::ACCEPT)).await?;
+        let response =
+            self.get(&format!("manifests/{wanted}"), Ask { accept: Some(manifest::ACCEPT), from: 0 }).await?;
         let announced = response
             .headers()
             .get("docker-content-digest")
@@ -127,15 +135,26 @@ impl Session<'_> {
         Ok((self.body(response, max, "manifest").await?, announced))
     }
 
-    /// The answer to a request for a blob, whose body is still to come.
-    pub(crate) async fn blob(&self, digest: &Digest) -> Result<Response> {
-        self.get(&format!("blobs/{digest}"), None).await
+    /// The answer to a request for a blob, whose body is still to come, and where in the blob it begins: at `from`, or
+    /// at 0 where the registry cannot do that.
+    pub(crate) async fn blob(&self, digest: &Digest, from: u64) -> Result<(Response, u64)> {
+        let response = self.get(&format!("blobs/{digest}"), Ask { accept: None, from }).await?;
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            return Ok((response, 0));
+        }
+        let range = response.headers().get(CONTENT_RANGE).and_then(|v| v.to_str().ok());
+        match range.and_then(|r| r.strip_prefix("bytes ")?.split_once('-')?.0.parse::<u64>().ok()) {
+            Some(begin) if begin == from => Ok((response, from)),
+            _ => Err(self.unreachable("it answers with another part of a blob than was asked for")),
+        }
     }
 
     /// A whole body, bounded.
     pub(crate) async fn body(&self, mut response: Response, max: usize, part: &str) -> Result<Vec<u8>> {
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|e| self.unreachable(&chain(&e.without_url())))? {
+        while let Some(chunk) =
+            response.chunk().await.map_err(|e| self.unreachable(&chain(&e.without_url())))?
+        {
             if body.len() + chunk.len() > max {
                 return Err(self.bad(part, format!("it is larger than {max} bytes")));
             }
@@ -161,10 +180,10 @@ impl Session<'_> {
     }
 
     /// A GET below the repository; logs in where the registry asks for it.
-    async fn get(&self, path: &str, accept: Option<&str>) -> Result<Response> {
+    async fn get(&self, path: &str, ask: Ask) -> Result<Response> {
         let url = self.base.join(path).map_err(|e| self.unreachable(&e.to_string()))?;
         let login = self.login.lock().await.clone();
-        let (challenge, mut reason) = match self.send(&url, accept, login.as_ref()).await {
+        let (challenge, mut reason) = match self.send(&url, ask, login.as_ref()).await {
             Ok(response) => return Ok(response),
             Err(Refusal::Unauthorized(headers, reason)) => (headers, reason),
             Err(Refusal::Other(error)) => return Err(error),
@@ -181,7 +200,7 @@ impl Session<'_> {
                 }
                 Err(error) => return Err(error),
             };
-            match self.send(&url, accept, Some(&header)).await {
+            match self.send(&url, ask, Some(&header)).await {
                 Ok(response) => {
                     *self.login.lock().await = Some(header);
                     return Ok(response);
@@ -197,13 +216,13 @@ impl Session<'_> {
     async fn send(
         &self,
         url: &Url,
-        accept: Option<&str>,
+        ask: Ask,
         login: Option<&HeaderValue>,
     ) -> std::result::Result<Response, Refusal> {
         let mut last = String::new();
         for attempt in 0..ATTEMPTS {
             let mut pause = Duration::from_millis(500 << attempt);
-            match self.follow(url, accept, login).await.map_err(Refusal::Other)? {
+            match self.follow(url, ask, login).await.map_err(Refusal::Other)? {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) => {
                     let status = response.status();
@@ -218,7 +237,8 @@ impl Session<'_> {
                             return Err(Refusal::Other(Error::NotFound { reference, reason }));
                         }
                         s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => {
-                            if let Some(seconds) = headers.get(RETRY_AFTER).and_then(|v| v.to_str().ok()?.parse().ok())
+                            if let Some(seconds) =
+                                headers.get(RETRY_AFTER).and_then(|v| v.to_str().ok()?.parse().ok())
                             {
                                 pause = pause.max(Duration::from_secs(std::cmp::min(seconds, 30)));
                             }
@@ -245,14 +265,17 @@ impl Session<'_> {
     async fn follow(
         &self,
         url: &Url,
-        accept: Option<&str>,
+        ask: Ask,
         login: Option<&HeaderValue>,
     ) -> Result<std::result::Result<Response, reqwest::Error>> {
         let mut at = url.clone();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.registry.client(&at).get(at.clone());
-            if let Some(accept) = accept {
+            if let Some(accept) = ask.accept {
                 request = request.header(ACCEPT, accept);
+            }
+            if ask.from > 0 {
+                request = request.header(RANGE, format!("bytes={}-", ask.from));
             }
             if let Some(login) = login
                 && at.origin() == url.origin()
@@ -314,7 +337,9 @@ mod tests {
     #[test]
     fn plain_http_is_for_loopback_and_who_is_named() {
         let registry = Registry::new(vec!["a.b:5000".into(), "c.d".into()]).unwrap();
-        for host in ["localhost", "localhost:5000", "127.8.9.1:80", "[::1]", "[::1]:5000", "a.b:5000", "c.d:1"] {
+        for host in
+            ["localhost", "localhost:5000", "127.8.9.1:80", "[::1]", "[::1]:5000", "a.b:5000", "c.d:1"]
+        {
             assert!(registry.is_plain(host), "{host}");
         }
         for host in ["a.b", "a.b:5001", "docker.io", "128.0.0.1", "[::2]:5000", "localhost.a"] {

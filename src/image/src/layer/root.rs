@@ -1,0 +1,248 @@
+//! The directory that a layer is extracted into. Nothing outside of it can be reached: every path is resolved by the
+//! kernel beneath it and without links, and files are made, looked at and removed in a parent that is held open.
+
+use std::{io, os::fd::OwnedFd, path::PathBuf, rc::Rc};
+
+use rustix::{
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawMode, ResolveFlags, Stat},
+    io::Errno,
+};
+
+use super::{Fault, Outcome, Target, shown};
+
+/// `PATH_MAX` and `NAME_MAX`, without the final zero.
+const MAX_PATH: usize = 4095;
+const MAX_NAME: usize = 255;
+
+const PATH_DIR: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+const READ_DIR: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+const BENEATH: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+
+/// What has been found at a place where a directory is needed.
+pub(super) enum Obstacle {
+    /// Nothing.
+    Missing,
+    /// Something else.
+    NotADirectory,
+}
+
+/// A draft's directory.
+pub(super) struct Root {
+    fd: OwnedFd,
+    path: PathBuf,
+    /// The directory that was used last: entries of one directory mostly follow each other.
+    last: Option<(Vec<u8>, Rc<OwnedFd>)>,
+}
+
+impl Root {
+    pub(super) fn open(target: &Target<'_>) -> Outcome<Self> {
+        let path = target.root.to_owned();
+        let fd = rustix::fs::openat(CWD, &path, READ_DIR, Mode::empty());
+        let fd = fd.map_err(|e| Fault::System { what: "open", path: path.clone(), source: e.into() })?;
+        Ok(Self { fd, path, last: None })
+    }
+
+    /// A failure of the system at a path of the layer.
+    pub(super) fn fault(&self, what: &'static str, path: &[u8], error: impl Into<io::Error>) -> Fault {
+        use std::os::unix::ffi::OsStrExt;
+        let path = self.path.join(std::ffi::OsStr::from_bytes(path));
+        Fault::System { what, path, source: error.into() }
+    }
+
+    /// The directory of a path, if it is there and is one.
+    pub(super) fn dir(&mut self, path: &[u8]) -> Outcome<Result<Rc<OwnedFd>, Obstacle>> {
+        if let Some((known, fd)) = &self.last
+            && known == path
+        {
+            return Ok(Ok(Rc::clone(fd)));
+        }
+        let at = if path.is_empty() { b"." } else { path };
+        match rustix::fs::openat2(&self.fd, at, PATH_DIR, Mode::empty(), BENEATH) {
+            Ok(fd) => Ok(Ok(self.remember(path, fd))),
+            Err(Errno::NOENT) => Ok(Err(Obstacle::Missing)),
+            Err(Errno::NOTDIR | Errno::LOOP) => Ok(Err(Obstacle::NotADirectory)),
+            Err(e) => Err(self.fault("open", path, e)),
+        }
+    }
+
+    /// The same for a name in a directory that is open.
+    pub(super) fn step(&self, at: &OwnedFd, path: &[u8]) -> Outcome<Result<OwnedFd, Obstacle>> {
+        match rustix::fs::openat(at, base(path), PATH_DIR, Mode::empty()) {
+            Ok(fd) => Ok(Ok(fd)),
+            Err(Errno::NOENT) => Ok(Err(Obstacle::Missing)),
+            Err(Errno::NOTDIR | Errno::LOOP) => Ok(Err(Obstacle::NotADirectory)),
+            Err(e) => Err(self.fault("open", path, e)),
+        }
+    }
+
+    /// Keeps a directory at hand.
+    pub(super) fn remember(&mut self, path: &[u8], fd: OwnedFd) -> Rc<OwnedFd> {
+        let fd = Rc::new(fd);
+        self.last = Some((path.to_vec(), Rc::clone(&fd)));
+        fd
+    }
+
+    /// A directory, to be read or to have its attributes set.
+    pub(super) fn open_dir(&self, parent: &OwnedFd, path: &[u8]) -> Outcome<OwnedFd> {
+        rustix::fs::openat(parent, base(path), READ_DIR, Mode::empty())
+            .map_err(|e| self.fault("open", path, e))
+    }
+
+    /// The root itself, likewise.
+    pub(super) fn open_top(&self) -> Outcome<OwnedFd> {
+        rustix::fs::openat(&self.fd, ".", READ_DIR, Mode::empty()).map_err(|e| self.fault("open", b"", e))
+    }
+
+    /// What is at a path, links not followed.
+    pub(super) fn look(&self, parent: &OwnedFd, path: &[u8]) -> Outcome<Option<Stat>> {
+        match rustix::fs::statat(parent, base(path), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(self.fault("look at", path, e)),
+        }
+    }
+
+    /// Makes a directory that is not there, with a mode that no umask cuts.
+    pub(super) fn make_dir(&self, parent: &OwnedFd, path: &[u8], mode: RawMode) -> Outcome<()> {
+        let (name, mode) = (base(path), Mode::from_raw_mode(mode));
+        rustix::fs::mkdirat(parent, name, mode).map_err(|e| self.fault("create", path, e))?;
+        rustix::fs::chmodat(parent, name, mode, AtFlags::empty())
+            .map_err(|e| self.fault("set the mode of", path, e))
+    }
+
+    /// Runs something that makes a file; if there is one already it is removed first, tree or not.
+    pub(super) fn replacing<T>(
+        &mut self,
+        parent: &OwnedFd,
+        path: &[u8],
+        what: &'static str,
+        mut make: impl FnMut(&[u8]) -> rustix::io::Result<T>,
+    ) -> Outcome<T> {
+        match make(base(path)) {
+            Err(Errno::EXIST) => {
+                self.remove(parent, path)?;
+                make(base(path)).map_err(|e| self.fault(what, path, e))
+            }
+            made => made.map_err(|e| self.fault(what, path, e)),
+        }
+    }
+
+    /// Removes whatever is at a path. A missing one is removed already.
+    ///
+    /// A tree can be as deep as a path is long, so neither the stack nor the table of open files may grow with it:
+    /// the way back up is `..`, which nobody else can move while the draft is ours.
+    pub(super) fn remove(&mut self, parent: &OwnedFd, path: &[u8]) -> Outcome<()> {
+        let name = base(path);
+        match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::ISDIR) => {}
+            Err(e) => return Err(self.fault("remove", path, e)),
+        }
+        // It may lie in what goes.
+        self.last = None;
+        let mut at = self.open_dir(parent, path)?;
+        let mut above = Vec::new();
+        loop {
+            let deeper = empty_once(&at).map_err(|e| self.fault("empty", path, e))?;
+            let open = |dir: &OwnedFd, name: &std::ffi::CStr| {
+                rustix::fs::openat(dir, name, READ_DIR, Mode::empty())
+                    .map_err(|e| self.fault("empty", path, e))
+            };
+            if let Some(child) = deeper {
+                at = open(&at, &child)?;
+                above.push(child);
+            } else if let Some(child) = above.pop() {
+                at = open(&at, c"..")?;
+                rustix::fs::unlinkat(&at, &child, AtFlags::REMOVEDIR)
+                    .map_err(|e| self.fault("empty", path, e))?;
+            } else {
+                break;
+            }
+        }
+        rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR).map_err(|e| self.fault("remove", path, e))
+    }
+
+    /// The names in a directory.
+    pub(super) fn names(&self, dir: &OwnedFd, path: &[u8]) -> Outcome<Vec<Vec<u8>>> {
+        let list = || -> rustix::io::Result<Vec<Vec<u8>>> {
+            let mut names = Vec::new();
+            for entry in Dir::read_from(dir)? {
+                let entry = entry?;
+                let name = entry.file_name();
+                if name != c"." && name != c".." {
+                    names.push(name.to_bytes().to_vec());
+                }
+            }
+            Ok(names)
+        };
+        list().map_err(|e| self.fault("list", path, e))
+    }
+}
+
+/// Removes from a directory all but the directories that are not empty, as far as to the first of these.
+fn empty_once(dir: &OwnedFd) -> rustix::io::Result<Option<std::ffi::CString>> {
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => continue,
+            Err(Errno::ISDIR) => {}
+            Err(e) => return Err(e),
+        }
+        match rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(Errno::NOTEMPTY | Errno::EXIST) => return Ok(Some(name.to_owned())),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(None)
+}
+
+pub(super) fn is_dir(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+}
+
+/// Whether something is what OverlayFS takes for a removed file.
+pub(super) fn is_whiteout(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
+}
+
+/// A name of an archive as a path beneath the root, components parted by single slashes; empty for the root itself.
+pub(super) fn clean(name: &[u8]) -> Outcome<Vec<u8>> {
+    let refuse = |why: &str| Err(Fault::Bad(format!("the name {} {why}", shown(name))));
+    if name.is_empty() {
+        return refuse("is empty");
+    }
+    if name.contains(&0) {
+        return refuse("has a zero byte");
+    }
+    let mut path = Vec::with_capacity(name.len());
+    for part in name.split(|b| *b == b'/') {
+        match part {
+            b"" | b"." => continue,
+            b".." => return refuse("has the component `..`"),
+            _ if part.len() > MAX_NAME => return refuse("has a component of more than 255 bytes"),
+            _ => {}
+        }
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(part);
+    }
+    if path.len() > MAX_PATH { refuse("is longer than 4095 bytes") } else { Ok(path) }
+}
+
+/// The directory of a path; that of a name at the top is the root.
+pub(super) fn parent(path: &[u8]) -> &[u8] {
+    path.iter().rposition(|b| *b == b'/').map_or(b"", |slash| &path[..slash])
+}
+
+/// The last component of a path.
+pub(super) fn base(path: &[u8]) -> &[u8] {
+    path.iter().rposition(|b| *b == b'/').map_or(path, |slash| &path[slash + 1..])
+}
