@@ -62,8 +62,11 @@ struct Job {
 /// # Errors
 /// There is no such container, or the request makes no sense; what happens later is in the stream.
 pub(crate) fn stream(core: Arc<Core>, request: host::StreamLogsRequest) -> Result<LogStream> {
-    let mut filter = Filter { timestamps: request.timestamps, limit: request.limit_bytes, ..Filter::default() };
-    if let Some(nanos) = request.since_nanos {
+    let host::StreamLogsRequest { container_id, log_path, follow, tail_lines: tail, since_nanos, .. } =
+        request;
+    let mut filter =
+        Filter { timestamps: request.timestamps, limit: request.limit_bytes, ..Filter::default() };
+    if let Some(nanos) = since_nanos {
         filter.set_since(nanos);
     }
     if let Some(name) = &request.stream {
@@ -71,15 +74,15 @@ pub(crate) fn stream(core: Arc<Core>, request: host::StreamLogsRequest) -> Resul
         filter.stream = Some(Stream::parse(name.as_bytes()).ok_or_else(text)?);
     }
     let (sender, receiver) = mpsc::channel(QUEUE);
-    let (place, container) = if request.container_id.is_empty() {
-        let path = beneath::relative(&request.log_path).map_err(|e| Error::Invalid(format!("log_path: {e}")))?;
+    let (place, container) = if container_id.is_empty() {
+        let path = beneath::relative(&log_path).map_err(|e| Error::Invalid(format!("log_path: {e}")))?;
         (Some((core.logs_dir.clone(), path)), None)
     } else {
-        let container = core.container(&request.container_id)?;
+        let container = core.container(&container_id)?;
         (place(&core, &container)?, Some(container))
     };
     let Some((base, path)) = place else { return Ok(ReceiverStream::new(receiver)) };
-    let job = Job { base, path, follow: request.follow, tail: request.tail_lines, filter };
+    let job = Job { base, path, follow, tail, filter };
     let over = CancellationToken::new();
     core.tasks.clone().spawn(async move {
         tokio::select! {
@@ -120,7 +123,7 @@ async fn watch(core: &Core, container: Option<Arc<Container>>, over: &Cancellati
         }
     }
     over.cancel();
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Sends a log; an error as its last word.
@@ -151,7 +154,10 @@ async fn send(job: Job, over: &CancellationToken, sender: &Sender) -> Result<()>
         }
     };
     let mut wake = Wake::new(place.dir());
-    let gone = { let sender = sender.clone().downgrade(); move || sender.upgrade().is_none_or(|s| s.is_closed()) };
+    let gone = {
+        let sender = sender.clone().downgrade();
+        move || sender.upgrade().is_none_or(|s| s.is_closed())
+    };
     let mut reader = blocking("reading a log", move || {
         let mut reader = Reader::new(place, filter, follow).map_err(|e| Error::io("log", e))?;
         if reader.is_empty() && !follow {

@@ -102,7 +102,8 @@ impl Place {
         let mut found = Vec::new();
         for entry in Dir::read_from(&self.dir)?.take(MAX_ENTRIES) {
             let entry = entry?;
-            let suffix = entry.file_name().to_str().ok().and_then(|n| n.strip_prefix(&*self.name)?.strip_prefix('.'));
+            let suffix =
+                entry.file_name().to_str().ok().and_then(|n| n.strip_prefix(&*self.name)?.strip_prefix('.'));
             found.extend(suffix.filter(|s| is_rotation_suffix(s)).map(str::to_owned));
         }
         found.sort_unstable();
@@ -180,7 +181,6 @@ impl Reader {
         reader.refill()?;
         Ok(reader)
     }
-
 
     /// Whether no file of the log was found.
     pub(super) fn is_empty(&self) -> bool {
@@ -268,7 +268,8 @@ impl Reader {
     /// Fills the buffer from the current file; `false` at its end.
     fn read(&mut self) -> io::Result<bool> {
         let Some(current) = &mut self.current else { return Ok(false) };
-        let room = current.end.map_or(BLOCK as u64, |end| end.saturating_sub(current.offset).min(BLOCK as u64));
+        let room =
+            current.end.map_or(BLOCK as u64, |end| end.saturating_sub(current.offset).min(BLOCK as u64));
         let room = usize::try_from(room).unwrap_or(BLOCK);
         self.buffer.resize(BLOCK, 0);
         let count = loop {

@@ -240,10 +240,13 @@ mod tests {
 
     #[test]
     fn a_stream_or_a_time_may_be_asked_for() {
-        let text = [A, B, "2024-05-01T12:00:01+02:00 stdout F c\n", "2024-05-01T10:00:00+02:00 stdout F d\n"].concat();
+        let text = [A, B, "2024-05-01T12:00:01+02:00 stdout F c\n", "2024-05-01T10:00:00+02:00 stdout F d\n"]
+            .concat();
         assert_eq!(shown(Filter { stream: Some(Stream::Stderr), ..Filter::default() }, &text), "b\n");
         let mut since = Filter::default();
-        since.set_since("2024-05-01T10:00:01Z".parse::<Timestamp>().unwrap().as_nanosecond().try_into().unwrap());
+        since.set_since(
+            "2024-05-01T10:00:01Z".parse::<Timestamp>().unwrap().as_nanosecond().try_into().unwrap(),
+        );
         assert_eq!(shown(since, &text), "b\nc\n");
     }
 

@@ -24,7 +24,11 @@ pub(super) async fn after(over: &CancellationToken, pause: Duration) {
 }
 
 /// Reads a process's output; 0 at its end.
-pub(super) async fn read(from: &mut AsyncFile, buffer: &mut [u8], over: &CancellationToken) -> io::Result<usize> {
+pub(super) async fn read(
+    from: &mut AsyncFile,
+    buffer: &mut [u8],
+    over: &CancellationToken,
+) -> io::Result<usize> {
     tokio::select! {
         biased;
         count = from.read(buffer) => count,

@@ -22,7 +22,10 @@ const READ_ON: Duration = Duration::from_secs(5);
 ///
 /// The init knows no way to kill a command, so one that takes too long has its streams closed and is left to itself: a command
 /// that writes ends by SIGPIPE, one that only sleeps goes on until the container ends.
-pub(crate) async fn exec_sync(core: &Arc<Core>, request: v1::ExecSyncRequest) -> Result<v1::ExecSyncResponse> {
+pub(crate) async fn exec_sync(
+    core: &Arc<Core>,
+    request: v1::ExecSyncRequest,
+) -> Result<v1::ExecSyncResponse> {
     let container = running(core, &request.container_id)?;
     if request.cmd.is_empty() {
         return Err(Error::Invalid("no command is given to execute".to_owned()));

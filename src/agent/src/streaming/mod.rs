@@ -63,7 +63,9 @@ impl Tokens {
             all.retain(|_, (since, _)| since.elapsed() < TOKEN_LIFE);
         }
         if all.len() >= MAX_TOKENS {
-            return Err(Error::State(format!("{MAX_TOKENS} streaming requests wait for their clients already")));
+            return Err(Error::State(format!(
+                "{MAX_TOKENS} streaming requests wait for their clients already"
+            )));
         }
         let token = hex::encode(rand::random::<[u8; 16]>());
         all.insert(token.clone(), (Instant::now(), pending));
@@ -130,7 +132,10 @@ impl Streaming {
     }
 
     /// `PortForward`.
-    pub(crate) async fn port_forward(&self, mut request: v1::PortForwardRequest) -> Result<v1::PortForwardResponse> {
+    pub(crate) async fn port_forward(
+        &self,
+        mut request: v1::PortForwardRequest,
+    ) -> Result<v1::PortForwardResponse> {
         let sandbox = self.core.sandbox(&request.pod_sandbox_id)?;
         sandbox.client()?;
         if let Some(port) = request.port.iter().find(|p| !(1..=65_535).contains(*p)) {

@@ -2,8 +2,7 @@
 
 use std::{
     convert::Infallible,
-    fs,
-    io,
+    fs, io,
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::Path,
@@ -155,13 +154,20 @@ fn refuse(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
 }
 
 /// Answers a request and starts what it asks for.
-fn answer(streaming: &Streaming, mut request: Request<Incoming>, gone: CancellationToken) -> Response<Full<Bytes>> {
+fn answer(
+    streaming: &Streaming,
+    mut request: Request<Incoming>,
+    gone: CancellationToken,
+) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::POST) {
         return refuse(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST\n");
     }
     // Neither here nor below is the path logged: the token is a secret until it is used, and it may have been mistyped.
     let Some(pending) = streaming.tokens.take(request.uri().path()) else {
-        return refuse(StatusCode::NOT_FOUND, "no such streaming request, or it has been used or has expired\n");
+        return refuse(
+            StatusCode::NOT_FOUND,
+            "no such streaming request, or it has been used or has expired\n",
+        );
     };
     let core = streaming.core.clone();
     let kind = pending.kind();
@@ -220,7 +226,11 @@ impl<T> Drop for Watched<T> {
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buf.remaining();
         let read = ready!(Pin::new(&mut self.inner).poll_read(cx, buf));
         if read.is_err() || (before > 0 && buf.remaining() == before) {

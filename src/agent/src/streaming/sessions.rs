@@ -5,20 +5,17 @@ use std::{sync::Arc, time::Duration};
 
 use http::Uri;
 use moxlet_cri::v1;
-use moxlet_init_proto::{ExecRequest, client::Client};
-use moxlet_stream::{Forward, Offer, Outcome, PortForward, RemoteCommand, StreamReader, StreamWriter, TerminalSize};
-use tokio::{
-    io::AsyncWriteExt,
-    sync::mpsc,
-    task::JoinSet,
-    time::timeout,
+use moxlet_init_proto::{AsyncFile, ExecRequest, client::Client};
+use moxlet_stream::{
+    Forward, Offer, Outcome, PortForward, RemoteCommand, StreamReader, StreamWriter, TerminalSize,
 };
+use tokio::{io::AsyncWriteExt, sync::mpsc, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::{copy, running};
 use crate::{
-    core::Core,
+    core::{Container, Core},
     error::{Error, Result, chain},
 };
 
@@ -43,10 +40,23 @@ pub(super) fn attach_offer(request: &v1::AttachRequest) -> Offer {
     Offer { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, tty: request.tty }
 }
 
-/// The way to a container's init.
-fn client_of(core: &Core, container_id: &str) -> Result<Client> {
-    let container = running(core, container_id)?;
-    core.sandbox(container.sandbox.as_str())?.client()
+/// The client's side of a command's outputs.
+type Writers = [Option<StreamWriter>; 2];
+
+/// Ends outputs that get nothing: dropped without, they would be reset, as if something was lost.
+async fn end(writers: Writers) -> Result<()> {
+    for mut writer in writers.into_iter().flatten() {
+        writer.shutdown().await.map_err(|e| Error::io("the client has gone", e))?;
+    }
+    Ok(())
+}
+
+/// A command that runs.
+struct Started {
+    client: Client,
+    exec_id: String,
+    ends: moxlet_init_proto::client::Streams,
+    terminal: Option<AsyncFile>,
 }
 
 /// Runs a command for a client.
@@ -55,26 +65,26 @@ pub(super) async fn exec(
     request: v1::ExecRequest,
     streams: impl Future<Output = Streams<RemoteCommand>> + Send,
 ) -> Result<()> {
-    let RemoteCommand { stdin, stdout, stderr, resize, status } =
+    let RemoteCommand { stdin, stdout, stderr, mut resize, status } =
         streams.await.map_err(|e| lost("exec", &e))?;
-    let ran = run(&core, request, stdin, [stdout, stderr], resize).await;
-    let outcome = match ran {
-        Ok(outcome) => outcome,
-        Err(error @ Error::Io { .. }) => return Err(error),
-        Err(error) => Outcome::Error(format!("error executing command in container: {}", chain(&error))),
+    let outcome = match begin(&core, request, &mut resize).await {
+        Ok(started) => run(started, stdin, [stdout, stderr], resize).await?,
+        Err(error) => {
+            end([stdout, stderr]).await?;
+            Outcome::Error(format!("error executing command in container: {}", chain(&error)))
+        }
     };
     status.finish(outcome).await.map_err(|e| lost("exec", &e))
 }
 
-/// Runs a command to its end; all its output has been handed on then. [`Error::Io`]: the client has gone.
-async fn run(
+/// Starts a command.
+async fn begin(
     core: &Core,
     request: v1::ExecRequest,
-    stdin: Option<StreamReader>,
-    [stdout, stderr]: [Option<StreamWriter>; 2],
-    mut resize: mpsc::Receiver<TerminalSize>,
-) -> Result<Outcome> {
-    let client = client_of(core, &request.container_id)?;
+    resize: &mut mpsc::Receiver<TerminalSize>,
+) -> Result<Started> {
+    let container = running(core, &request.container_id)?;
+    let client = core.sandbox(container.sandbox.as_str())?.client()?;
     let mut ask = ExecRequest {
         id: request.container_id,
         args: request.cmd,
@@ -89,22 +99,39 @@ async fn run(
     {
         (ask.width, ask.height) = (size.width, size.height);
     }
-    let running = client.exec(ask).await?;
-    let mut ends = running.streams;
+    let moxlet_init_proto::client::Exec { exec_id, streams: mut ends } = client.exec(ask).await?;
     let terminal = ends.terminal.take();
     if let Some(terminal) = &terminal {
-        let clone = || terminal.try_clone().map_err(|e| Error::State(format!("the command's terminal: {e}")));
+        let clone = || terminal.try_clone().map_err(|e| Error::io("the command's terminal", e));
         ends.stdout = Some(clone()?);
         ends.stdin = request.stdin.then(clone).transpose()?;
     }
+    Ok(Started { client, exec_id, ends, terminal })
+}
+
+/// Carries a command's streams to its end; all its output has been handed on then.
+///
+/// # Errors
+/// The client has gone.
+async fn run(
+    started: Started,
+    stdin: Option<StreamReader>,
+    [stdout, stderr]: Writers,
+    mut resize: mpsc::Receiver<TerminalSize>,
+) -> Result<Outcome> {
+    let Started { client, exec_id, ends, terminal } = started;
     let over = CancellationToken::new();
     let wait = async {
-        let code = client.wait_exec(&running.exec_id).await;
+        let code = client.wait_exec(&exec_id).await;
         over.cancel();
         Ok(code)
     };
     let ended = async {
-        tokio::try_join!(wait, copy::output(ends.stdout, stdout, &over), copy::output(ends.stderr, stderr, &over))
+        tokio::try_join!(
+            wait,
+            copy::output(ends.stdout, stdout, &over),
+            copy::output(ends.stderr, stderr, &over)
+        )
     };
     let sizes = async {
         while let Some(size) = resize.recv().await {
@@ -143,32 +170,44 @@ pub(super) async fn attach(
 ) -> Result<()> {
     let RemoteCommand { stdin, stdout, stderr, resize, status } =
         streams.await.map_err(|e| lost("attach", &e))?;
-    let outcome = match follow(&core, &request, stdin, [stdout, stderr], resize).await {
-        Ok(outcome) => outcome,
-        Err(error @ Error::Io { .. }) => return Err(error),
-        Err(error) => Outcome::Error(format!("error attaching to container: {}", chain(&error))),
+    let attached = async {
+        let container = running(&core, &request.container_id)?;
+        let client = core.sandbox(container.sandbox.as_str())?.client()?;
+        let want_stderr = stderr.is_some() && !container.record().tty;
+        let ends =
+            client.attach(container.id.as_str(), stdin.is_some(), stdout.is_some(), want_stderr).await?;
+        Ok::<_, Error>((container, client, ends))
+    };
+    let outcome = match attached.await {
+        Ok((container, client, ends)) => {
+            follow(&container, &client, ends, stdin, [stdout, stderr], resize).await?
+        }
+        Err(error) => {
+            end([stdout, stderr]).await?;
+            Outcome::Error(format!("error attaching to container: {}", chain(&error)))
+        }
     };
     status.finish(outcome).await.map_err(|e| lost("attach", &e))
 }
 
-/// Carries a container's streams until it ends. [`Error::Io`]: the client has gone.
+/// Carries a container's streams until it ends.
+///
+/// # Errors
+/// The client has gone.
 async fn follow(
-    core: &Core,
-    request: &v1::AttachRequest,
+    container: &Container,
+    client: &Client,
+    ends: moxlet_init_proto::client::Streams,
     stdin: Option<StreamReader>,
-    [stdout, stderr]: [Option<StreamWriter>; 2],
+    [stdout, stderr]: Writers,
     mut resize: mpsc::Receiver<TerminalSize>,
 ) -> Result<Outcome> {
-    let container = running(core, &request.container_id)?;
-    let client = core.sandbox(container.sandbox.as_str())?.client()?;
-    let id = container.id.as_str();
     let tty = container.record().tty;
-    let want_stderr = stderr.is_some() && !tty;
-    let ends = client.attach(id, stdin.is_some(), stdout.is_some(), want_stderr).await?;
     let over = CancellationToken::new();
     let feed = copy::input(stdin, ends.stdin);
     let sizes = async {
         while let Some(size) = resize.recv().await {
+            let id = container.id.as_str();
             if tty && let Err(error) = client.resize_tty(id, None, size.width, size.height).await {
                 debug!(error = chain(&error), "a terminal cannot be resized");
             }
@@ -184,24 +223,30 @@ async fn follow(
             () = feed => {}
             () = container.ended() => {}
         }
+        end([stdout, stderr]).await?;
         return Ok(Outcome::Success);
     }
     let outputs = async {
         tokio::try_join!(copy::output(ends.stdout, stdout, &over), copy::output(ends.stderr, stderr, &over))
     };
-    beside(outputs, feed, async { tokio::join!(sizes, watch); })
+    let others = async {
+        tokio::join!(sizes, watch);
+    };
+    beside(outputs, feed, others)
         .await
         .map_err(|e| Error::io("attach: the client does not take the output", e))?;
     if timeout(END_KNOWN, container.ended()).await.is_ok() {
         return Ok(Outcome::Success);
     }
-    let text = "the output has ended and the container has not: it closed its output, or the client took too little";
+    let text =
+        "the output has ended and the container has not: it closed its output, or the client took too little";
     Ok(Outcome::Error(text.to_owned()))
 }
 
 /// The URI with the ports of the request in its query; none where it is good as it is.
 pub(super) fn with_ports(uri: &Uri, ports: &[i32]) -> Option<Uri> {
-    let asked = uri.query().unwrap_or_default().split('&').any(|p| p.starts_with("port=") || p.starts_with("ports="));
+    let asked =
+        uri.query().unwrap_or_default().split('&').any(|p| p.starts_with("port=") || p.starts_with("ports="));
     if asked || ports.is_empty() {
         return None;
     }

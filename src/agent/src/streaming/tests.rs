@@ -1,0 +1,492 @@
+//! The streaming server over its sockets, before an init that runs its commands on this machine.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{
+    collections::HashMap,
+    io::Write,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use moxlet_ids::{Digest, SandboxId};
+use moxlet_init_proto::{
+    Envelope, ErrorClass, Request, Response, StreamSet, client::Client as InitClient, frame,
+};
+use moxlet_stream::{Offer, client::Client};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::{
+    Config,
+    core::{Parts, Sandbox},
+    ledger::{ContainerRecord, Exit, Ledger, SandboxRecord},
+    volumes::Volumes,
+};
+
+const LIMIT: Duration = Duration::from_secs(30);
+const PLAIN: Offer = Offer { stdin: false, stdout: true, stderr: true, tty: false };
+
+/// An init without a CT.
+#[derive(Default)]
+struct FakeInit {
+    commands: Mutex<HashMap<String, Child>>,
+    /// The other ends of an attached client's streams.
+    attached: Mutex<Vec<UnixStream>>,
+}
+
+impl FakeInit {
+    fn listen(path: &Path) -> Arc<Self> {
+        let init = Arc::new(Self::default());
+        let listener = UnixListener::bind(path).unwrap();
+        let own = init.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let init = own.clone();
+                std::thread::spawn(move || {
+                    let mut decoder = frame::Decoder::default();
+                    let Ok(Some((envelope, _))) = frame::read::<Envelope>(&stream, &mut decoder) else {
+                        return;
+                    };
+                    let (response, fds) = init.answer(envelope.request);
+                    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                    let _ = frame::write(&stream, &response, &borrowed);
+                });
+            }
+        });
+        init
+    }
+
+    fn answer(&self, request: Request) -> (Response, Vec<OwnedFd>) {
+        let error = |class, message: String| (Response::Error { class, message }, Vec::new());
+        match request {
+            Request::Exec(request) => {
+                let end = |wanted| if wanted { Stdio::piped() } else { Stdio::null() };
+                let spawned = Command::new(&request.args[0])
+                    .args(&request.args[1..])
+                    .stdin(end(request.stdin))
+                    .stdout(end(request.stdout))
+                    .stderr(end(request.stderr))
+                    .spawn();
+                let mut child = match spawned {
+                    Ok(child) => child,
+                    Err(e) => return error(ErrorClass::StartError, format!("{}: {e}", request.args[0])),
+                };
+                let fds = [
+                    child.stdin.take().map(OwnedFd::from),
+                    child.stdout.take().map(OwnedFd::from),
+                    child.stderr.take().map(OwnedFd::from),
+                ];
+                let streams = StreamSet {
+                    stdin: request.stdin,
+                    stdout: request.stdout,
+                    stderr: request.stderr,
+                    terminal: false,
+                };
+                let mut all = lock(&self.commands);
+                let exec_id = format!("exec-{}", all.len());
+                all.insert(exec_id.clone(), child);
+                (Response::Execed { exec_id, streams }, fds.into_iter().flatten().collect())
+            }
+            Request::WaitExec { exec_id } => loop {
+                let ended = lock(&self.commands).get_mut(&exec_id).unwrap().try_wait().unwrap();
+                if let Some(status) = ended {
+                    let code = std::os::unix::process::ExitStatusExt::signal(&status)
+                        .map_or(status.code(), |s| Some(128 + s));
+                    return (Response::ExecExited { code: code.unwrap() }, Vec::new());
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            },
+            Request::Attach { stdin, stdout, stderr, .. } => {
+                let mut fds = Vec::new();
+                for _ in 0..[stdin, stdout, stderr].iter().filter(|w| **w).count() {
+                    let (ours, theirs) = UnixStream::pair().unwrap();
+                    lock(&self.attached).push(ours);
+                    fds.push(theirs.into());
+                }
+                (Response::Attached { streams: StreamSet { stdin, stdout, stderr, terminal: false } }, fds)
+            }
+            Request::Connect { port } => match std::net::TcpStream::connect(("127.0.0.1", port)) {
+                Ok(stream) => (Response::Done, vec![stream.into()]),
+                Err(_) => error(ErrorClass::Internal, "connection refused".into()),
+            },
+            _ => error(ErrorClass::Unsupported, "not here".into()),
+        }
+    }
+}
+
+/// A server before a pod with one running container.
+struct Place {
+    _dir: TempDir,
+    core: Arc<Core>,
+    streaming: Arc<Streaming>,
+    init: Arc<FakeInit>,
+    container: Arc<Container>,
+    sandbox: Arc<Sandbox>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.core.stop.cancel();
+    }
+}
+
+async fn core(root: &Path) -> Arc<Core> {
+    let driver = Arc::new(moxlet_storage::OverlayDriver::open(&root.join("storage")).await.unwrap());
+    let images = moxlet_image::Config {
+        dir: root.join("images"),
+        plain_http_hosts: Vec::new(),
+        max_parallel_downloads: 1,
+    };
+    let config = Config { root_dir: root.to_owned(), ..Config::default() };
+    let cni = moxlet_network::CniConfig {
+        conf_dir: root.join("net.d"),
+        bin_dirs: Vec::new(),
+        cache_dir: root.join("cni"),
+        ipam_dir: root.join("ipam"),
+        pod_cidr: None,
+        bridge_name: "moxlet0".to_owned(),
+        network_name: "moxlet".to_owned(),
+        ip_masq: false,
+        write_default: false,
+        timeout: LIMIT,
+    };
+    Core::new(Parts {
+        images: moxlet_image::ImageStore::open(images, driver.clone()).await.unwrap(),
+        driver,
+        engine: Arc::new(moxlet_sandbox::fake::FakeEngine::default()),
+        cni: moxlet_network::Cni::new(cni).await.unwrap(),
+        cgroups: moxlet_sandbox::cgroup::ContainerCgroups::detect().unwrap(),
+        volumes: Volumes::open(root.join("volumes"), config.map).unwrap(),
+        ledger: Ledger::open(&root.join("ledger")).unwrap(),
+        init_binary: root.join("init"),
+        stop: CancellationToken::new(),
+        config,
+    })
+}
+
+async fn place() -> Place {
+    let dir = tempfile::tempdir().unwrap();
+    let core = core(dir.path()).await;
+    let socket = dir.path().join("init.sock");
+    let init = FakeInit::listen(&socket);
+    let mut record = SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1);
+    (record.namespace, record.name) = ("default".to_owned(), "web".to_owned());
+    let sandbox = Sandbox::new(record);
+    sandbox.set_client(Some(InitClient::new(&socket)));
+    core.insert_sandbox(sandbox.clone());
+    let image: Digest = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
+    let record = ContainerRecord::new(moxlet_ids::ContainerId::random(), sandbox.id.clone(), image, 1);
+    let container = Container::new(record);
+    container.state.send_replace(RunState::Running { started_at_ns: 1 });
+    core.insert_container(container.clone());
+    let streaming = Streaming::start(core.clone()).await.unwrap();
+    Place { _dir: dir, core, streaming, init, container, sandbox }
+}
+
+impl Place {
+    fn exec_request(&self, command: &[&str], offer: Offer) -> v1::ExecRequest {
+        v1::ExecRequest {
+            container_id: self.container.id.to_string(),
+            cmd: command.iter().map(|c| (*c).to_owned()).collect(),
+            tty: offer.tty,
+            stdin: offer.stdin,
+            stdout: offer.stdout,
+            stderr: offer.stderr,
+        }
+    }
+
+    /// Asks at the unix socket as the node does; gives the connection and the answer's first line.
+    async fn ask(&self, url: &str, protocol: &str) -> (tokio::net::UnixStream, String) {
+        let path = url.strip_prefix("http://").unwrap();
+        let path = &path[path.find('/').unwrap()..];
+        let mut stream = tokio::net::UnixStream::connect(&self.streaming.socket).await.unwrap();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
+             X-Stream-Protocol-Version: {protocol}\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            answer.push(stream.read_u8().await.unwrap());
+        }
+        let answer = String::from_utf8(answer).unwrap();
+        (stream, answer.lines().next().unwrap().to_owned())
+    }
+
+    async fn exec(&self, command: &[&str], offer: Offer) -> (Client, moxlet_stream::client::Command) {
+        let url = self.streaming.exec(self.exec_request(command, offer)).await.unwrap().url;
+        let (stream, answer) = self.ask(&url, "v4.channel.k8s.io").await;
+        assert!(answer.contains("101"), "{answer}");
+        let mut client = Client::new(stream).unwrap();
+        let command = client.command(offer).await.unwrap();
+        (client, command)
+    }
+
+    /// Runs a command to its end: output, error output, status.
+    async fn run(&self, command: &[&str]) -> (String, String, String) {
+        let (_client, mut streams) = self.exec(command, PLAIN).await;
+        let (mut out, mut err) = (String::new(), String::new());
+        streams.stdout.take().unwrap().read_to_string(&mut out).await.unwrap();
+        streams.stderr.take().unwrap().read_to_string(&mut err).await.unwrap();
+        (out, err, streams.status().await.unwrap())
+    }
+
+    fn sync(&self, command: &[&str], timeout: i64) -> v1::ExecSyncRequest {
+        let cmd = command.iter().map(|c| (*c).to_owned()).collect();
+        v1::ExecSyncRequest { container_id: self.container.id.to_string(), cmd, timeout }
+    }
+
+    fn end(&self) {
+        self.container.state.send_replace(RunState::Exited(Exit {
+            code: 0,
+            reason: "Completed".to_owned(),
+            message: String::new(),
+            started_at_ns: 1,
+            finished_at_ns: 2,
+        }));
+    }
+}
+
+#[tokio::test]
+async fn requests_are_judged_before_there_is_a_url() {
+    let place = place().await;
+    let request = |offer| place.exec_request(&["true"], offer);
+    let refused = |offer| place.streaming.exec(request(offer));
+    assert!(matches!(refused(Offer { tty: true, ..PLAIN }).await, Err(Error::Invalid(_))));
+    assert!(matches!(refused(Offer::default()).await, Err(Error::Invalid(_))));
+    let unknown = v1::ExecRequest { container_id: "nobody".to_owned(), ..request(PLAIN) };
+    assert!(matches!(place.streaming.exec(unknown).await, Err(Error::NotFound(_))));
+    place.end();
+    let error = refused(PLAIN).await.unwrap_err();
+    assert!(matches!(&error, Error::State(text) if text.contains("exited")), "{error}");
+}
+
+#[tokio::test]
+async fn a_url_is_good_once_and_for_its_own_kind() {
+    let place = place().await;
+    let url = place.streaming.exec(place.exec_request(&["true"], PLAIN)).await.unwrap().url;
+    assert!(url.starts_with("http://127.0.0.1:"), "{url}");
+    let (_stream, answer) = place.ask(&url.replace("/exec/", "/attach/"), "v4.channel.k8s.io").await;
+    assert!(answer.contains("404"), "{answer}");
+    let url = place.streaming.exec(place.exec_request(&["true"], PLAIN)).await.unwrap().url;
+    let (_stream, answer) = place.ask(&url, "v4.channel.k8s.io").await;
+    assert!(answer.contains("101"), "{answer}");
+    let (_stream, answer) = place.ask(&url, "v4.channel.k8s.io").await;
+    assert!(answer.contains("404"), "{answer}");
+}
+
+#[test]
+fn urls_that_nobody_uses_are_bounded() {
+    let tokens = Tokens::default();
+    let pending = Pending::PortForward(v1::PortForwardRequest::default());
+    for _ in 0..MAX_TOKENS {
+        tokens.put(pending.clone()).unwrap();
+    }
+    assert!(tokens.put(pending.clone()).is_err());
+    for (since, _) in lock(&tokens.0).values_mut() {
+        *since = Instant::now().checked_sub(TOKEN_LIFE).unwrap();
+    }
+    let token = tokens.put(pending.clone()).unwrap();
+    assert_eq!(lock(&tokens.0).len(), 1);
+    assert_eq!(tokens.take(&format!("/portforward/{token}")), Some(pending));
+}
+
+#[tokio::test]
+async fn other_machines_cannot_reach_it() {
+    assert!(matches!(server::listen_tcp("0.0.0.0:0".parse().unwrap()), Err(Error::Invalid(_))));
+    assert!(
+        server::listen_tcp("[::1]:0".parse().unwrap()).is_ok()
+            || server::listen_tcp("127.0.0.1:0".parse().unwrap()).is_ok()
+    );
+    let place = place().await;
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &std::fs::metadata(&place.streaming.socket).unwrap().permissions(),
+    );
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn outputs_and_exit_code_reach_the_client() {
+    let place = place().await;
+    let (out, err, status) = place.run(&["sh", "-c", "echo out; echo err >&2; exit 7"]).await;
+    assert_eq!((out.as_str(), err.as_str()), ("out\n", "err\n"));
+    assert!(status.contains(r#""message":"7""#), "{status}");
+    let (_, _, status) = place.run(&["true"]).await;
+    assert!(status.contains("Success"), "{status}");
+    let (_, _, status) = place.run(&["/no/such/command"]).await;
+    assert!(status.contains("error executing command in container: /no/such/command"), "{status}");
+}
+
+#[tokio::test]
+async fn the_end_of_the_input_is_seen_by_the_command() {
+    let place = place().await;
+    let (_client, mut streams) = place.exec(&["cat"], Offer { stdin: true, ..PLAIN }).await;
+    let mut stdin = streams.stdin.take().unwrap();
+    stdin.write_all(b"hello").await.unwrap();
+    stdin.shutdown().await.unwrap();
+    let mut out = String::new();
+    streams.stdout.take().unwrap().read_to_string(&mut out).await.unwrap();
+    assert_eq!(out, "hello");
+    assert!(streams.status().await.unwrap().contains("Success"));
+}
+
+#[tokio::test]
+async fn all_of_a_large_output_comes_before_the_status() {
+    const SIZE: usize = 100 << 20;
+    let place = place().await;
+    let since = Instant::now();
+    let (_client, mut streams) = place.exec(&["head", "-c", "104857600", "/dev/zero"], PLAIN).await;
+    let mut stdout = streams.stdout.take().unwrap();
+    let (mut buffer, mut read) = (vec![0; 256 << 10], 0);
+    loop {
+        match stdout.read(&mut buffer).await.unwrap() {
+            0 => break,
+            count => read += count,
+        }
+    }
+    println!("{:.0} MB/s through exec", SIZE as f64 / since.elapsed().as_secs_f64() / 1e6);
+    assert_eq!(read, SIZE);
+    assert!(streams.status().await.unwrap().contains("Success"));
+}
+
+#[tokio::test]
+async fn a_daemon_that_a_command_leaves_does_not_keep_its_client() {
+    let place = place().await;
+    let run = place.run(&["sh", "-c", "sleep 60 & echo started"]);
+    let (out, _, status) = timeout(LIMIT, run).await.unwrap();
+    assert_eq!(out, "started\n");
+    assert!(status.contains("Success"), "{status}");
+}
+
+#[tokio::test]
+async fn a_command_whose_client_goes_sees_its_pipes_closed() {
+    let place = place().await;
+    for command in [&["cat"][..], &["sh", "-c", "exec cat >/dev/null"][..]] {
+        let (client, streams) = place.exec(command, Offer { stdin: true, ..PLAIN }).await;
+        drop((client, streams));
+    }
+    let ended = async {
+        while !lock(&place.init.commands).values_mut().all(|c| c.try_wait().unwrap().is_some()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LIMIT, ended).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_attached_client_gets_all_output_and_the_end() {
+    let place = place().await;
+    let request = v1::AttachRequest {
+        container_id: place.container.id.to_string(),
+        stdin: true,
+        tty: false,
+        stdout: true,
+        stderr: false,
+    };
+    let url = place.streaming.attach(request).await.unwrap().url;
+    let (stream, _) = place.ask(&url, "v4.channel.k8s.io").await;
+    let mut client = Client::new(stream).unwrap();
+    let offer = Offer { stdin: true, stdout: true, stderr: false, tty: false };
+    let mut streams = client.command(offer).await.unwrap();
+    let mut stdin = streams.stdin.take().unwrap();
+    stdin.write_all(b"in").await.unwrap();
+    stdin.shutdown().await.unwrap();
+    let ends = async {
+        loop {
+            let ends = std::mem::take(&mut *lock(&place.init.attached));
+            if !ends.is_empty() {
+                return ends;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let mut ends = timeout(LIMIT, ends).await.unwrap();
+    let (mut output, mut input) = (ends.pop().unwrap(), ends.pop().unwrap());
+    let got = tokio::task::spawn_blocking(move || {
+        let mut got = String::new();
+        std::io::Read::read_to_string(&mut input, &mut got).unwrap();
+        got
+    });
+    assert_eq!(got.await.unwrap(), "in");
+    output.write_all(b"last words").unwrap();
+    drop(output);
+    place.end();
+    let mut out = String::new();
+    streams.stdout.take().unwrap().read_to_string(&mut out).await.unwrap();
+    assert_eq!(out, "last words");
+    assert!(streams.status().await.unwrap().contains("Success"));
+}
+
+#[tokio::test]
+async fn ports_are_forwarded_in_parallel_and_a_closed_one_is_named() {
+    let place = place().await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let request = v1::PortForwardRequest { pod_sandbox_id: place.sandbox.id.to_string(), port: vec![] };
+    let url = place.streaming.port_forward(request).await.unwrap().url;
+    let (stream, _) = place.ask(&url, "portforward.k8s.io").await;
+    let mut client = Client::new(stream).unwrap();
+    let mut open = Vec::new();
+    for id in 0..20 {
+        open.push(client.forward(port, id).await.unwrap());
+    }
+    for (mut data, mut error) in open {
+        data.write_all(b"ping").await.unwrap();
+        data.shutdown().await.unwrap();
+        let (mut back, mut said) = (String::new(), String::new());
+        data.read_to_string(&mut back).await.unwrap();
+        error.read_to_string(&mut said).await.unwrap();
+        assert_eq!((back.as_str(), said.as_str()), ("ping", ""));
+    }
+    let (_data, mut error) = client.forward(closed, 99).await.unwrap();
+    let mut said = String::new();
+    error.read_to_string(&mut said).await.unwrap();
+    let expected = format!("failed to connect to port {closed} in pod default/web: connection refused");
+    assert!(said.contains(&expected), "{said}");
+}
+
+#[tokio::test]
+async fn exec_sync_collects_bounds_and_gives_up() {
+    let place = place().await;
+    let ran =
+        exec_sync(&place.core, place.sync(&["sh", "-c", "echo a; echo b >&2; exit 3"], 0)).await.unwrap();
+    assert_eq!((ran.exit_code, &*ran.stdout, &*ran.stderr), (3, &b"a\n"[..], &b"b\n"[..]));
+    let ran = exec_sync(&place.core, place.sync(&["head", "-c", "20000000", "/dev/zero"], 20)).await.unwrap();
+    assert_eq!((ran.exit_code, ran.stdout.len()), (0, 16 << 20));
+    let error = exec_sync(&place.core, place.sync(&["sleep", "60"], 1)).await.unwrap_err();
+    assert!(matches!(&error, Error::Timeout(text) if text.contains("sleep 60")), "{error}");
+    let error = exec_sync(&place.core, place.sync(&["/no/such/command"], 1)).await.unwrap_err();
+    assert!(error.to_string().contains("/no/such/command"), "{error}");
+    // What the test itself started.
+    for child in lock(&place.init.commands).values_mut() {
+        let _ = child.kill();
+    }
+}
+
+#[test]
+fn ports_of_the_request_stand_in_for_those_of_the_query() {
+    let with =
+        |uri: &str, ports: &[i32]| sessions::with_ports(&uri.parse().unwrap(), ports).map(|u| u.to_string());
+    assert_eq!(with("/portforward/x", &[80, 443]).as_deref(), Some("/portforward/x?port=80&port=443"));
+    assert_eq!(with("/portforward/x?port=1", &[80]), None);
+    assert_eq!(with("/portforward/x", &[]), None);
+}
