@@ -9,9 +9,8 @@ use std::{
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
 
-const INSIDE: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS);
+const INSIDE: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
 /// The parts of a relative path without `.` and `..`.
 pub(crate) fn relative(path: &str) -> io::Result<PathBuf> {
@@ -30,7 +29,8 @@ pub(crate) fn open_dir(path: &Path) -> io::Result<OwnedFd> {
 
 /// Makes the directories of `path` (relative) below `dir` and returns the last one.
 pub(crate) fn make_dirs(dir: impl AsFd, path: &Path, mode: Mode) -> io::Result<OwnedFd> {
-    let mut at = openat2(&dir, ".", OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), INSIDE)?;
+    let mut at =
+        openat2(&dir, ".", OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), INSIDE)?;
     for part in path.components() {
         let Component::Normal(name) = part else { continue };
         match mkdirat(&at, name, mode) {
@@ -86,7 +86,9 @@ mod tests {
         for bad in ["a", "a/link", "b/file", "../x"] {
             assert!(open_file(&root, Path::new(bad)).is_err(), "{bad}");
         }
-        assert!(open_dir_below(&root, Path::new("a")).is_ok() && open_dir_below(&root, Path::new("")).is_ok());
+        assert!(
+            open_dir_below(&root, Path::new("a")).is_ok() && open_dir_below(&root, Path::new("")).is_ok()
+        );
         assert!(open_dir_below(&root, Path::new("b")).is_err());
     }
 

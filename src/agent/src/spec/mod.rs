@@ -23,9 +23,19 @@ use crate::error::{Error, Result};
 
 /// Where programs are looked for if neither image nor request says.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const MASKED: [&str; 11] = [
-    "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
-    "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware", "/sys/devices/virtual/powercap", "/proc/scsi",
+const MASKED: [&str; 12] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+    "/proc/scsi",
 ];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 /// Of arguments and environment together; the kernel's own bound is below.
@@ -78,7 +88,9 @@ pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
     let linux = config.linux.clone().unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
     if security.privileged {
-        return Err(Error::Refused("privileged container: a CT has no privileges of the host to give".into()));
+        return Err(Error::Refused(
+            "privileged container: a CT has no privileges of the host to give".into(),
+        ));
     }
     mounts::refuse(config)?;
     let image = input.image.config();
@@ -97,8 +109,13 @@ pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
         },
         "noNewPrivileges": security.no_new_privs,
     });
-    if security.apparmor.as_ref().is_some_and(|p| p.profile_type() == ProfileType::Localhost) {
+    #[allow(deprecated)]
+    let named = security.apparmor_profile.starts_with("localhost/");
+    if named || security.apparmor.as_ref().is_some_and(|p| p.profile_type() == ProfileType::Localhost) {
         return Err(Error::Refused("an AppArmor profile of the host".into()));
+    }
+    if security.selinux_options.as_ref().is_some_and(|o| *o != v1::SeLinuxOption::default()) {
+        return Err(Error::Refused("SELinux options".into()));
     }
     let mut part = json!({
         "namespaces": namespaces(&security)?,
@@ -118,8 +135,8 @@ pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
     let sandbox = input.sandbox.metadata.clone().unwrap_or_default();
     let name = config.metadata.as_ref().map_or("", |m| m.name.as_str());
     Ok(json!({
+        // No host name: it would need a UTS namespace of the container's own, and the CT's has it.
         "ociVersion": "1.2.0",
-        "hostname": input.hostname,
         "root": {"path": input.rootfs_ct, "readonly": security.readonly_rootfs},
         "process": process,
         "mounts": mounts::all(input.mounts)?,
@@ -145,6 +162,10 @@ fn args(input: &SpecInput<'_>) -> Result<Vec<String>> {
             args = image.and_then(|c| c.cmd().clone()).unwrap_or_default();
         }
         command = image.and_then(|c| c.entrypoint().clone()).unwrap_or_default();
+        // So images take back the entry point of the image that they build on.
+        if command == [""] {
+            command.clear();
+        }
     }
     command.append(&mut args);
     if command.is_empty() {
@@ -197,7 +218,11 @@ fn plain<'a>(what: &str, texts: impl Iterator<Item = &'a str>) -> Result<()> {
         }
         sum += text.len();
     }
-    if sum > MAX_TEXT { Err(Error::Invalid(format!("{what}: more than {MAX_TEXT} bytes in all"))) } else { Ok(()) }
+    if sum > MAX_TEXT {
+        Err(Error::Invalid(format!("{what}: more than {MAX_TEXT} bytes in all")))
+    } else {
+        Ok(())
+    }
 }
 
 fn cwd(input: &SpecInput<'_>) -> Result<String> {

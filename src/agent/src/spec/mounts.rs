@@ -41,9 +41,13 @@ pub(super) fn all(mounts: &[ResolvedMount]) -> Result<Vec<Value>> {
         standard("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
         standard("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
     ];
+    let targets = mounts.iter().map(|m| target(&m.target)).collect::<Result<Vec<_>>>()?;
+    if targets.iter().any(|at| at == "/dev") {
+        // As containerd: who brings a /dev brings all of it.
+        all.retain(|(at, _)| !at.starts_with("/dev/"));
+    }
     let ours = all.len();
-    for mount in mounts {
-        let at = target(&mount.target)?;
+    for (mount, at) in mounts.iter().zip(targets) {
         if at == "/" {
             return Err(Error::Invalid("a mount on the container's root".to_owned()));
         }
@@ -88,6 +92,9 @@ pub(super) fn refuse(config: &v1::ContainerConfig) -> Result<()> {
     }
     if let Some(device) = config.cdi_devices.first() {
         return Err(Error::Refused(format!("CDI device {}", device.name)));
+    }
+    if let Some(mount) = config.mounts.iter().find(|m| m.recursive_read_only) {
+        return Err(Error::Refused(format!("recursively read-only mount of {}", mount.container_path)));
     }
     Ok(())
 }

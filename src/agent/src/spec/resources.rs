@@ -20,8 +20,9 @@ pub(super) fn of(resources: Option<&v1::LinuxContainerResources>) -> Result<Valu
     }
     let positive = |value: i64| (value > 0).then_some(value);
     if let Some(limit) = positive(resources.memory_limit_in_bytes) {
-        // No swap: memory and swap together are no more than memory.
-        all["memory"] = json!({"limit": limit, "swap": limit});
+        // Memory and swap together; without a word no swap, so no more than memory.
+        let swap = positive(resources.memory_swap_limit_in_bytes).map_or(limit, |swap| swap.max(limit));
+        all["memory"] = json!({"limit": limit, "swap": swap});
     }
     if let Some(shares) = positive(resources.cpu_shares) {
         all["cpu"]["shares"] = json!(shares.clamp(2, 262_144));

@@ -13,9 +13,29 @@ const WITH_CAPABILITY: &[(&str, &[&str])] = &[
     (
         "CAP_SYS_ADMIN",
         &[
-            "bpf", "clone", "clone3", "fanotify_init", "fsconfig", "fsmount", "fsopen", "fspick", "lookup_dcookie",
-            "mount", "mount_setattr", "move_mount", "open_tree", "perf_event_open", "quotactl", "quotactl_fd",
-            "setdomainname", "sethostname", "setns", "syslog", "umount", "umount2", "unshare",
+            "bpf",
+            "clone",
+            "clone3",
+            "fanotify_init",
+            "fsconfig",
+            "fsmount",
+            "fsopen",
+            "fspick",
+            "lookup_dcookie",
+            "mount",
+            "mount_setattr",
+            "move_mount",
+            "open_tree",
+            "perf_event_open",
+            "quotactl",
+            "quotactl_fd",
+            "setdomainname",
+            "sethostname",
+            "setns",
+            "syslog",
+            "umount",
+            "umount2",
+            "unshare",
         ],
     ),
     ("CAP_SYS_BOOT", &["reboot"]),
@@ -42,9 +62,7 @@ const AF_VSOCK: u64 = 40;
 /// The profile for a container with these capabilities (with `CAP_`) on this machine.
 pub(super) fn runtime_default(capabilities: &[String]) -> Value {
     let has = |name: &str| capabilities.iter().any(|c| c == name);
-    let arg = |index: u32, op: &str, value: u64, two: u64| {
-        json!({"index": index, "value": value, "valueTwo": two, "op": op})
-    };
+    let arg = |index: u32, op: &str, value: u64, two: u64| json!({"index": index, "value": value, "valueTwo": two, "op": op});
     let allow = |names: &[&str], args: &[Value]| {
         let mut rule = json!({"names": names, "action": "SCMP_ACT_ALLOW"});
         if !args.is_empty() {
@@ -64,7 +82,13 @@ pub(super) fn runtime_default(capabilities: &[String]) -> Value {
             json!(["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"])
         }
         "aarch64" => {
-            names.extend(["arm_fadvise64_64", "arm_sync_file_range", "sync_file_range2", "breakpoint", "cacheflush"]);
+            names.extend([
+                "arm_fadvise64_64",
+                "arm_sync_file_range",
+                "sync_file_range2",
+                "breakpoint",
+                "cacheflush",
+            ]);
             names.push("set_tls");
             json!(["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"])
         }
@@ -110,7 +134,17 @@ mod tests {
     fn it_is_an_oci_profile_and_capabilities_widen_it() {
         let plain = runtime_default(&[]);
         let _: oci_spec::runtime::LinuxSeccomp = serde_json::from_value(plain.clone()).unwrap();
-        for call in ["mount", "unshare", "bpf", "keyctl", "io_uring_setup", "userfaultfd", "clone", "clone3", "chroot"] {
+        for call in [
+            "mount",
+            "unshare",
+            "bpf",
+            "keyctl",
+            "io_uring_setup",
+            "userfaultfd",
+            "clone",
+            "clone3",
+            "chroot",
+        ] {
             assert!(!allowed(&plain, call), "{call}");
         }
         for call in ["read", "execve", "openat2", "futex_waitv", "rseq", "ptrace"] {

@@ -98,7 +98,9 @@ pub(super) fn resolve(
     let non_root = config.annotations.get(RUN_AS_NON_ROOT).is_some_and(|v| v == "true");
     let number = |value: i64, what: &str| -> Result<u32> {
         let id = u32::try_from(value).ok().filter(|id| map.host_id(*id).is_some());
-        id.ok_or_else(|| Error::Invalid(format!("{what} {value} is outside of the CT's ids (0 to {})", map.size - 1)))
+        id.ok_or_else(|| {
+            Error::Invalid(format!("{what} {value} is outside of the CT's ids (0 to {})", map.size - 1))
+        })
     };
     let passwd = parse_passwd(&read_in_root(root, "etc/passwd")?);
     let group = parse_group(&read_in_root(root, "etc/group")?);
