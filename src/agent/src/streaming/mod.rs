@@ -7,6 +7,8 @@
 
 mod copy;
 mod exec_sync;
+#[cfg(test)]
+mod fake_init;
 mod server;
 mod sessions;
 #[cfg(test)]

@@ -1,21 +1,10 @@
 //! The streaming server over its sockets, before an init that runs its commands on this machine.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{
-    collections::HashMap,
-    io::Write,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
-    },
-    path::Path,
-    process::{Child, Command, Stdio},
-};
+use std::{io::Write, path::Path};
 
 use moxlet_ids::{Digest, SandboxId};
-use moxlet_init_proto::{
-    Envelope, ErrorClass, Request, Response, StreamSet, client::Client as InitClient, frame,
-};
+use moxlet_init_proto::client::Client as InitClient;
 use moxlet_stream::{Offer, client::Client};
 use tempfile::TempDir;
 use tokio::{
@@ -24,7 +13,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::*;
+use super::{fake_init::FakeInit, *};
 use crate::{
     Config,
     core::{Parts, Sandbox},
@@ -34,94 +23,6 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(30);
 const PLAIN: Offer = Offer { stdin: false, stdout: true, stderr: true, tty: false };
-
-/// An init without a CT.
-#[derive(Default)]
-struct FakeInit {
-    commands: Mutex<HashMap<String, Child>>,
-    /// The other ends of an attached client's streams.
-    attached: Mutex<Vec<UnixStream>>,
-}
-
-impl FakeInit {
-    fn listen(path: &Path) -> Arc<Self> {
-        let init = Arc::new(Self::default());
-        let listener = UnixListener::bind(path).unwrap();
-        let own = init.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let init = own.clone();
-                std::thread::spawn(move || {
-                    let mut decoder = frame::Decoder::default();
-                    let Ok(Some((envelope, _))) = frame::read::<Envelope>(&stream, &mut decoder) else {
-                        return;
-                    };
-                    let (response, fds) = init.answer(envelope.request);
-                    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-                    let _ = frame::write(&stream, &response, &borrowed);
-                });
-            }
-        });
-        init
-    }
-
-    fn answer(&self, request: Request) -> (Response, Vec<OwnedFd>) {
-        let error = |class, message: String| (Response::Error { class, message }, Vec::new());
-        match request {
-            Request::Exec(request) => {
-                let end = |wanted| if wanted { Stdio::piped() } else { Stdio::null() };
-                let spawned = Command::new(&request.args[0])
-                    .args(&request.args[1..])
-                    .stdin(end(request.stdin))
-                    .stdout(end(request.stdout))
-                    .stderr(end(request.stderr))
-                    .spawn();
-                let mut child = match spawned {
-                    Ok(child) => child,
-                    Err(e) => return error(ErrorClass::StartError, format!("{}: {e}", request.args[0])),
-                };
-                let fds = [
-                    child.stdin.take().map(OwnedFd::from),
-                    child.stdout.take().map(OwnedFd::from),
-                    child.stderr.take().map(OwnedFd::from),
-                ];
-                let streams = StreamSet {
-                    stdin: request.stdin,
-                    stdout: request.stdout,
-                    stderr: request.stderr,
-                    terminal: false,
-                };
-                let mut all = lock(&self.commands);
-                let exec_id = format!("exec-{}", all.len());
-                all.insert(exec_id.clone(), child);
-                (Response::Execed { exec_id, streams }, fds.into_iter().flatten().collect())
-            }
-            Request::WaitExec { exec_id } => loop {
-                let ended = lock(&self.commands).get_mut(&exec_id).unwrap().try_wait().unwrap();
-                if let Some(status) = ended {
-                    let code = std::os::unix::process::ExitStatusExt::signal(&status)
-                        .map_or(status.code(), |s| Some(128 + s));
-                    return (Response::ExecExited { code: code.unwrap() }, Vec::new());
-                }
-                std::thread::sleep(Duration::from_millis(2));
-            },
-            Request::Attach { stdin, stdout, stderr, .. } => {
-                let mut fds = Vec::new();
-                for _ in 0..[stdin, stdout, stderr].iter().filter(|w| **w).count() {
-                    let (ours, theirs) = UnixStream::pair().unwrap();
-                    lock(&self.attached).push(ours);
-                    fds.push(theirs.into());
-                }
-                (Response::Attached { streams: StreamSet { stdin, stdout, stderr, terminal: false } }, fds)
-            }
-            Request::Connect { port } => match std::net::TcpStream::connect(("127.0.0.1", port)) {
-                Ok(stream) => (Response::Done, vec![stream.into()]),
-                Err(_) => error(ErrorClass::Internal, "connection refused".into()),
-            },
-            _ => error(ErrorClass::Unsupported, "not here".into()),
-        }
-    }
-}
 
 /// A server before a pod with one running container.
 struct Place {
@@ -337,6 +238,32 @@ async fn the_end_of_the_input_is_seen_by_the_command() {
     streams.stdout.take().unwrap().read_to_string(&mut out).await.unwrap();
     assert_eq!(out, "hello");
     assert!(streams.status().await.unwrap().contains("Success"));
+}
+
+#[tokio::test]
+async fn a_terminal_has_its_size_from_the_start_and_is_resized() {
+    let place = place().await;
+    let offer = Offer { stdin: true, stdout: true, stderr: false, tty: true };
+    let script = "stty size; read x; stty size; echo got $x; exit 5";
+    let (_client, mut streams) = place.exec(&["sh", "-c", script], offer).await;
+    let mut resize = streams.resize.take().unwrap();
+    resize.write_all(br#"{"Width":81,"Height":25}"#).await.unwrap();
+    let (mut stdin, mut stdout) = (streams.stdin.take().unwrap(), streams.stdout.take().unwrap());
+    let mut out = String::new();
+    let mut buffer = [0; 1024];
+    while !out.contains("25 81") {
+        let count = timeout(LIMIT, stdout.read(&mut buffer)).await.unwrap().unwrap();
+        assert!(count > 0, "{out}");
+        out.push_str(std::str::from_utf8(&buffer[..count]).unwrap());
+    }
+    resize.write_all(br#"{"Width":90,"Height":30}"#).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    stdin.write_all(b"it\n").await.unwrap();
+    // The client's end of input ends nothing at a terminal.
+    stdin.shutdown().await.unwrap();
+    stdout.read_to_string(&mut out).await.unwrap();
+    assert!(out.contains("30 90") && out.contains("got it"), "{out}");
+    assert!(streams.status().await.unwrap().contains(r#""message":"5""#));
 }
 
 #[tokio::test]
