@@ -49,17 +49,14 @@ fn int(value: Option<i64>) -> Option<v1::Int64Value> {
 }
 
 /// Whether the pod wants no root, and then whether this container would be root.
-fn check_non_root(
-    pod: &Pod,
-    container: &Container,
-    user: Option<i64>,
-    image: &(Option<i64>, String),
-) -> Result<bool> {
-    let own = container.security_context.as_ref().and_then(|s| s.run_as_non_root);
-    let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref()).and_then(|s| s.run_as_non_root);
-    if own.or(of_pod) != Some(true) {
+fn check_non_root(pod: &Pod, container: &Container, image: &(Option<i64>, String)) -> Result<bool> {
+    let own = container.security_context.as_ref();
+    let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
+    let non_root = own.and_then(|s| s.run_as_non_root).or(of_pod.and_then(|s| s.run_as_non_root));
+    if non_root != Some(true) {
         return Ok(false);
     }
+    let user = own.and_then(|s| s.run_as_user).or(of_pod.and_then(|s| s.run_as_user));
     let place = format!("(pod: \"{}\", container: {})", names::full(pod), container.name);
     match (user, image) {
         (Some(0), _) => {
@@ -76,7 +73,11 @@ fn check_non_root(
     }
 }
 
-fn security(pod: &Pod, container: &Container) -> v1::LinuxContainerSecurityContext {
+fn security(
+    pod: &Pod,
+    container: &Container,
+    image_user: &(Option<i64>, String),
+) -> v1::LinuxContainerSecurityContext {
     let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.clone()).unwrap_or_default();
     let own = container.security_context.clone().unwrap_or_default();
     let profile = own.seccomp_profile.or(of_pod.seccomp_profile);
@@ -88,6 +89,14 @@ fn security(pod: &Pod, container: &Container) -> v1::LinuxContainerSecurityConte
     };
     let mut groups = of_pod.supplemental_groups.unwrap_or_default();
     groups.extend(of_pod.fs_group.filter(|g| !groups.contains(g)));
+    let (user, group) = (own.run_as_user.or(of_pod.run_as_user), own.run_as_group.or(of_pod.run_as_group));
+    // A group needs a user beside it: the image's where none is asked for, as the kubelet has it.
+    let (user, user_name) = match (user, image_user) {
+        (None, (Some(uid), _)) if group.is_some() => (Some(*uid), String::new()),
+        (None, (None, name)) if group.is_some() && !name.is_empty() => (None, name.clone()),
+        (None, (None, _)) if group.is_some() => (Some(0), String::new()),
+        (user, _) => (user, String::new()),
+    };
     let caps = own.capabilities.unwrap_or_default();
     let strict = of_pod.supplemental_groups_policy.as_deref() == Some("Strict");
     v1::LinuxContainerSecurityContext {
@@ -97,8 +106,9 @@ fn security(pod: &Pod, container: &Container) -> v1::LinuxContainerSecurityConte
             ..v1::Capability::default()
         }),
         namespace_options: Some(sandbox::namespaces()),
-        run_as_user: int(own.run_as_user.or(of_pod.run_as_user)),
-        run_as_group: int(own.run_as_group.or(of_pod.run_as_group)),
+        run_as_user: int(user),
+        run_as_username: user_name,
+        run_as_group: int(group),
         readonly_rootfs: own.read_only_root_filesystem == Some(true),
         supplemental_groups: groups,
         supplemental_groups_policy: i32::from(strict),
@@ -110,32 +120,28 @@ fn security(pod: &Pod, container: &Container) -> v1::LinuxContainerSecurityConte
     }
 }
 
-/// A container's configuration.
-///
-/// # Errors
-/// What the kubelet calls `CreateContainerConfigError`.
-pub(crate) fn config(pod: &Pod, container: &Container, given: Given<'_>) -> Result<v1::ContainerConfig> {
-    let security = security(pod, container);
-    let user = security.run_as_user.map(|v| v.value);
-    let mut notes = names::container_annotations(pod, container, given.attempt);
-    notes.insert(annotations::TERMINATION_MESSAGE_PATH.to_owned(), names::message_path(container).to_owned());
-    notes.insert(
-        annotations::OOM_SCORE_ADJ.to_owned(),
-        resources::oom_score_adj(pod, container, given.memory_capacity).to_string(),
-    );
-    if check_non_root(pod, container, user, &given.image_user)? {
-        notes.insert(annotations::RUN_AS_NON_ROOT.to_owned(), "true".to_owned());
-    }
+/// Whether the kubelet writes what is in a volume: no container may then.
+fn is_written_here(pod: &Pod, name: &str) -> bool {
+    let volume = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten()).find(|v| v.name == name);
+    volume.is_some_and(|v| {
+        v.config_map.is_some() || v.secret.is_some() || v.downward_api.is_some() || v.projected.is_some()
+    })
+}
+
+/// A container's mounts of the pod's volumes; `host_path` says where a volume lies on the host.
+fn mounts<'a>(
+    pod: &Pod,
+    container: &Container,
+    host_path: impl Fn(&str) -> Option<&'a str>,
+) -> Result<Vec<v1::Mount>> {
     let mut mounts = Vec::new();
-    let mut own_hosts = false;
     for mount in container.volume_mounts.iter().flatten() {
-        let host_path = given.volumes.host_path(&mount.name).ok_or_else(|| {
+        let host_path = host_path(&mount.name).ok_or_else(|| {
             Error::ContainerConfig(format!(
                 "cannot find volume \"{}\" to mount into container \"{}\"",
                 mount.name, container.name
             ))
         })?;
-        own_hosts |= mount.mount_path == "/etc/hosts";
         let absolute = if mount.mount_path.starts_with('/') {
             mount.mount_path.clone()
         } else {
@@ -144,10 +150,30 @@ pub(crate) fn config(pod: &Pod, container: &Container, given: Given<'_>) -> Resu
         mounts.push(v1::Mount {
             container_path: absolute,
             host_path: host_path.to_owned(),
-            readonly: mount.read_only == Some(true),
+            readonly: mount.read_only == Some(true) || is_written_here(pod, &mount.name),
             ..v1::Mount::default()
         });
     }
+    Ok(mounts)
+}
+
+/// A container's configuration.
+///
+/// # Errors
+/// What the kubelet calls `CreateContainerConfigError`.
+pub(crate) fn config(pod: &Pod, container: &Container, given: Given<'_>) -> Result<v1::ContainerConfig> {
+    let security = security(pod, container, &given.image_user);
+    let mut notes = names::container_annotations(pod, container, given.attempt);
+    notes.insert(annotations::TERMINATION_MESSAGE_PATH.to_owned(), names::message_path(container).to_owned());
+    notes.insert(
+        annotations::OOM_SCORE_ADJ.to_owned(),
+        resources::oom_score_adj(pod, container, given.memory_capacity).to_string(),
+    );
+    if check_non_root(pod, container, &given.image_user)? {
+        notes.insert(annotations::RUN_AS_NON_ROOT.to_owned(), "true".to_owned());
+    }
+    let mut mounts = mounts(pod, container, |name| given.volumes.host_path(name))?;
+    let own_hosts = mounts.iter().any(|m| m.container_path == "/etc/hosts");
     if !own_hosts {
         mounts.push(v1::Mount {
             container_path: "/etc/hosts".into(),
@@ -183,4 +209,61 @@ pub(crate) fn config(pod: &Pod, container: &Container, given: Given<'_>) -> Resu
         }),
         ..v1::ContainerConfig::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn pod(spec: &Value) -> (Pod, Container) {
+        let pod: Pod = serde_json::from_value(json!({"spec": spec})).unwrap();
+        let container = pod.spec.as_ref().unwrap().containers[0].clone();
+        (pod, container)
+    }
+
+    #[test]
+    fn what_the_node_writes_is_mounted_read_only() {
+        let mount = |name: &str| json!({"name": name, "mountPath": format!("/{name}"), "readOnly": false});
+        let (pod, container) = pod(&json!({
+            "volumes": [
+                {"name": "map", "configMap": {"name": "x"}},
+                {"name": "secret", "secret": {"secretName": "x"}},
+                {"name": "downward", "downwardAPI": {}},
+                {"name": "projected", "projected": {"sources": []}},
+                {"name": "own", "emptyDir": {}},
+                {"name": "asked", "emptyDir": {}},
+            ],
+            "containers": [{"name": "c", "volumeMounts": [
+                mount("map"), mount("secret"), mount("downward"), mount("projected"), mount("own"),
+                {"name": "asked", "mountPath": "asked", "readOnly": true},
+            ]}],
+        }));
+        let made = mounts(&pod, &container, |_| Some("/somewhere")).unwrap();
+        let writable: Vec<_> =
+            made.iter().filter(|m| !m.readonly).map(|m| m.container_path.as_str()).collect();
+        assert_eq!((made.len(), writable), (6, vec!["/own"]));
+        assert_eq!(made[5].container_path, "/asked");
+        let error = mounts(&pod, &container, |_| None).unwrap_err().to_string();
+        assert!(error.contains("cannot find volume \"map\""), "{error}");
+    }
+
+    #[test]
+    fn a_group_goes_with_the_images_user_where_no_user_is_asked_for() {
+        let (pod, container) =
+            pod(&json!({"securityContext": {"runAsGroup": 3000}, "containers": [{"name": "c"}]}));
+        for (image, want) in [
+            ((Some(1000), ""), (Some(1000), "")),
+            ((None, "nginx"), (None, "nginx")),
+            ((None, ""), (Some(0), "")),
+        ] {
+            let got = security(&pod, &container, &(image.0, image.1.to_owned()));
+            assert_eq!((got.run_as_user.map(|v| v.value), got.run_as_username.as_str()), want);
+            assert_eq!(got.run_as_group.map(|v| v.value), Some(3000));
+        }
+        let plain = security(&Pod::default(), &Container::default(), &(Some(1000), String::new()));
+        assert!(plain.run_as_user.is_none(), "the agent takes the image's user and group");
+    }
 }
