@@ -7,6 +7,7 @@ use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::WhiteoutStyle;
 use oci_spec::image::ImageConfiguration;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     Credentials, Error, ImageRecord, Reference, Result,
@@ -68,13 +69,24 @@ async fn pull_from(store: &Arc<Store>, session: &Session<'_>) -> Result<ImageRec
         // Each begins as a copy of the one below.
         WhiteoutStyle::Apply => 1,
     };
-    let mut fetches = stream::iter(jobs.into_iter().map(|job| Box::pin(fetch_layer(store, session, job))))
-        .buffer_unordered(at_once);
-    let mut fetched = 0_u64;
-    while let Some(bytes) = fetches.next().await {
-        fetched += bytes?;
+    // After a failure the others are stopped and waited for, so that nothing appears once the pull has ended.
+    let stop = CancellationToken::new();
+    let fetches = jobs.into_iter().map(|job| Box::pin(fetch_layer(store, session, job, &stop)));
+    let mut fetches = stream::iter(fetches).buffer_unordered(at_once);
+    let (mut fetched, mut failed) = (0_u64, None);
+    while let Some(outcome) = fetches.next().await {
+        match outcome {
+            Ok(bytes) => fetched += bytes,
+            Err(error) => {
+                stop.cancel();
+                failed.get_or_insert(error);
+            }
+        }
     }
     drop(fetches);
+    if let Some(error) = failed {
+        return Err(error);
+    }
 
     let reference = session.reference;
     let image = NewImage {
@@ -161,10 +173,15 @@ fn jobs(session: &Session<'_>, manifest: &Manifest, config: &ImageConfiguration)
 }
 
 /// Makes sure that a layer is in the store; how many bytes that took.
-async fn fetch_layer(store: &Store, session: &Session<'_>, job: Job) -> Result<u64> {
+async fn fetch_layer(
+    store: &Store,
+    session: &Session<'_>,
+    job: Job,
+    stop: &CancellationToken,
+) -> Result<u64> {
     // Images that share a layer are often pulled at the same time; the second one finds it.
     let turn = store.turn(&job.chain);
-    let _turn = turn.lock().await;
+    let Some(_turn) = stop.run_until_cancelled(turn.lock()).await else { return Err(Error::Stopped) };
     if store.driver.has_layer(&job.chain).await? {
         return Ok(0);
     }
@@ -176,9 +193,9 @@ async fn fetch_layer(store: &Store, session: &Session<'_>, job: Job) -> Result<u
         let target = Target { root: draft.path(), style, bottom };
         layer::unpack(pieces, &claim, &target).map(|()| draft)
     });
-    let downloaded = download(session, &job.blob, &job.part, out).await;
+    let downloaded = stop.run_until_cancelled(download(session, &job.blob, &job.part, out)).await;
     let unpacked = worker.await.map_err(|_| Error::Stopped)?;
-    downloaded?;
+    downloaded.unwrap_or(Err(Error::Stopped))?;
     let draft = unpacked.map_err(|fault| match fault {
         Fault::Bad(reason) => session.bad(&job.part, reason),
         Fault::Mismatch { what, expected, actual } => {

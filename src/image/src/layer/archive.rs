@@ -127,7 +127,7 @@ impl<R: Read> Archive<R> {
 
     /// At least one byte.
     fn some(&mut self, into: &mut [u8]) -> Outcome<usize> {
-        match self.input.read(into).map_err(read_fault)? {
+        match self.input.read(into).map_err(|e| read_fault(&e))? {
             0 => Err(bad("it ends within an entry")),
             n => Ok(n),
         }
@@ -180,7 +180,7 @@ impl<R: Read> Archive<R> {
     fn block(&mut self, block: &mut [u8; BLOCK]) -> Outcome<bool> {
         let mut filled = 0;
         while filled < BLOCK {
-            match self.input.read(&mut block[filled..]).map_err(read_fault)? {
+            match self.input.read(&mut block[filled..]).map_err(|e| read_fault(&e))? {
                 0 if filled == 0 => return Ok(false),
                 0 => return Err(bad("it ends within a header")),
                 n => filled += n,

@@ -95,15 +95,17 @@ impl Extraction {
             let fd = self.root.open_top()?;
             return self.directory_attributes(&fd, &path, entry);
         }
-        if base(&path) == OPAQUE && !parent(&path).split(|b| *b == b'/').any(|c| c.starts_with(WHITEOUT)) {
-            return self.opaque(parent(&path));
+        let marks = |c: &[u8]| c.starts_with(WHITEOUT) && !c.starts_with(WHITEOUT_META);
+        if parent(&path).split(|b| *b == b'/').any(marks) {
+            return Err(Fault::Bad(format!("the entry {} lies in a whiteout", shown(&path))));
         }
-        if path.split(|b| *b == b'/').any(|c| c.starts_with(WHITEOUT_META)) {
+        let meta = |path: &[u8]| path.split(|b| *b == b'/').any(|c| c.starts_with(WHITEOUT_META));
+        if base(&path) == OPAQUE && !meta(parent(&path)) {
+            return self.opaque(&path);
+        }
+        if meta(&path) {
             tracing::debug!(name = %shown(&path), "an entry of AUFS is passed over");
             return Ok(());
-        }
-        if parent(&path).split(|b| *b == b'/').any(|c| c.starts_with(WHITEOUT)) {
-            return Err(Fault::Bad(format!("the entry {} lies in a whiteout", shown(&path))));
         }
         if let Some(name) = base(&path).strip_prefix(WHITEOUT) {
             if matches!(name, b"" | b"." | b"..") {
@@ -317,59 +319,40 @@ impl Extraction {
         if self.bottom {
             return Ok(());
         }
-        match self.style {
-            WhiteoutStyle::Overlay => {
-                let dir = self.parent_dir(path)?;
-                match self.root.look(&dir, path)? {
-                    Some(stat) if is_dir(&stat) => {
-                        let fd = self.root.open_dir(&dir, path)?;
-                        self.hide_below(&fd, path)
-                    }
-                    // It hides what is below already.
-                    Some(_) => Ok(()),
-                    None => {
-                        let kind = FileType::CharacterDevice;
-                        rustix::fs::mknodat(&*dir, base(path), kind, Mode::empty(), 0)
-                            .map_err(|e| self.root.fault("mark as removed", path, e))
-                    }
-                }
-            }
-            WhiteoutStyle::Apply => match self.root.dir(parent(path))? {
-                Ok(_) if self.ours.contains(path) => self.purge(path),
-                Ok(dir) => self.root.remove(&dir, path),
-                Err(Obstacle::Missing) => Ok(()),
-                Err(Obstacle::NotADirectory) => Err(self.through(path)),
-            },
+        let dir = self.parent_dir(path)?;
+        if self.style == WhiteoutStyle::Apply {
+            self.ours.insert(parent(path));
+            return if self.ours.contains(path) { self.purge(path) } else { self.root.remove(&dir, path) };
         }
-    }
-
-    /// Removes what the layers below have in a directory.
-    fn opaque(&mut self, path: &[u8]) -> Outcome<()> {
-        if self.bottom {
-            return Ok(());
-        }
-        match self.style {
-            // The kernel does not look for the mark at the top of a layer (fs/overlayfs/super.c).
-            WhiteoutStyle::Overlay if path.is_empty() => {
-                Err(Fault::Bad("its root directory is opaque, which OverlayFS cannot express".into()))
-            }
-            WhiteoutStyle::Overlay => {
-                let dir = self.parent_dir(path)?;
-                match self.root.look(&dir, path)? {
-                    Some(stat) if is_dir(&stat) => {}
-                    None => self.root.make_dir(&dir, path, 0o755)?,
-                    Some(stat) if is_whiteout(&stat) => self.instead(&dir, path, 0o755)?,
-                    Some(_) => return Err(self.through(path)),
-                }
+        match self.root.look(&dir, path)? {
+            Some(stat) if is_dir(&stat) => {
                 let fd = self.root.open_dir(&dir, path)?;
                 self.hide_below(&fd, path)
             }
-            WhiteoutStyle::Apply => self.purge(path),
+            // It hides what is below already.
+            Some(_) => Ok(()),
+            None => rustix::fs::mknodat(&*dir, base(path), FileType::CharacterDevice, Mode::empty(), 0)
+                .map_err(|e| self.root.fault("mark as removed", path, e)),
         }
     }
 
-    fn through(&self, path: &[u8]) -> Fault {
-        Fault::Bad(format!("the whiteout of {} goes through something other than a directory", shown(path)))
+    /// Removes what the layers below have in the directory of a mark.
+    fn opaque(&mut self, mark: &[u8]) -> Outcome<()> {
+        let path = parent(mark);
+        if self.bottom {
+            return Ok(());
+        }
+        // The kernel does not look for the attribute at the top of a layer (fs/overlayfs/super.c).
+        if path.is_empty() && self.style == WhiteoutStyle::Overlay {
+            return Err(Fault::Bad("its root directory is opaque, which OverlayFS cannot express".into()));
+        }
+        let dir = self.parent_dir(mark)?;
+        if self.style == WhiteoutStyle::Apply {
+            self.ours.insert(path);
+            return self.purge(path);
+        }
+        let fd = self.root.reopen(&dir, path)?;
+        self.hide_below(&fd, path)
     }
 
     fn hide_below(&self, fd: &OwnedFd, path: &[u8]) -> Outcome<()> {
@@ -382,13 +365,7 @@ impl Extraction {
         let mut waiting = vec![path.to_vec()];
         while let Some(path) = waiting.pop() {
             let Ok(dir) = self.root.dir(&path)? else { continue };
-            let list = rustix::fs::openat(
-                &*dir,
-                ".",
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )
-            .map_err(|e| self.root.fault("list", &path, e))?;
+            let list = self.root.reopen(&dir, &path)?;
             for name in self.root.names(&list, &path)? {
                 let mut child = path.clone();
                 if !child.is_empty() {

@@ -5,7 +5,7 @@ mod extract;
 mod root;
 mod stream;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     io::{self, Read},
@@ -81,9 +81,8 @@ type Outcome<T> = std::result::Result<T, Fault>;
 pub(crate) fn unpack(pieces: mpsc::Receiver<Piece>, claim: &Claim, target: &Target<'_>) -> Outcome<()> {
     let mut incoming = Incoming::new(pieces);
     let unpacked = unpack_from(&mut incoming, target);
-    match unpacked {
-        Err(Fault::System { .. } | Fault::Cut) => return unpacked.map(drop),
-        _ => {}
+    if let Err(Fault::System { .. } | Fault::Cut) = unpacked {
+        return unpacked.map(drop);
     }
     // A blob that was damaged on its way is reported as that, whatever the damage looks like within.
     let (actual, size) = incoming.finish().map_err(|_| Fault::Cut)?;
@@ -98,18 +97,18 @@ pub(crate) fn unpack(pieces: mpsc::Receiver<Piece>, claim: &Claim, target: &Targ
 }
 
 fn unpack_from(incoming: &mut Incoming, target: &Target<'_>) -> Outcome<String> {
-    let plain = stream::decompress(incoming).map_err(read_fault)?;
+    let plain = stream::decompress(incoming).map_err(|e| read_fault(&e))?;
     let mut plain = Hashing::new(plain, MAX_UNPACKED);
     extract::extract(&mut plain, target)?;
     // Whatever follows the end of the archive counts for the DiffID as well.
     let mut rest = vec![0; 64 << 10];
-    while plain.read(&mut rest).map_err(read_fault)? > 0 {}
+    while plain.read(&mut rest).map_err(|e| read_fault(&e))? > 0 {}
     Ok(plain.digest())
 }
 
 /// What a failed read of a stream means.
-fn read_fault(error: io::Error) -> Fault {
-    if stream::is_cut(&error) { Fault::Cut } else { Fault::Bad(format!("it cannot be unpacked: {error}")) }
+fn read_fault(error: &io::Error) -> Fault {
+    if stream::is_cut(error) { Fault::Cut } else { Fault::Bad(format!("it cannot be unpacked: {error}")) }
 }
 
 /// A name from an archive, fit for a message.

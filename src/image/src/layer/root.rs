@@ -21,6 +21,7 @@ const BENEATH: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
 /// What has been found at a place where a directory is needed.
+#[derive(Debug, Clone, Copy)]
 pub(super) enum Obstacle {
     /// Nothing.
     Missing,
@@ -92,7 +93,12 @@ impl Root {
 
     /// The root itself, likewise.
     pub(super) fn open_top(&self) -> Outcome<OwnedFd> {
-        rustix::fs::openat(&self.fd, ".", READ_DIR, Mode::empty()).map_err(|e| self.fault("open", b"", e))
+        self.reopen(&self.fd, b"")
+    }
+
+    /// A directory that is open, to be read or to have its attributes set.
+    pub(super) fn reopen(&self, dir: &OwnedFd, path: &[u8]) -> Outcome<OwnedFd> {
+        rustix::fs::openat(dir, ".", READ_DIR, Mode::empty()).map_err(|e| self.fault("open", path, e))
     }
 
     /// What is at a path, links not followed.

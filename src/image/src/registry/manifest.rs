@@ -208,7 +208,7 @@ mod tests {
                 r#"{{"schemaVersion":2,"manifests":[],"config":{{"digest":"{d}","size":1}},"layers":[]}}"#
             ),
             format!(r#"{{"schemaVersion":2,"config":{{"digest":"{d}","size":-1}},"layers":[]}}"#),
-            format!(r#"{{"schemaVersion":2,"config":{{"digest":"../x","size":1}},"layers":[]}}"#),
+            r#"{"schemaVersion":2,"config":{"digest":"../x","size":1},"layers":[]}"#.to_owned(),
         ] {
             assert!(read(text.as_bytes()).is_err(), "{text}");
         }

@@ -1,1 +1,92 @@
+//! The store against a registry in the same process, with layers on a real OverlayFS.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod pulls;
+mod registry;
+mod removal;
+
+use std::{future::Future, path::Path, sync::Arc, time::Duration};
+
+use moxlet_ids::{ChainId, ContainerId};
+use moxlet_storage::{Driver, IdMap, OverlayDriver};
+
+use crate::{Config, ImageStore};
+pub(crate) use registry::{Image, Registry};
+
+/// A store in a directory of its own.
+struct Place {
+    dir: tempfile::TempDir,
+    driver: Arc<OverlayDriver>,
+    store: Arc<ImageStore>,
+}
+
+impl Place {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (driver, store) = open(dir.path()).await;
+        Self { dir, driver, store: store.unwrap() }
+    }
+
+    /// As after a restart.
+    async fn reopen(mut self) -> Self {
+        let (driver, store) = open(self.dir.path()).await;
+        (self.driver, self.store) = (driver, store.unwrap());
+        self
+    }
+
+    async fn layers(&self) -> usize {
+        self.driver.layers().await.unwrap().len()
+    }
+
+    /// Waits until no half-made layer is left; they are removed in the background.
+    async fn no_drafts(&self) {
+        let tmp = self.dir.path().join("driver/tmp");
+        eventually(|| std::future::ready(std::fs::read_dir(&tmp).unwrap().count() == 0)).await;
+    }
+
+    /// Reads files of an image as a container sees them.
+    async fn read(&self, layers: &[ChainId], names: &[&str]) -> Vec<Option<String>> {
+        let (id, target) = (ContainerId::random(), self.dir.path().join("mount"));
+        self.driver.create_root(&id, layers, IdMap::default()).await.unwrap();
+        self.driver.mount_root(&id, &target).await.unwrap();
+        let seen = names.iter().map(|n| std::fs::read_to_string(target.join(n)).ok()).collect();
+        self.driver.unmount_root(&id, &target).await.unwrap();
+        self.driver.remove_root(&id).await.unwrap();
+        self.driver.close().await.unwrap();
+        seen
+    }
+}
+
+async fn open(dir: &Path) -> (Arc<OverlayDriver>, crate::Result<Arc<ImageStore>>) {
+    let driver = Arc::new(OverlayDriver::open(&dir.join("driver")).await.unwrap());
+    let config = Config { dir: dir.join("images"), plain_http_hosts: Vec::new(), max_parallel_downloads: 3 };
+    let store = ImageStore::open(config, Arc::clone(&driver) as Arc<dyn Driver>).await;
+    (driver, store)
+}
+
+/// Waits for a condition, with a limit.
+async fn eventually<F: Future<Output = bool>>(mut condition: impl FnMut() -> F) {
+    for _ in 0..3000 {
+        if condition().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("it never came to be");
+}
+
+#[test]
+fn the_futures_can_be_sent() {
+    fn sent<T: Send>(_: T) {}
+    #[allow(clippy::let_underscore_future)]
+    fn check(store: &ImageStore) {
+        sent(store.pull("a", &[]));
+        sent(store.resolve("a"));
+        sent(store.list());
+        sent(store.remove("a"));
+    }
+    let _ = check;
+    fn shared<T: Send + Sync>() {}
+    shared::<ImageStore>();
+}

@@ -1,0 +1,254 @@
+//! Pulls: what comes, what is refused, and what registries do wrong.
+
+use serde_json::json;
+use tokio::sync::Semaphore;
+
+use super::{registry::Fault, *};
+use crate::{Credentials, Error, layer::tests::Tar};
+
+fn base() -> Tar {
+    Tar::default()
+        .file("etc/a", "base")
+        .file("etc/b", "base")
+        .file("gone", "base")
+        .dir("old")
+        .file("old/x", "base")
+}
+
+fn two_layers() -> Image {
+    let top =
+        Tar::default().file("etc/a", "top").file(".wh.gone", "").dir("old").file("old/.wh..wh..opq", "");
+    Image::new().layer(base()).layer(top)
+}
+
+/// Bytes that no compression shortens, so that a blob comes in many pieces.
+fn noise(seed: u64, length: usize) -> String {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        char::from(b' ' + u8::try_from(state >> 58).unwrap())
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+fn large(seed: u64) -> Image {
+    Image::new().layer(Tar::default().file("large", &noise(seed, 600_000)))
+}
+
+fn user(name: &str, password: &str) -> Credentials {
+    Credentials { username: name.into(), password: password.into(), ..Credentials::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_pulled_and_a_container_sees_its_layers() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = two_layers();
+    let digest = registry.push("app:v1", &image);
+    let name = registry.name("app:v1");
+    let record = place.store.pull(&name, &[]).await.unwrap();
+    assert_eq!(record.id, image.id());
+    assert_eq!(record.repo_tags, [&*name]);
+    assert_eq!(record.repo_digests, [registry.name(&format!("app@{digest}"))]);
+    assert_eq!(record.size_bytes, image.size());
+    assert_eq!(record.config.config().as_ref().unwrap().cmd().as_ref().unwrap(), &["/bin/sh"]);
+    let seen = place.read(&record.layers, &["etc/a", "etc/b", "gone", "old/x"]).await;
+    assert_eq!(seen, [Some("top".into()), Some("base".into()), None, None]);
+
+    let place = place.reopen().await;
+    assert_eq!(place.store.list().await.unwrap(), std::slice::from_ref(&record));
+    let digest_name = record.repo_digests[0].clone();
+    for text in [name.as_str(), record.id.as_str(), record.id.hex(), &record.id.hex()[..7], &digest_name] {
+        assert_eq!(place.store.resolve(text).await.unwrap().as_ref(), Some(&record), "{text}");
+    }
+    assert_eq!(place.store.resolve("app:v1").await.unwrap(), None, "that would be Docker Hub's");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_that_are_here_do_not_come_again() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let first = two_layers();
+    let second = Image::new().layer(base()).layer(Tar::default().file("other", ""));
+    registry.push("app:v1", &first);
+    registry.push("app:v2", &second);
+    let (one, two) = (registry.name("app:v1"), registry.name("app:v2"));
+    let (a, b) = tokio::join!(place.store.pull(&one, &[]), place.store.pull(&two, &[]));
+    assert_eq!(a.unwrap().layers[0], b.unwrap().layers[0]);
+    place.store.pull(&one, &[]).await.unwrap();
+    assert_eq!(registry.requests(&first.digest(0)).len(), 1, "two images at once share a layer");
+    assert_eq!(registry.requests(&first.digest(1)).len(), 1);
+    assert_eq!(registry.requests(&first.id().to_string()).len(), 1, "nor does the config");
+    assert_eq!(registry.requests("manifests/v1").len(), 2, "but the tag is looked up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_are_tried_in_turn() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    registry.push("app:v1", &two_layers());
+    registry.login("me", "secret");
+    let name = registry.name("app:v1");
+    for auths in [&[][..], &[user("me", "wrong-password")]] {
+        let error = place.store.pull(&name, auths).await.unwrap_err();
+        assert!(matches!(error, Error::Denied { .. }), "{error}");
+        assert!(!error.to_string().contains("wrong-password"));
+    }
+    place.store.pull(&name, &[user("you", "wrong"), user("me", "secret")]).await.unwrap();
+    let error = place.store.pull(&name, &[]).await.unwrap_err();
+    assert!(matches!(error, Error::Denied { .. }), "what is here is not for everybody: {error}");
+    let token = Credentials { registry_token: "good".into(), ..Credentials::default() };
+    place.store.pull(&name, &[token]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redirect_is_followed_without_the_login() {
+    let (registry, elsewhere, place) = (Registry::start().await, Registry::start().await, Place::new().await);
+    let image = two_layers();
+    registry.push("app:v1", &image);
+    elsewhere.push("app:v1", &image);
+    registry.login("me", "secret");
+    let blob = image.digest(0);
+    registry.fault(&blob, Fault::Redirect(elsewhere.url(&format!("v2/app/blobs/{blob}"))));
+    place.store.pull(&registry.name("app:v1"), &[user("me", "secret")]).await.unwrap();
+    assert_eq!(elsewhere.requests(&blob), [(None, false)]);
+    assert!(registry.requests(&blob).iter().all(|(_, login)| *login));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_match_its_digest_leaves_nothing_behind() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = two_layers();
+    registry.push("layer:v1", &image);
+    registry.fault(&image.digest(1), Fault::Damaged);
+    let other = Tar::default().file("other", "").end();
+    registry.push("diff:v1", &Image::new().blob(base().end(), other));
+    let config = large(1);
+    registry.push("config:v1", &config);
+    registry.fault(config.id().as_str(), Fault::Damaged);
+    for (name, part) in [("layer:v1", "layer 2"), ("diff:v1", "layer 1"), ("config:v1", "config")] {
+        let error = place.store.pull(&registry.name(name), &[]).await.unwrap_err();
+        assert!(matches!(&error, Error::DigestMismatch { part: p, .. } if p.starts_with(part)), "{error}");
+        place.no_drafts().await;
+        assert_eq!(place.layers().await, 0, "{name}");
+    }
+    let other = format!("app@{}", moxlet_ids::Digest::of(b"other"));
+    let error = place.store.pull(&registry.name(&other), &[]).await.unwrap_err();
+    assert!(matches!(error, Error::NotFound { .. }), "{error}");
+    assert!(place.store.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_cannot_be_right_are_refused() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let none: [&str; 0] = [];
+    let cases = [
+        ("a:1", two_layers().with("os", json!("windows")), "windows"),
+        ("a:2", two_layers().with("architecture", json!("s390x")), "s390x"),
+        ("a:3", two_layers().with("rootfs", json!({ "type": "layers", "diff_ids": none })), "0 layers"),
+        ("a:4", two_layers().with("rootfs", json!({ "type": "layers", "diff_ids": ["x", "y"] })), "digest"),
+        ("a:5", two_layers().with("rootfs", json!(7)), "cannot be read"),
+        ("a:6", Image::new().layer(Tar::default().file("../x", "")), "`..`"),
+        ("a:7", Image::new().layer(base()).layer(Tar::default().link("l", "etc/a")), "etc/a"),
+    ];
+    for (name, image, reason) in cases {
+        registry.push(name, &image);
+        let error = place.store.pull(&registry.name(name), &[]).await.unwrap_err();
+        assert!(matches!(&error, Error::BadImage { reason: r, .. } if r.contains(reason)), "{name}: {error}");
+    }
+    for (name, kind) in [("a:none", "not found"), ("A", "lowercase")] {
+        let error = place.store.pull(&registry.name(name), &[]).await.unwrap_err();
+        assert!(error.to_string().contains(kind), "{error}");
+    }
+    place.no_drafts().await;
+    assert_eq!(place.layers().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_download_goes_on_where_it_broke_off() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let (ranges, plain, busy) = (large(1), large(2), large(3));
+    for (name, image, fault) in [
+        ("a:1", &ranges, Fault::Breaks(1)),
+        ("a:2", &plain, Fault::BreaksWithoutRanges(1)),
+        ("a:3", &busy, Fault::Busy(1)),
+    ] {
+        registry.push(name, image);
+        registry.fault(&image.digest(0), fault);
+        let record = place.store.pull(&registry.name(name), &[]).await.unwrap();
+        assert_eq!(record.id, image.id());
+    }
+    let asked = registry.requests(&ranges.digest(0));
+    assert_eq!(asked.len(), 2);
+    assert!(asked[0].0.is_none() && asked[1].0.as_ref().is_some_and(|r| r != "bytes=0-"), "{asked:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_never_delivers_is_given_up() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = large(1);
+    registry.push("a:1", &image);
+    registry.fault(&image.digest(0), Fault::BreaksWithoutRanges(u32::MAX));
+    let error = place.store.pull(&registry.name("a:1"), &[]).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    place.no_drafts().await;
+    assert_eq!(place.layers().await, 0);
+    assert_eq!(registry.requests(&image.digest(0)).len(), crate::registry::ATTEMPTS as usize);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pulls_at_the_same_time_become_one_that_outlives_each_of_them() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = large(1);
+    registry.push("a:1", &image);
+    let gate = Arc::new(Semaphore::new(0));
+    registry.fault(&image.digest(0), Fault::Held(Arc::clone(&gate)));
+    let name = registry.name("a:1");
+    let pull = || {
+        let (store, name) = (Arc::clone(&place.store), name.clone());
+        tokio::spawn(async move { store.pull(&name, &[]).await })
+    };
+    let first = pull();
+    eventually(|| std::future::ready(registry.requests(&image.digest(0)).len() == 1)).await;
+    let others: Vec<_> = (0..5).map(|_| pull()).collect();
+    tokio::task::yield_now().await;
+    first.abort();
+    assert!(first.await.unwrap_err().is_cancelled());
+    gate.add_permits(1);
+    for other in others {
+        assert_eq!(other.await.unwrap().unwrap().id, image.id());
+    }
+    assert_eq!(registry.requests(&image.digest(0)).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_that_nobody_waits_for_ends_and_leaves_nothing() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = large(1);
+    registry.push("a:1", &image);
+    let gate = Arc::new(Semaphore::new(0));
+    registry.fault(&image.digest(0), Fault::Held(Arc::clone(&gate)));
+    let name = registry.name("a:1");
+    {
+        let pull = place.store.pull(&name, &[]);
+        tokio::pin!(pull);
+        let begun = eventually(|| std::future::ready(!registry.requests(&image.digest(0)).is_empty()));
+        tokio::select! {
+            outcome = &mut pull => panic!("{outcome:?}"),
+            () = begun => {}
+        }
+    }
+    place.no_drafts().await;
+    assert_eq!(place.layers().await, 0);
+    gate.add_permits(1);
+    assert_eq!(place.store.pull(&name, &[]).await.unwrap().id, image.id());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_pulled_by_digest_has_no_tag() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let digest = registry.push("a:1", &two_layers());
+    let full = registry.name(&format!("a@{digest}"));
+    for name in [full.clone(), registry.name(&format!("a:any@{digest}"))] {
+        let record = place.store.pull(&name, &[]).await.unwrap();
+        assert!(record.repo_tags.is_empty());
+        assert_eq!(record.repo_digests, [&*full]);
+    }
+}
