@@ -17,7 +17,7 @@ mod tests;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use futures::{
@@ -109,7 +109,9 @@ impl ImageStore {
     /// of the store.
     pub async fn pull(&self, reference: &str, auths: &[Credentials]) -> Result<ImageRecord> {
         let wanted = (Reference::parse(reference)?, auths.to_vec());
-        self.join(wanted).await
+        let outcome = self.join(wanted).await;
+        self.pulls().retain(|_, p| p.upgrade().is_some_and(|p| p.peek().is_none()));
+        outcome
     }
 
     /// The image of a reference, an id (or three or more of its hexadecimal digits) or a digest reference.
@@ -139,15 +141,18 @@ impl ImageStore {
         self.store.remove(reference).await
     }
 
+    fn pulls(&self) -> MutexGuard<'_, HashMap<Wanted, WeakShared<Pull>>> {
+        self.pulls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The pull that is under way, or a new one.
     fn join(&self, wanted: Wanted) -> Shared<Pull> {
-        let mut pulls = self.pulls.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pulls = self.pulls();
         if let Some(pull) = pulls.get(&wanted).and_then(WeakShared::upgrade)
             && pull.peek().is_none()
         {
             return pull;
         }
-        pulls.retain(|_, p| p.upgrade().is_some());
         let (reference, auths) = wanted.clone();
         let pull = pull::pull(Arc::clone(&self.store), reference, auths).boxed().shared();
         if let Some(weak) = pull.downgrade() {

@@ -23,6 +23,9 @@ pub struct Reference {
 
 impl Reference {
     /// Reads a name. Without a registry it is Docker Hub's, without tag and digest the tag is `latest`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`], with what is wrong with it.
     pub fn parse(text: &str) -> Result<Self> {
         parse(text).map_err(|reason| Error::InvalidName {
             reference: text.chars().take(MAX_TEXT).collect(),

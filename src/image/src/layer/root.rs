@@ -47,9 +47,10 @@ impl Root {
 
     /// A failure of the system at a path of the layer.
     pub(super) fn fault(&self, what: &'static str, path: &[u8], error: impl Into<io::Error>) -> Fault {
-        use std::os::unix::ffi::OsStrExt;
-        let path = self.path.join(std::ffi::OsStr::from_bytes(path));
-        Fault::System { what, path, source: error.into() }
+        // The name is the image's and goes into logs.
+        let name: String =
+            String::from_utf8_lossy(path).chars().take(400).flat_map(char::escape_debug).collect();
+        Fault::System { what, path: self.path.join(name), source: error.into() }
     }
 
     /// The directory of a path, if it is there and is one.

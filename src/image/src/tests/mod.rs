@@ -66,7 +66,7 @@ async fn open(dir: &Path) -> (Arc<OverlayDriver>, crate::Result<Arc<ImageStore>>
 }
 
 /// Waits for a condition, with a limit.
-async fn eventually<F: Future<Output = bool>>(mut condition: impl FnMut() -> F) {
+pub(crate) async fn eventually<F: Future<Output = bool>>(mut condition: impl FnMut() -> F) {
     for _ in 0..3000 {
         if condition().await {
             return;

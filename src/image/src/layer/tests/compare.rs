@@ -83,7 +83,13 @@ async fn stacked(dir: &Path, layers: &[Vec<u8>]) -> Option<BTreeMap<String, Stri
         let work = move || extract_as(draft.path(), WhiteoutStyle::Overlay, n == 0, &tar).map(|()| draft);
         match tokio::task::spawn_blocking(work).await.unwrap() {
             Ok(draft) => driver.commit_layer(draft).await.unwrap(),
-            Err(Fault::Bad(_)) => return None,
+            Err(Fault::Bad(_)) => {
+                // The draft is removed in the background, and has to be before its directory.
+                let tmp = dir.join("tmp");
+                crate::tests::eventually(|| std::future::ready(fs::read_dir(&tmp).unwrap().count() == 0))
+                    .await;
+                return None;
+            }
             Err(other) => panic!("{other:?}"),
         }
         chains.push(chain);
