@@ -43,6 +43,8 @@ fn names_from_the_root_are_beneath_it() {
 fn links_are_not_followed() {
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("secret"), "s").unwrap();
+    fs::create_dir(outside.path().join("sub")).unwrap();
+    fs::write(outside.path().join("sub/secret"), "s").unwrap();
     let to = outside.path().to_str().unwrap();
     let link = || Tar::default().symlink("l", to).dir("d").symlink("d/l", to);
     for tar in [
@@ -50,6 +52,11 @@ fn links_are_not_followed() {
         link().file("d/l/x", ""),
         link().file("l/x/y", ""),
         link().dir("l/sub"),
+        link().file("l/sub/x", ""),
+        link().file("d/l/sub/x", ""),
+        link().link("x", "l/sub/secret"),
+        link().file("l/sub/.wh.secret", ""),
+        link().file("l/sub/.wh..wh..opq", ""),
         link().link("x", "l/secret"),
         link().link("l/x", "d"),
         link().file("l/.wh.secret", ""),
@@ -59,7 +66,8 @@ fn links_are_not_followed() {
         Tar::default().symlink("a", "b").symlink("b", "a").file("a/x", ""),
     ] {
         refused(tar);
-        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 2);
+        assert_eq!(fs::read_dir(outside.path().join("sub")).unwrap().count(), 1);
     }
     let dir = tempfile::tempdir().unwrap();
     let over = link().file("l", "instead").dir("d/l").file("d/l/x", "");
@@ -67,9 +75,10 @@ fn links_are_not_followed() {
     assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"s");
     // A link that the layer below has brought.
     symlink(to, dir.path().join("below")).unwrap();
-    apply(dir.path(), Tar::default().file("below/x", "").file("below/secret", "")).unwrap();
+    apply(dir.path(), Tar::default().file("below/sub/x", "").file("below/secret", "")).unwrap();
     assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"s");
-    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(outside.path().join("sub")).unwrap().count(), 1);
 }
 
 #[test]
@@ -195,7 +204,8 @@ proptest! {
         let (root, out) = (dir.path().join("root"), dir.path().join("out"));
         fs::create_dir(&root).unwrap();
         fs::create_dir(&out).unwrap();
-        for name in ["a", "b", "c"] {
+        fs::create_dir(out.join("c")).unwrap();
+        for name in ["a", "b", "c/a"] {
             fs::write(out.join(name), "untouched").unwrap();
         }
         let before = fs::metadata(&out).unwrap().mtime_nsec();
@@ -213,8 +223,9 @@ proptest! {
             prop_assert!(matches!(outcome, Ok(()) | Err(Fault::Bad(_))), "{outcome:?}");
         }
         prop_assert_eq!(fs::read_dir(&out).unwrap().count(), 3);
+        prop_assert_eq!(fs::read_dir(out.join("c")).unwrap().count(), 1);
         prop_assert_eq!(fs::metadata(&out).unwrap().mtime_nsec(), before);
-        for name in ["a", "b", "c"] {
+        for name in ["a", "b", "c/a"] {
             let file = fs::metadata(out.join(name)).unwrap();
             prop_assert_eq!((file.len(), file.nlink(), file.mode() & 0o7777), (9, 1, 0o644));
         }
