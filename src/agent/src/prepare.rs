@@ -198,7 +198,7 @@ fn pending(
     image: &ImageConfiguration,
     record: &ContainerRecord,
 ) -> Result<Pending> {
-    let Place { core, sandbox, id, shared, rootfs } = place;
+    let Place { core, sandbox, id, rootfs, .. } = place;
     let map = core.config.map;
     let mounts = all_mounts(place, config)?;
     let hostname = sandbox.record().hostname;
@@ -221,7 +221,7 @@ fn pending(
     }
     let log_path = match &record.log_file {
         Some(_) => {
-            make_log_dir(shared, &config.log_path)?;
+            make_log_dir(sandbox.record().log_directory.as_deref(), &config.log_path)?;
             Some(PathBuf::from(format!("{POD_DIR_IN_CT}/logs/{}", config.log_path)))
         }
         None => None,
@@ -337,10 +337,12 @@ fn message_file(place: &Place<'_>) -> Result<()> {
     made().map_err(|e| Error::io(format!("cannot make {}", path.display()), e))
 }
 
-/// The directory of a log below the pod's, which the CT's root writes in.
-fn make_log_dir(shared: &Path, log_path: &str) -> Result<()> {
-    let Some(parent) = Path::new(log_path).parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
-    beneath::open_dir(&shared.join("logs"))
+/// The directory of a log below the pod's, which the CT's root writes in. It is made on the host's side of the shifted mount:
+/// the host's root has no id on the other.
+fn make_log_dir(dir: Option<&Path>, log_path: &str) -> Result<()> {
+    let parent = Path::new(log_path).parent().filter(|p| !p.as_os_str().is_empty());
+    let (Some(dir), Some(parent)) = (dir, parent) else { return Ok(()) };
+    beneath::open_dir(dir)
         .and_then(|dir| beneath::make_dirs(&dir, parent, Mode::from_raw_mode(0o755)))
         .map(drop)
         .map_err(|e| Error::io(format!("cannot make the log directory of {log_path}"), e))

@@ -19,7 +19,10 @@ use tokio::{
 };
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{self, Message, protocol::WebSocketConfig},
+    tungstenite::{
+        self, Message,
+        protocol::{CloseFrame, WebSocketConfig, frame::coding::CloseCode},
+    },
 };
 
 use crate::{
@@ -180,26 +183,31 @@ where
             Next::Data(Out::Data { channel, bytes }) => {
                 sink.feed(encode(channel, &bytes, coding)).await.map_err(failed)?;
             }
-            Next::Data(Out::Fin { channel }) if coding.close => {
-                let channel = u8::try_from(channel).unwrap_or(CLOSE_CHANNEL);
-                let close = Message::Binary(Bytes::copy_from_slice(&[CLOSE_CHANNEL, channel]));
-                sink.feed(close).await.map_err(failed)?;
-            }
             Next::Data(Out::Close(done)) => {
                 sink.flush().await.map_err(failed)?;
-                // Sends the closing frame; the other side's answer is read by the receiving task.
-                let _ = sink.close().await;
+                // The other side's answer is read by the receiving task.
+                let _ = say_goodbye(&mut sink).await;
                 let _ = done.send(());
                 return Ok(());
             }
             Next::End => {
-                let _ = sink.close().await;
+                let _ = say_goodbye(&mut sink).await;
                 return Ok(());
             }
-            // Only SPDY opens, accepts, resets and pongs; the end of a channel cannot be said before v5.
+            // Only SPDY opens, accepts, resets and pongs. The end of a channel is said by clients alone: they take no
+            // CLOSE from a server, for them all channels end with the connection.
             Next::Data(_) | Next::Control(_) | Next::Idle => {}
         }
     }
+}
+
+/// Sends the closing frame. Clients take a normal closure, and nothing else, for the end of all channels.
+async fn say_goodbye<T>(sink: &mut SplitSink<WebSocketStream<T>, Message>) -> std::result::Result<(), tungstenite::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    sink.feed(Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }))).await?;
+    sink.close().await
 }
 
 fn encode(channel: u32, bytes: &[u8], coding: Coding) -> Message {

@@ -75,10 +75,10 @@ impl Worker {
                 return Ok(());
             }
             self.backoff.raise(&c.name, failed_at, now);
-        } else if newest.is_none() {
-            if let Some((left, _)) =
-                self.backoff.remaining(&c.name, now, now).filter(|_| self.is_held(&c.name, now))
-            {
+        } else if let Some(until) = self.held.get(&c.name) {
+            // What failed before the start is tried again at its own pace, whatever else happens to the pod meanwhile.
+            let left = until.saturating_duration_since(Instant::now());
+            if !left.is_zero() {
                 least(next, left);
                 return Ok(());
             }
@@ -86,18 +86,16 @@ impl Worker {
         match self.try_start(pod, c, state, ips, hosts_path).await {
             Ok(()) => {
                 self.waiting.remove(&c.name);
+                self.held.remove(&c.name);
                 Ok(())
             }
             Err(held) => {
+                self.held.insert(c.name.clone(), Instant::now() + held.pause);
                 self.waiting.insert(c.name.clone(), (held.reason.to_owned(), held.message));
                 least(next, held.pause);
                 Ok(())
             }
         }
-    }
-
-    fn is_held(&self, _name: &str, _now: Timestamp) -> bool {
-        false
     }
 
     fn fail(&self, pod: &Pod, c: &Container, reason: &'static str, message: String, pause: Duration) -> Held {

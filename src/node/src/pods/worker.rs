@@ -115,6 +115,8 @@ pub(crate) struct Worker {
     pub(super) image_backoff: Backoff,
     pub(super) image_failures: HashMap<String, (Timestamp, String)>,
     pub(super) waiting: HashMap<String, (String, String)>,
+    /// Until when a container that could not be made is not tried again.
+    pub(super) held: HashMap<String, Instant>,
     pub(super) volumes: Volumes,
     messages: HashMap<String, String>,
     pub(super) status: PodStatus,
@@ -146,6 +148,7 @@ impl Worker {
             image_backoff: Backoff::default(),
             image_failures: HashMap::new(),
             waiting: HashMap::new(),
+            held: HashMap::new(),
             volumes: Volumes::default(),
             messages: HashMap::new(),
             status,
