@@ -13,7 +13,7 @@ use moxlet_image::ImageStore;
 use moxlet_init_proto::client::Client;
 use moxlet_network::Cni;
 use moxlet_sandbox::{Engine, cgroup::ContainerCgroups};
-use moxlet_storage::Driver;
+use moxlet_storage::{Driver, idmap};
 use tokio::sync::{broadcast, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -184,6 +184,8 @@ pub(crate) struct Core {
     pub(crate) images: Arc<ImageStore>,
     pub(crate) cgroups: Arc<ContainerCgroups>,
     pub(crate) volumes: Volumes,
+    /// Shifts the ids of what is mounted for pods.
+    pub(crate) shifted: idmap::Namespace,
     pub(crate) ledger: Arc<Ledger>,
     /// moxlet-init on the host, a copy that no upgrade replaces.
     pub(crate) init_binary: PathBuf,
@@ -209,6 +211,7 @@ pub(crate) struct Parts {
     pub(crate) images: Arc<ImageStore>,
     pub(crate) cgroups: ContainerCgroups,
     pub(crate) volumes: Volumes,
+    pub(crate) shifted: idmap::Namespace,
     pub(crate) ledger: Ledger,
     pub(crate) init_binary: PathBuf,
     pub(crate) stop: CancellationToken,
@@ -227,6 +230,7 @@ impl Core {
             images: parts.images,
             cgroups: Arc::new(parts.cgroups),
             volumes: parts.volumes,
+            shifted: parts.shifted,
             ledger: Arc::new(parts.ledger),
             init_binary: parts.init_binary,
             tasks: TaskTracker::new(),

@@ -39,7 +39,7 @@ use std::{os::unix::fs::DirBuilderExt, path::Path, sync::Arc, time::Duration};
 use moxlet_image::ImageStore;
 use moxlet_network::{Cni, CniConfig, forwarding};
 use moxlet_sandbox::{LxcConfig, LxcEngine, cgroup::ContainerCgroups};
-use moxlet_storage::{OverlayDriver, mounts};
+use moxlet_storage::{OverlayDriver, idmap, mounts};
 use tokio_util::sync::CancellationToken;
 
 pub use config::{CniSettings, Config};
@@ -58,6 +58,8 @@ pub struct Agent {
     core: Arc<Core>,
 }
 
+/// How long changes that are under way may take when the agent ends.
+const AT_THE_END: Duration = Duration::from_secs(30);
 /// How long a CT's start or a CNI plugin may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -97,6 +99,7 @@ impl Agent {
         let core = Core::new(Parts {
             cni: Cni::new(cni(&config)).await?,
             volumes: Volumes::open(root.join("volumes"), config.map)?,
+            shifted: idmap::Namespace::new(config.map)?,
             ledger: Ledger::open(&root.join("ledger"))?,
             cgroups: ContainerCgroups::detect()?,
             driver,
@@ -123,10 +126,13 @@ impl Agent {
         Service::stop_all(&self.core, grace).await;
     }
 
-    /// Waits until all tasks have ended, after the token that the agent was started with is cancelled.
+    /// Waits until all tasks have ended, after the token that the agent was started with is cancelled. A change that hangs in
+    /// the kernel or in a program is given up after 30 s: the next start takes it up from what is on disk.
     pub async fn join(self) {
         self.core.tasks.close();
-        self.core.tasks.wait().await;
+        if tokio::time::timeout(AT_THE_END, self.core.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.core.tasks.len(), "some changes did not end in time; the next start takes them up");
+        }
     }
 }
 

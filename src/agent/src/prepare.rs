@@ -15,7 +15,7 @@ use moxlet_ids::ContainerId;
 use moxlet_image::{ImageConfiguration, ImageRecord};
 use moxlet_init_proto::CreateRequest;
 use moxlet_sandbox::{Limits, POD_DIR_IN_CT, cgroup::ContainerCgroups};
-use moxlet_storage::{IdMap, idmap};
+use moxlet_storage::IdMap;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use crate::{
@@ -310,7 +310,7 @@ fn own_mount(place: &Place<'_>, number: usize, mount: &v1::Mount) -> Result<Reso
         fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&target).map(drop)
     };
     made.map_err(failed)?;
-    idmap::bind_idmapped(source, &target, place.core.config.map, !ours && is_dir, mount.readonly)?;
+    place.core.shifted.bind(source, &target, !ours && is_dir, mount.readonly)?;
     Ok(ResolvedMount {
         source_ct: format!("{POD_DIR_IN_CT}/{relative}"),
         target: mount.container_path.clone(),

@@ -22,7 +22,7 @@ use moxlet_cri::v1;
 use moxlet_ids::SandboxId;
 use moxlet_init_proto::client::Client;
 use moxlet_sandbox::{Limits, SandboxSpec, SandboxState};
-use moxlet_storage::{IdMap, idmap, mounts};
+use moxlet_storage::mounts;
 use rustix::mount::{MountFlags, mount};
 use tracing::{info, warn};
 
@@ -99,8 +99,8 @@ fn resolv_conf(config: &v1::PodSandboxConfig) -> String {
 }
 
 /// Makes the shared directory.
-fn make_shared(dir: &Path, logs: Option<&Path>, hostname: &str, resolv: &str, map: IdMap) -> Result<()> {
-    let base = map.host_base;
+fn make_shared(core: &Core, dir: &Path, logs: Option<&Path>, hostname: &str, resolv: &str) -> Result<()> {
+    let base = core.config.map.host_base;
     make_dir(dir, 0o711, None)?;
     for (name, mode, owner) in [
         ("run", 0o700, Some(base)),
@@ -123,7 +123,7 @@ fn make_shared(dir: &Path, logs: Option<&Path>, hostname: &str, resolv: &str, ma
     }
     if let Some(logs) = logs {
         fs::create_dir_all(logs).map_err(|e| Error::io(format!("cannot make {}", logs.display()), e))?;
-        idmap::bind_idmapped(logs, &dir.join("logs"), map, false, false)?;
+        core.shifted.bind(logs, &dir.join("logs"), false, false)?;
     }
     Ok(())
 }
@@ -188,8 +188,8 @@ async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxC
     let record = sandbox.record();
     let (dir, map) = (shared_dir(core, &sandbox.id), core.config.map);
     let (logs, host, resolv) = (record.log_directory.clone(), record.hostname.clone(), resolv_conf(config));
-    let shared = dir.clone();
-    blocking("making a pod's directory", move || make_shared(&shared, logs.as_deref(), &host, &resolv, map)).await?;
+    let (shared, own) = (dir.clone(), core.clone());
+    blocking("making a pod's directory", move || make_shared(&own, &shared, logs.as_deref(), &host, &resolv)).await?;
     let spec = SandboxSpec {
         id: sandbox.id.clone(),
         pod_namespace: record.namespace.clone(),

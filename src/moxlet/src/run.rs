@@ -41,7 +41,10 @@ pub(crate) fn main(cli: Cli) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(serve(config, with_node))
+    let outcome = runtime.block_on(serve(config, with_node));
+    // A thread that hangs in the kernel must not keep the program.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    outcome
 }
 
 fn init_logs(config: &Config) -> Result<()> {

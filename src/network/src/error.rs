@@ -93,9 +93,14 @@ pub enum Error {
     /// The network is still in use.
     #[error("the network is still in use by sandbox {0}")]
     Attached(String),
-    /// The bridge could not be removed.
-    #[error("could not remove the bridge {0}")]
-    Bridge(String),
+    /// The bridge could not be made or removed.
+    #[error("could not {what} the bridge {bridge}: see `ip link show dev {bridge}`")]
+    Bridge {
+        /// Which.
+        bridge: String,
+        /// What was attempted, a verb.
+        what: &'static str,
+    },
     /// The pods' traffic cannot leave the host.
     #[error("could not masquerade {cidr}: install nftables or iptables, or look whether the kernel has NAT")]
     Masquerade {

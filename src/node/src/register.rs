@@ -35,6 +35,8 @@ use crate::{
 
 /// How often the agent is asked and a changed status is sent.
 const PERIOD: Duration = Duration::from_secs(10);
+/// How often a Node without a pod CIDR is looked at every second, before the usual pace.
+const FIRST_LOOKS: u32 = 30;
 /// How often an unchanged status is sent.
 const HEARTBEAT: Duration = Duration::from_secs(300);
 
@@ -78,6 +80,7 @@ impl Registrar {
         let mut cidr = String::new();
         let mut period = tokio::time::interval(PERIOD);
         let mut soon = false;
+        let mut looks = 0;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -89,7 +92,11 @@ impl Registrar {
             let outcome =
                 tokio::time::timeout(PERIOD, self.keep(client, &health, &mut sent, &mut cidr)).await;
             soon = match outcome {
-                Ok(Ok(())) => false,
+                // A new Node gets its range a moment later.
+                Ok(Ok(())) => {
+                    looks += u32::from(cidr.is_empty());
+                    cidr.is_empty() && looks < FIRST_LOOKS
+                }
                 Ok(Err(error)) => {
                     warn!(error = %chain(&error), "node status not sent");
                     true

@@ -17,22 +17,48 @@ use crate::{
     error::{Attempt, Error, Result},
 };
 
-/// A user namespace with the given map for users and groups; it lives as long as the descriptor.
-pub fn user_namespace(map: IdMap) -> Result<OwnedFd> {
+/// A user namespace with a map, to make mounts with; it lives as long as this.
+#[derive(Debug)]
+pub struct Namespace(OwnedFd);
+
+impl Namespace {
+    /// A namespace with the given map for users and groups.
+    ///
+    /// # Errors
+    /// A map that is none, or what the system says.
+    pub fn new(map: IdMap) -> Result<Self> {
+        user_namespace(map).map(Self)
+    }
+
+    /// Mounts `src` (a file or a directory) at `dst`, which must exist, with its ids shifted by the map.
+    ///
+    /// With `recursive`, mounts below `src` come along; each of their file systems has to know idmapped mounts.
+    ///
+    /// # Errors
+    /// What the system says of which path.
+    pub fn bind(&self, src: &Path, dst: &Path, recursive: bool, read_only: bool) -> Result<()> {
+        bind_with(src, dst, Some(self.0.as_fd()), recursive, read_only)
+    }
+}
+
+/// The user namespace of a child that waits until we have opened it.
+fn user_namespace(map: IdMap) -> Result<OwnedFd> {
     if !map.is_valid() {
         return Err(Error::BadIdMap { host_base: map.host_base, size: map.size });
     }
     let (wait, release) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .attempt("make a pipe for", "/proc/self/ns/user")?;
     // SAFETY: a plain fork into a new user namespace. The child shares no memory with us and makes only raw system
-    // calls on descriptors that it inherited, which is sound in a program with threads.
+    // calls on descriptors that it inherited, which is sound in a program with threads. It keeps nothing but its own end
+    // of the pipe: with the pipes of other threads' children two of them would wait for each other.
     #[allow(unsafe_code)]
     let pid = unsafe {
         let pid = libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0);
         if pid == 0 {
-            libc::close(release.as_raw_fd());
+            libc::dup2(wait.as_raw_fd(), 0);
+            libc::syscall(libc::SYS_close_range, 1, libc::c_uint::MAX, 0);
             let mut byte = 0_u8;
-            libc::read(wait.as_raw_fd(), std::ptr::from_mut(&mut byte).cast(), 1);
+            libc::read(0, std::ptr::from_mut(&mut byte).cast(), 1);
             libc::_exit(0);
         }
         pid
@@ -59,14 +85,6 @@ fn map_and_open(pid: libc::c_long, map: IdMap) -> Result<OwnedFd> {
     }
     let path = format!("/proc/{pid}/ns/user");
     Ok(File::open(&path).attempt("open", path)?.into())
-}
-
-/// Mounts `src` (a file or a directory) at `dst`, which must exist, with its ids shifted by `map`.
-///
-/// With `recursive`, mounts below `src` come along; each of their file systems has to know idmapped mounts.
-pub fn bind_idmapped(src: &Path, dst: &Path, map: IdMap, recursive: bool, read_only: bool) -> Result<()> {
-    let namespace = user_namespace(map)?;
-    bind_with(src, dst, Some(namespace.as_fd()), recursive, read_only)
 }
 
 /// Mounts `src` at `dst` as it is, or shifted by the map of a user namespace.

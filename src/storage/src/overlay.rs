@@ -72,7 +72,7 @@ impl OverlayDriver {
     /// Opens the store in a directory, which is made if missing, and removes what was left half-made in it.
     pub async fn open(dir: &Path) -> Result<Self> {
         let dir = dir.to_owned();
-        let inner = blocking(move || Inner::open(dir)).await?;
+        let inner = blocking(move || Inner::open(&dir)).await?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -95,10 +95,10 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 impl Inner {
-    fn open(dir: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&dir).attempt("create", &dir)?;
+    fn open(dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir).attempt("create", dir)?;
         // Option texts hold these paths and must not depend on where we are.
-        let dir = fs::canonicalize(&dir).attempt("look at", &dir)?;
+        let dir = fs::canonicalize(dir).attempt("look at", dir)?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).attempt("set the mode of", &dir)?;
         for name in ["layers", "mapped", "roots", "tmp"] {
             let path = dir.join(name);
@@ -238,7 +238,7 @@ impl Inner {
         let _one = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
         if !mounts::is_mounted(&path)? {
             make_dir(&path, 0o700)?;
-            idmap::bind_idmapped(&self.dir.join("layers"), &path, map, false, true)?;
+            idmap::Namespace::new(map)?.bind(&self.dir.join("layers"), &path, false, true)?;
         }
         Ok(path)
     }

@@ -61,6 +61,7 @@ async fn core(root: &Path) -> Arc<Core> {
         timeout: LIMIT,
     };
     Core::new(Parts {
+        shifted: moxlet_storage::idmap::Namespace::new(moxlet_storage::IdMap::default()).unwrap(),
         images: moxlet_image::ImageStore::open(images, driver.clone()).await.unwrap(),
         driver,
         engine: Arc::new(moxlet_sandbox::fake::FakeEngine::default()),

@@ -24,12 +24,13 @@ fn table(bridge: &str) -> String {
     format!("moxlet_{name}")
 }
 
-fn rules(bridge: &str, cidr: &str) -> String {
+fn rules(bridge: &str, ranges: &[String]) -> String {
     let table = table(bridge);
+    let ranges = ranges.join(", ");
     format!(
         "add table ip {table}\ndelete table ip {table}\ntable ip {table} {{\n chain postrouting {{\n  \
          type nat hook postrouting priority srcnat; policy accept;\n  \
-         ip saddr {cidr} ip daddr != {cidr} ip daddr != 224.0.0.0/4 masquerade\n }}\n}}\n"
+         ip saddr {{ {ranges} }} ip daddr != {{ {ranges} }} ip daddr != 224.0.0.0/4 masquerade\n }}\n}}\n"
     )
 }
 
@@ -55,18 +56,19 @@ fn rule<'a>(verb: &'a str, cidr: &'a str, comment: &'a str) -> Vec<&'a str> {
     [&["-w", "-t", "nat", verb], rest.as_slice(), &["-j", "MASQUERADE"]].concat()
 }
 
-/// Makes the rule, or makes it anew.
-pub(super) async fn set(bridge: &str, cidr: &str) -> Result<()> {
-    let done = if let Some(nft) = program("nft") {
-        run(&nft, &["-f", "-"], &rules(bridge, cidr)).await?
+/// Makes the rule for these ranges, or makes it anew. None may lie in another.
+pub(super) async fn set(bridge: &str, ranges: &[String]) -> Result<()> {
+    let mut done = false;
+    if let Some(nft) = program("nft") {
+        done = run(&nft, &["-f", "-"], &rules(bridge, ranges)).await?;
     } else if let Some(iptables) = program("iptables") {
         let comment = table(bridge);
-        run(&iptables, &rule("-C", cidr, &comment), "").await?
-            || run(&iptables, &rule("-A", cidr, &comment), "").await?
-    } else {
-        false
-    };
-    if done { Ok(()) } else { Err(Error::Masquerade { cidr: cidr.to_owned() }) }
+        for cidr in ranges {
+            done = run(&iptables, &rule("-C", cidr, &comment), "").await?
+                || run(&iptables, &rule("-A", cidr, &comment), "").await?;
+        }
+    }
+    if done { Ok(()) } else { Err(Error::Masquerade { cidr: ranges.join(", ") }) }
 }
 
 /// Removes the rule. Idempotent.

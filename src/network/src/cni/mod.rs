@@ -3,6 +3,7 @@
 //! `<cache_dir>/<sandbox>.json` is written before the first ADD (an allotment may exist from then on), again with the
 //! result, and removed after DEL; it holds the configuration that ADD used, so that DEL uses the same.
 
+mod bridge;
 mod masquerade;
 
 use std::{
@@ -110,6 +111,9 @@ impl Cni {
             "IgnoreUnknown=1;K8S_POD_NAMESPACE={ns};K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={sandbox}"
         );
         let mut kept = Kept { conflist: self.load()?, args, result: None };
+        if let Some(range) = self.pod_cidr().and_then(|cidr| bridge::Range::parse(&cidr)) {
+            bridge::ensure(&self.config.bridge_name, range).await?;
+        }
         self.keep(sandbox, &kept)?;
         let added = self.add_chain(sandbox, netns, &mut kept).await;
         if added.is_err()
@@ -182,16 +186,14 @@ impl Cni {
         if !self.config.write_default || self.pod_cidr().as_deref() == Some(cidr) {
             return Ok(());
         }
-        if self.config.ip_masq {
-            masquerade::set(&self.config.bridge_name, cidr).await?;
-        }
+        self.set_ranges(cidr).await?;
         let conflist = json!({
             "cniVersion": "1.0.0",
             "name": self.config.network_name,
             "plugins": [{
                 "type": "bridge",
                 "bridge": self.config.bridge_name,
-                "isGateway": true,
+                "isGateway": false,
                 "hairpinMode": true,
                 "ipam": {
                     "type": "host-local",
@@ -237,16 +239,31 @@ impl Cni {
             return Err(Error::Attached(id.to_string()));
         }
         masquerade::clear(&self.config.bridge_name, self.pod_cidr().as_deref()).await?;
-        if !Path::new("/sys/class/net").join(&self.config.bridge_name).join("bridge").exists() {
-            return Ok(());
+        bridge::remove(&self.config.bridge_name).await
+    }
+
+    /// Brings bridge and masquerading in line with the present range and those that attached pods still have.
+    async fn set_ranges(&self, cidr: &str) -> Result<()> {
+        let name = &self.config.bridge_name;
+        let Some(range) = bridge::Range::parse(cidr) else { return check_cidr(cidr) };
+        let mut in_use = vec![range.to_string()];
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        for id in self.attached().await? {
+            addresses.extend(self.attachment(&id).await.ok().flatten().into_iter().flat_map(|a| a.ips));
         }
-        let status = Command::new("ip")
-            .args(["link", "delete", "dev", &self.config.bridge_name])
-            .stdin(Stdio::null())
-            .status()
-            .await
-            .map_err(|source| Error::Spawn { plugin: "ip".into(), source })?;
-        if status.success() { Ok(()) } else { Err(Error::Bridge(self.config.bridge_name.clone())) }
+        for (address, other) in bridge::addresses(name).into_iter().filter(|(_, other)| *other != range) {
+            let used = addresses.iter().any(|ip| matches!(ip, IpAddr::V4(v4) if other.contains(*v4)));
+            if used {
+                in_use.push(other.to_string());
+            } else {
+                bridge::drop_gateway(name, address, other).await?;
+            }
+        }
+        bridge::ensure(name, range).await?;
+        if self.config.ip_masq {
+            masquerade::set(name, &in_use).await?;
+        }
+        Ok(())
     }
 
     /// The range in our own conflist, if there is one.

@@ -41,6 +41,9 @@ use crate::{
     volumes::{Volumes, hosts},
 };
 
+/// The key of a pod's sandbox among its containers' names, none of which it can be.
+const SANDBOX: &str = "\0sandbox";
+
 /// What all workers share.
 pub(crate) struct Shared {
     /// The configuration.
@@ -127,6 +130,7 @@ pub(crate) struct Worker {
     counted: bool,
     pub(super) failure: Option<(String, String)>,
     failures: u32,
+    sandbox_failures: u32,
 }
 
 fn least(a: &mut Option<Duration>, b: Duration) {
@@ -159,6 +163,7 @@ impl Worker {
             counted,
             failure: None,
             failures: 0,
+            sandbox_failures: 0,
         }
     }
 
@@ -330,6 +335,12 @@ impl Worker {
     async fn sandbox_and_volumes(&mut self, pod: &Pod, state: &mut PodState) -> Result<Ready> {
         let running = state.sandbox().filter(|s| s.ready && !s.ips.is_empty()).map(|s| s.ips.clone());
         let shared = self.shared.clone();
+        if let (None, Some(until)) = (&running, self.held.get(SANDBOX)) {
+            let left = until.saturating_duration_since(Instant::now());
+            if !left.is_zero() {
+                return Ok(Ready::Later(left));
+            }
+        }
         let facts = self.facts(running.as_deref().unwrap_or_default());
         let due = running.is_none()
             || self.volumes_at.is_none_or(|at| at.elapsed() >= shared.config.volume_refresh);
@@ -352,10 +363,12 @@ impl Worker {
                 let text = format!("Failed to create pod sandbox: {}", chain(&error));
                 shared.events.pod(pod, None, Kind::Warning, "FailedCreatePodSandBox", text);
                 let left = self.retry_sandbox();
+                self.held.insert(SANDBOX.to_owned(), Instant::now() + left);
                 return Ok(Ready::Later(left));
             }
         };
-        self.backoff.clear("\0sandbox");
+        self.sandbox_failures = 0;
+        self.held.remove(SANDBOX);
         match volumes_outcome {
             Ok(()) => {
                 if due {
@@ -377,12 +390,10 @@ impl Worker {
         }
     }
 
+    /// A second, doubling to a minute: what a sandbox lacks is often the node's own that is just being made.
     fn retry_sandbox(&mut self) -> Duration {
-        let now = Timestamp::now();
-        self.backoff.raise("\0sandbox", now, now);
-        self.backoff
-            .remaining("\0sandbox", now, now)
-            .map_or(Duration::from_secs(5), |(left, _)| left.min(Duration::from_secs(60)))
+        self.sandbox_failures = (self.sandbox_failures + 1).min(7);
+        Duration::from_secs(60).min(Duration::from_secs(1) * 2_u32.pow(self.sandbox_failures - 1))
     }
 
     /// The kubelet's pace for mounts: half a second, doubling to two minutes.
