@@ -166,14 +166,17 @@ pub(crate) async fn reported(core: &Arc<Core>, sandbox: &Arc<Sandbox>, state: Co
     match state.status {
         Status::Created => Ok(()),
         Status::Running { started_at_ns, .. } => {
-            let changed = container.state.send_if_modified(|now| {
-                let fresh = *now == RunState::Created;
-                if fresh {
-                    *now = RunState::Running { started_at_ns };
+            let mut fresh = false;
+            container.state.send_if_modified(|now| {
+                let told = RunState::Running { started_at_ns };
+                fresh = *now == RunState::Created;
+                let changed = !now.has_ended() && *now != told;
+                if changed {
+                    *now = told;
                 }
-                fresh
+                changed
             });
-            if changed {
+            if fresh {
                 core.say(container.id.as_str(), sandbox, v1::ContainerEventType::ContainerStartedEvent);
             }
             Ok(())

@@ -136,6 +136,8 @@ impl Container {
     pub(crate) fn new(record: ContainerRecord) -> Arc<Self> {
         let state = match &record.exit {
             Some(exit) => RunState::Exited(exit.clone()),
+            // Until its init or its CT's end says otherwise; the init also knows since when.
+            None if record.started => RunState::Running { started_at_ns: record.created_at_ns },
             None => RunState::Created,
         };
         Arc::new(Self {

@@ -82,10 +82,14 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
         }
     }
     if let Ok(client) = sandbox.client() {
+        // Before anybody can ask: a container that ran on must not look like one that never started.
         if let Ok(known) = client.list().await {
-            let known: BTreeSet<String> = known.into_iter().map(|c| c.id).collect();
+            let names: BTreeSet<String> = known.iter().map(|c| c.id.clone()).collect();
+            for state in known {
+                containers::reported(core, sandbox, state).await?;
+            }
             for container in core.containers_of(&sandbox.id) {
-                if !known.contains(container.id.as_str()) {
+                if !names.contains(container.id.as_str()) {
                     containers::lost(core, sandbox, &container).await?;
                 }
             }

@@ -230,5 +230,5 @@ fn pods_reach_each_other_by_address() {
     ns.running("client", IDLE);
     ns.wait_ready("web");
     let address = ns.get("web")["status"]["podIP"].as_str().unwrap().to_owned();
-    assert!(ns.exec("client", &format!("wget -T 10 -qO- http://{address}/")).ok().contains("Moxlet"));
+    assert!(ns.exec("client", &format!("timeout 10 wget -qO- http://{address}/")).ok().contains("Moxlet"));
 }

@@ -111,7 +111,7 @@ fn the_serving_certificate_was_approved_and_is_the_clusters() {
 #[test]
 fn keys_are_readable_by_root_only() {
     use std::os::unix::fs::PermissionsExt;
-    let dir = Cluster::get().root_dir().join("node");
+    let dir = Cluster::get().root_dir().join("node/pki");
     let mut seen = 0;
     for entry in std::fs::read_dir(&dir).unwrap().flatten() {
         let metadata = entry.metadata().unwrap();
