@@ -94,6 +94,8 @@ enum Connection {
 /// Says how a command ended, and ends the connection. Dropped without, the connection is cut.
 pub struct StatusWriter {
     stream: StreamWriter,
+    /// Our half of the stream of stdin; it ends with the command.
+    unused: Option<StreamWriter>,
     /// v4 and later: a `v1.Status` in JSON.
     structured: bool,
     connection: Connection,
@@ -108,6 +110,9 @@ impl StatusWriter {
     pub async fn finish(mut self, outcome: Outcome) -> Result<()> {
         let text = if self.structured { structured(&outcome) } else { plain(&outcome) };
         let said = async {
+            if let Some(mut unused) = self.unused.take() {
+                unused.shutdown().await?;
+            }
             self.stream.write_all(text.as_bytes()).await?;
             self.stream.shutdown().await
         }
@@ -211,6 +216,8 @@ struct Collected {
     stdout: Option<StreamWriter>,
     stderr: Option<StreamWriter>,
     resize: Option<StreamReader>,
+    /// Our half of the stream of stdin.
+    unused: Option<StreamWriter>,
 }
 
 impl Collected {
@@ -242,8 +249,8 @@ async fn over_spdy(io: Io, offer: Offer, protocol: &'static str) -> Result<Remot
                 "stdout" => got.stdout = Some(writer),
                 "stderr" => got.stderr = Some(writer),
                 "stdin" => {
-                    // Nothing is ever sent on it: our half ends at once.
-                    writer.shutdown().await?;
+                    // Nothing is ever sent on it, but its end would tell the client that no more input is wanted.
+                    got.unused = Some(writer);
                     got.stdin = Some(reader);
                 }
                 "resize" => {
@@ -276,6 +283,7 @@ async fn over_websocket(io: Io, offer: Offer, protocol: &'static str) -> Result<
         stdout: offer.stdout.then(|| channels.writer(1)),
         stderr: (offer.stderr && !offer.tty).then(|| channels.writer(2)),
         resize: channels.reader(4),
+        unused: None,
     };
     channels
         .greet(if got.stdout.is_some() {
@@ -294,7 +302,7 @@ fn command(got: Collected, connection: Connection, structured: bool) -> Result<R
     let (sizes, resize) = mpsc::channel(8);
     let resizes = tokio::spawn(read_sizes(got.resize, sizes));
     let stream = got.error.ok_or(Error::Closed)?;
-    let status = StatusWriter { stream, structured, connection, resizes };
+    let status = StatusWriter { stream, unused: got.unused, structured, connection, resizes };
     Ok(RemoteCommand { stdin: got.stdin, stdout: got.stdout, stderr: got.stderr, resize, status })
 }
 
