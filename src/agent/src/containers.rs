@@ -93,8 +93,8 @@ pub(crate) async fn start(core: &Arc<Core>, id: &str) -> Result<()> {
                 return Err(Error::State(format!("container {} was started before", container.id)));
             }
             let pending = container.take_pending();
-            let pending =
-                pending.ok_or_else(|| Error::State(format!("container {} cannot be started", container.id)))?;
+            let pending = pending
+                .ok_or_else(|| Error::State(format!("container {} cannot be started", container.id)))?;
             core.change_container(&container, |r| r.started = true).await?;
             let outcome = run(&core, &sandbox, &container, pending).await;
             if let Err(error) = &outcome {
@@ -133,7 +133,7 @@ async fn run(
 }
 
 /// A container that could not be started has ended with containerd's code and reason; what the init made of it goes.
-async fn not_started(
+pub(crate) async fn not_started(
     core: &Arc<Core>,
     sandbox: &Arc<Sandbox>,
     container: &Arc<Container>,
@@ -213,14 +213,12 @@ async fn exited(
     let mut first = false;
     core.change_container(container, |r| {
         first = r.exit.is_none();
-        if first {
-            r.exit = Some(exit.clone());
-        }
+        r.exit.get_or_insert(exit);
     })
     .await?;
-    if first {
-        info!(container = %container.id, name = container.record().name, code = exit.code, reason = exit.reason, "container has ended");
-        container.state.send_replace(RunState::Exited(exit));
+    let record = container.record();
+    if let (true, Some(exit)) = (first, record.exit) {
+        info!(container = %container.id, name = record.name, code = exit.code, reason = exit.reason, "container has ended");
         core.say(container.id.as_str(), sandbox, v1::ContainerEventType::ContainerStoppedEvent);
     }
     Ok(())
@@ -338,9 +336,7 @@ pub(crate) async fn remove_parts(
         remove_files(&shared, &record)
     })
     .await?;
-    let (ledger, own) = (core.ledger.clone(), id.clone());
-    blocking("writing the ledger", move || ledger.remove_container(&own)).await?;
-    core.forget_container(&id);
+    core.remove_container(container).await?;
     core.say(id.as_str(), sandbox, v1::ContainerEventType::ContainerDeletedEvent);
     Ok(())
 }

@@ -127,8 +127,8 @@ pub(crate) struct Container {
     pub(crate) state: watch::Sender<RunState>,
     /// What its start needs.
     pending: Mutex<Option<Pending>>,
-    /// Held while its record is written.
-    writing: tokio::sync::Mutex<()>,
+    /// Held while its record is written; whether the record is gone for good.
+    writing: Arc<tokio::sync::Mutex<bool>>,
 }
 
 impl Container {
@@ -146,7 +146,7 @@ impl Container {
             record: Mutex::new(record),
             state: watch::Sender::new(state),
             pending: Mutex::default(),
-            writing: tokio::sync::Mutex::new(()),
+            writing: Arc::default(),
         })
     }
 
@@ -163,6 +163,21 @@ impl Container {
     /// A copy of its record.
     pub(crate) fn record(&self) -> ContainerRecord {
         lock(&self.record).clone()
+    }
+
+    /// Takes over a record that is on disk. An end is seen at once by all who wait for it.
+    fn put(&self, record: ContainerRecord) {
+        let exit = record.exit.clone();
+        *lock(&self.record) = record;
+        if let Some(exit) = exit {
+            self.state.send_if_modified(|now| {
+                let first = !now.has_ended();
+                if first {
+                    *now = RunState::Exited(exit);
+                }
+                first
+            });
+        }
     }
 
     /// What it does.
@@ -254,9 +269,23 @@ impl Core {
         }
     }
 
-    /// Adds a sandbox.
+    /// Adds a sandbox of the ledger.
     pub(crate) fn insert_sandbox(&self, sandbox: Arc<Sandbox>) {
         lock(&self.sandboxes).insert(sandbox.id.clone(), sandbox);
+    }
+
+    /// Adds a new sandbox unless there is one of the same pod and attempt, which is the error.
+    pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>) -> std::result::Result<(), SandboxRecord> {
+        let mut all = lock(&self.sandboxes);
+        let new = sandbox.record();
+        let same = |r: &SandboxRecord| {
+            r.uid == new.uid && r.name == new.name && r.namespace == new.namespace && r.attempt == new.attempt
+        };
+        if let Some(taken) = all.values().map(|s| s.record()).find(same) {
+            return Err(taken);
+        }
+        all.insert(sandbox.id.clone(), sandbox);
+        Ok(())
     }
 
     /// Forgets a sandbox.
@@ -280,11 +309,6 @@ impl Core {
         lock(&self.containers).insert(container.id.clone(), container);
     }
 
-    /// Forgets a container.
-    pub(crate) fn forget_container(&self, id: &ContainerId) {
-        lock(&self.containers).remove(id);
-    }
-
     /// All containers.
     pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
         lock(&self.containers).values().cloned().collect()
@@ -301,7 +325,7 @@ impl Core {
         unique(all.iter(), id).cloned().ok_or_else(|| Error::NotFound(format!("container {id:?}")))
     }
 
-    /// Changes a sandbox's record on disk, then in memory.
+    /// Changes a sandbox's record on disk, then in memory; both even when the caller goes away meanwhile.
     pub(crate) async fn change_sandbox(
         &self,
         sandbox: &Arc<Sandbox>,
@@ -309,25 +333,50 @@ impl Core {
     ) -> Result<()> {
         let mut record = sandbox.record();
         change(&mut record);
-        let (ledger, copy) = (self.ledger.clone(), record.clone());
-        blocking("writing the ledger", move || ledger.put_sandbox(&copy)).await?;
-        *lock(&sandbox.record) = record;
-        Ok(())
+        let (ledger, sandbox) = (self.ledger.clone(), sandbox.clone());
+        blocking("writing the ledger", move || {
+            ledger.put_sandbox(&record)?;
+            *lock(&sandbox.record) = record;
+            Ok(())
+        })
+        .await
     }
 
-    /// Changes a container's record on disk, then in memory.
+    /// Changes a container's record on disk, then in memory; both even when the caller goes away meanwhile. Once it is
+    /// removed nothing is written any more.
     pub(crate) async fn change_container(
         &self,
         container: &Arc<Container>,
         change: impl FnOnce(&mut ContainerRecord),
     ) -> Result<()> {
-        // The watch writes an end while a start writes that it began.
-        let _one = container.writing.lock().await;
+        // The watch writes an end while a start writes that it began, or a removal that it is over.
+        let writing = container.writing.clone().lock_owned().await;
+        if *writing {
+            return Ok(());
+        }
         let mut record = container.record();
         change(&mut record);
-        let (ledger, copy) = (self.ledger.clone(), record.clone());
-        blocking("writing the ledger", move || ledger.put_container(&copy)).await?;
-        *lock(&container.record) = record;
+        let (ledger, container) = (self.ledger.clone(), container.clone());
+        blocking("writing the ledger", move || {
+            ledger.put_container(&record)?;
+            container.put(record);
+            drop(writing);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes a container's record from disk and the container from memory. Idempotent.
+    pub(crate) async fn remove_container(&self, container: &Arc<Container>) -> Result<()> {
+        let mut writing = container.writing.clone().lock_owned().await;
+        let (ledger, id) = (self.ledger.clone(), container.id.clone());
+        blocking("writing the ledger", move || {
+            ledger.remove_container(&id)?;
+            *writing = true;
+            Ok(())
+        })
+        .await?;
+        lock(&self.containers).remove(&container.id);
         Ok(())
     }
 

@@ -79,7 +79,8 @@ fn busy_ns(text: &str) -> u64 {
 fn addresses() -> Vec<IpAddr> {
     let mut found = Vec::new();
     for (from, to) in [("0.0.0.0:0", "192.0.2.1:9"), ("[::]:0", "[2001:db8::1]:9")] {
-        let source = UdpSocket::bind(from).and_then(|s| s.connect(to).map(|()| s)).and_then(|s| s.local_addr());
+        let source =
+            UdpSocket::bind(from).and_then(|s| s.connect(to).map(|()| s)).and_then(|s| s.local_addr());
         found.extend(source.ok().map(|a| a.ip()));
     }
     for address in nix::ifaddrs::getifaddrs().into_iter().flatten() {

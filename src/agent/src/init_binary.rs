@@ -39,7 +39,10 @@ pub(crate) fn install(from: Option<&Path>, dir: &Path) -> Result<PathBuf> {
         }
     };
     if !bytes.starts_with(b"\x7fELF") {
-        return Err(Error::Unfit(format!("{} is no ELF program: set init_binary to moxlet-init", source.display())));
+        return Err(Error::Unfit(format!(
+            "{} is no ELF program: set init_binary to moxlet-init",
+            source.display()
+        )));
     }
     let hash = hex::encode(Sha256::digest(&bytes));
     let own = dir.join(&hash[..16]);
@@ -52,7 +55,8 @@ pub(crate) fn install(from: Option<&Path>, dir: &Path) -> Result<PathBuf> {
     }
     let draft = own.join(".new");
     let _ = fs::remove_file(&draft);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(&draft).map_err(failed)?;
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(&draft).map_err(failed)?;
     file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(failed)?;
     drop(file);
     fs::rename(&draft, &target).map_err(failed)?;

@@ -239,7 +239,9 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| fault(path, e))?;
     match value.get("version").and_then(serde_json::Value::as_u64) {
         Some(v) if v <= u64::from(VERSION) => serde_json::from_value(value).map_err(|e| fault(path, e)),
-        Some(v) => Err(fault(path, format!("is of format {v}; this version of Moxlet reads up to {VERSION}"))),
+        Some(v) => {
+            Err(fault(path, format!("is of format {v}; this version of Moxlet reads up to {VERSION}")))
+        }
         None => Err(fault(path, "has no version")),
     }
 }

@@ -72,7 +72,8 @@ impl Agent {
         in_first_mount_namespace()?;
         let root = config.root_dir.clone();
         // CTs reach what is mounted for them as an unprivileged user: each directory on the way lets them pass.
-        for (dir, mode) in [("", 0o711), ("run", 0o711), ("pods", 0o711), ("logs", 0o711), ("ledger", 0o700)] {
+        for (dir, mode) in [("", 0o711), ("run", 0o711), ("pods", 0o711), ("logs", 0o711), ("ledger", 0o700)]
+        {
             make_dir(&root.join(dir), mode)?;
         }
         let pods = root.join("pods");
@@ -131,7 +132,10 @@ impl Agent {
     pub async fn join(self) {
         self.core.tasks.close();
         if tokio::time::timeout(AT_THE_END, self.core.tasks.wait()).await.is_err() {
-            tracing::warn!(tasks = self.core.tasks.len(), "some changes did not end in time; the next start takes them up");
+            tracing::warn!(
+                tasks = self.core.tasks.len(),
+                "some changes did not end in time; the next start takes them up"
+            );
         }
     }
 }

@@ -49,23 +49,29 @@ pub(crate) async fn record(
     sandbox: &Sandbox,
     config: &v1::ContainerConfig,
 ) -> Result<(ContainerRecord, ImageRecord)> {
-    let meta = config.metadata.clone().ok_or_else(|| Error::Invalid("the container has no metadata".into()))?;
+    let meta =
+        config.metadata.clone().ok_or_else(|| Error::Invalid("the container has no metadata".into()))?;
     let wanted = config.image.clone().unwrap_or_default();
     let image = core.images.resolve(&wanted.image).await?;
     let image = image.ok_or_else(|| Error::NotFound(format!("image {:?}", wanted.image)))?;
     let of_sandbox = core.containers_of(&sandbox.id);
-    if let Some(other) = of_sandbox.iter().map(|c| c.record()).find(|c| c.name == meta.name && c.attempt == meta.attempt)
+    if let Some(other) =
+        of_sandbox.iter().map(|c| c.record()).find(|c| c.name == meta.name && c.attempt == meta.attempt)
     {
         return Err(Error::State(format!(
             "container {} has name {:?} and attempt {} already",
             other.id, meta.name, meta.attempt
         )));
     }
-    let mut record = ContainerRecord::new(ContainerId::random(), sandbox.id.clone(), image.id.clone(), now_ns());
+    let mut record =
+        ContainerRecord::new(ContainerId::random(), sandbox.id.clone(), image.id.clone(), now_ns());
     record.name = meta.name;
     record.attempt = meta.attempt;
-    record.user_image =
-        if wanted.user_specified_image.is_empty() { wanted.image.clone() } else { wanted.user_specified_image };
+    record.user_image = if wanted.user_specified_image.is_empty() {
+        wanted.image.clone()
+    } else {
+        wanted.user_specified_image
+    };
     record.image = wanted.image;
     record.image_ref = image.repo_digests.first().cloned().unwrap_or_else(|| image.id.to_string());
     record.labels = config.labels.clone().into_iter().collect();
@@ -76,8 +82,9 @@ pub(crate) async fn record(
     let resources = config.linux.as_ref().and_then(|l| l.resources.as_ref());
     record.memory_limit = resources.and_then(|r| containers::limits(r).memory_bytes);
     if let (Some(dir), false) = (sandbox.record().log_directory, config.log_path.is_empty()) {
-        let path = beneath::relative(&config.log_path)
-            .map_err(|_| Error::Invalid(format!("log_path {:?} is no plain relative path", config.log_path)))?;
+        let path = beneath::relative(&config.log_path).map_err(|_| {
+            Error::Invalid(format!("log_path {:?} is no plain relative path", config.log_path))
+        })?;
         record.log_file = Some(dir.join(path));
     }
     record.mounts = config
@@ -107,16 +114,17 @@ fn stop_signal(config: &v1::ContainerConfig, image: &ImageConfiguration) -> Resu
 /// A signal as images and CRI write it: `SIGQUIT`, `QUIT`, `3`, `SIGRTMIN+3`, `SIGRTMINPLUS3`.
 fn signal_number(text: &str) -> Result<i32> {
     const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
-        "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
-        "WINCH", "IO", "PWR", "SYS",
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
+        "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
+        "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
     ];
     let upper = text.trim().to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
     let within = |n: i32| (1..=64).contains(&n).then_some(n);
     let real_time = |rest: &str, base: i32, sign: i32| {
         let rest = rest.trim_start_matches("PLUS").trim_start_matches("MINUS").trim_start_matches(['+', '-']);
-        let offset: i32 = if rest.is_empty() { 0 } else { rest.parse().ok().filter(|n| (0..=30).contains(n))? };
+        let offset: i32 =
+            if rest.is_empty() { 0 } else { rest.parse().ok().filter(|n| (0..=30).contains(n))? };
         within(base + sign * offset)
     };
     let number = if let Ok(number) = name.parse() {
@@ -160,7 +168,8 @@ pub(crate) async fn make(
 
     let pending = {
         let (core, sandbox, id) = (core.clone(), sandbox.clone(), id.clone());
-        let (config, of_pod, image, record) = (config.clone(), of_pod.clone(), image.config.clone(), container.record());
+        let (config, of_pod, image, record) =
+            (config.clone(), of_pod.clone(), image.config.clone(), container.record());
         blocking("making a container's spec", move || {
             let place = Place { core: &core, sandbox: &sandbox, id: &id, shared: &shared, rootfs: &rootfs };
             pending(&place, &config, &of_pod, &image, &record)
@@ -252,11 +261,8 @@ fn all_mounts(place: &Place<'_>, config: &v1::ContainerConfig) -> Result<Vec<Res
     for (number, mount) in config.mounts.iter().enumerate() {
         all.push(own_mount(place, number, mount)?);
     }
-    let read_only = config
-        .linux
-        .as_ref()
-        .and_then(|l| l.security_context.as_ref())
-        .is_some_and(|s| s.readonly_rootfs);
+    let read_only =
+        config.linux.as_ref().and_then(|l| l.security_context.as_ref()).is_some_and(|s| s.readonly_rootfs);
     let mut standard = vec![
         ("etc/resolv.conf".to_owned(), "/etc/resolv.conf".to_owned(), read_only),
         ("etc/hostname".to_owned(), "/etc/hostname".to_owned(), read_only),
@@ -268,14 +274,14 @@ fn all_mounts(place: &Place<'_>, config: &v1::ContainerConfig) -> Result<Vec<Res
         standard.push((format!("term/{}", place.id), path.to_owned(), false));
     }
     let taken: Vec<String> = all.iter().map(|m| m.target.trim_end_matches('/').to_owned()).collect();
-    all.extend(standard.into_iter().filter(|(_, target, _)| !taken.contains(target)).map(|(source, target, read_only)| {
-        ResolvedMount {
+    all.extend(standard.into_iter().filter(|(_, target, _)| !taken.contains(target)).map(
+        |(source, target, read_only)| ResolvedMount {
             source_ct: format!("{POD_DIR_IN_CT}/{source}"),
             target,
             read_only,
             ..ResolvedMount::default()
-        }
-    }));
+        },
+    ));
     Ok(all)
 }
 
@@ -353,7 +359,8 @@ fn make_cwd(rootfs: &Path, cwd: &str, map: IdMap) -> Result<()> {
     let failed = |e: rustix::io::Errno| Error::io(format!("cannot make the working directory {cwd}"), e);
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let root = beneath::open_dir(rootfs).map_err(|e| Error::io(format!("cannot open {}", rootfs.display()), e))?;
+    let root =
+        beneath::open_dir(rootfs).map_err(|e| Error::io(format!("cannot open {}", rootfs.display()), e))?;
     let mut path = PathBuf::new();
     for part in cwd.split('/').filter(|p| !p.is_empty()) {
         let parent = if path.as_os_str().is_empty() { Path::new(".") } else { &path };
@@ -361,7 +368,8 @@ fn make_cwd(rootfs: &Path, cwd: &str, map: IdMap) -> Result<()> {
         path.push(part);
         match rustix::fs::openat2(&root, &path, flags, Mode::empty(), inside) {
             Ok(_) => {}
-            Err(rustix::io::Errno::NOENT) => match rustix::fs::mkdirat(&at, part, Mode::from_raw_mode(0o755)) {
+            Err(rustix::io::Errno::NOENT) => match rustix::fs::mkdirat(&at, part, Mode::from_raw_mode(0o755))
+            {
                 Ok(()) => {
                     let owner = rustix::fs::Uid::from_raw(map.host_base);
                     let group = rustix::fs::Gid::from_raw(map.host_base);
@@ -387,9 +395,15 @@ mod tests {
 
     #[test]
     fn signals_are_read_in_every_spelling() {
-        for (text, number) in
-            [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("SIGRTMINPLUS1", 35), ("SIGRTMAXMINUS1", 63), ("SIGPOLL", 29)]
-        {
+        for (text, number) in [
+            ("SIGTERM", 15),
+            ("quit", 3),
+            ("9", 9),
+            ("SIGRTMIN+3", 37),
+            ("SIGRTMINPLUS1", 35),
+            ("SIGRTMAXMINUS1", 63),
+            ("SIGPOLL", 29),
+        ] {
             assert_eq!(signal_number(text).unwrap(), number, "{text}");
         }
         for bad in ["", "SIGFOO", "0", "65", "-9", "RTMIN+99"] {

@@ -4,14 +4,14 @@
 use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
 use moxlet_ids::{ContainerId, SandboxId};
-use moxlet_init_proto::client::Client;
+use moxlet_init_proto::{Status, client::Client};
 use moxlet_sandbox::SandboxState;
 use tracing::{info, warn};
 
 use crate::{
     containers,
     core::{Container, Core, Sandbox, blocking},
-    error::{Result, chain},
+    error::{Error, Result, chain},
     ledger::Phase,
     sandboxes, watch,
 };
@@ -86,7 +86,13 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
         if let Ok(known) = client.list().await {
             let names: BTreeSet<String> = known.iter().map(|c| c.id.clone()).collect();
             for state in known {
-                containers::reported(core, sandbox, state).await?;
+                match core.container(&state.id) {
+                    Ok(container) if state.status == Status::Created => {
+                        let cut = Error::State("the agent ended while the container was being started".into());
+                        containers::not_started(core, sandbox, &container, &cut).await?;
+                    }
+                    _ => containers::reported(core, sandbox, state).await?,
+                }
             }
             for container in core.containers_of(&sandbox.id) {
                 if !names.contains(container.id.as_str()) {

@@ -138,7 +138,10 @@ fn record(config: &v1::PodSandboxConfig, share_pids: bool) -> Result<SandboxReco
     if !config.log_directory.is_empty() {
         let dir = PathBuf::from(&config.log_directory);
         if !dir.is_absolute() || dir.components().any(|c| c == std::path::Component::ParentDir) {
-            return Err(Error::Invalid(format!("log_directory {:?} is no absolute path", config.log_directory)));
+            return Err(Error::Invalid(format!(
+                "log_directory {:?} is no absolute path",
+                config.log_directory
+            )));
         }
         record.log_directory = Some(dir);
     }
@@ -151,21 +154,19 @@ fn record(config: &v1::PodSandboxConfig, share_pids: bool) -> Result<SandboxReco
 /// `RunPodSandbox`.
 pub(crate) async fn run(core: &Arc<Core>, config: v1::PodSandboxConfig, handler: &str) -> Result<SandboxId> {
     if !matches!(handler, "" | "moxlet") {
-        return Err(Error::Invalid(format!("no runtime for {handler:?} is configured (RuntimeClass handler)")));
+        return Err(Error::Invalid(format!(
+            "no runtime for {handler:?} is configured (RuntimeClass handler)"
+        )));
     }
     let share_pids = check(&config)?;
     let record = record(&config, share_pids)?;
-    let taken = core.sandboxes().into_iter().map(|s| s.record()).find(|s| {
-        s.uid == record.uid && s.name == record.name && s.namespace == record.namespace && s.attempt == record.attempt
-    });
-    if let Some(other) = taken {
+    let sandbox = Sandbox::new(record);
+    if let Err(other) = core.add_sandbox(sandbox.clone()) {
         return Err(Error::State(format!(
             "sandbox {} of pod {}/{} has attempt {} already",
             other.id, other.namespace, other.name, other.attempt
         )));
     }
-    let sandbox = Sandbox::new(record);
-    core.insert_sandbox(sandbox.clone());
     let core = core.clone();
     core.clone()
         .whole(async move {
@@ -189,7 +190,8 @@ async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxC
     let (dir, map) = (shared_dir(core, &sandbox.id), core.config.map);
     let (logs, host, resolv) = (record.log_directory.clone(), record.hostname.clone(), resolv_conf(config));
     let (shared, own) = (dir.clone(), core.clone());
-    blocking("making a pod's directory", move || make_shared(&own, &shared, logs.as_deref(), &host, &resolv)).await?;
+    blocking("making a pod's directory", move || make_shared(&own, &shared, logs.as_deref(), &host, &resolv))
+        .await?;
     let spec = SandboxSpec {
         id: sandbox.id.clone(),
         pod_namespace: record.namespace.clone(),

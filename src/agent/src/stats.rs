@@ -32,7 +32,11 @@ fn memory(stats: &Stats, timestamp: i64, limit: Option<u64>) -> v1::MemoryUsage 
 }
 
 /// What a CT or container uses now; nothing once its cgroup is gone.
-async fn read(core: &Arc<Core>, sandbox: &SandboxId, container: Option<&ContainerId>) -> Result<Option<Stats>> {
+async fn read(
+    core: &Arc<Core>,
+    sandbox: &SandboxId,
+    container: Option<&ContainerId>,
+) -> Result<Option<Stats>> {
     let (cgroups, sandbox, container) = (core.cgroups.clone(), sandbox.clone(), container.cloned());
     blocking("reading a cgroup", move || match cgroups.stats(&sandbox, container.as_ref()) {
         Ok(stats) => Ok(Some(stats)),

@@ -157,7 +157,10 @@ fn check_files(files: &[host::VolumeFile]) -> Result<()> {
         let path = beneath::relative(&file.path)
             .map_err(|_| Error::Invalid(format!("{:?} is no path in a volume", file.path)))?;
         if path.iter().next().is_some_and(|first| first.to_string_lossy().starts_with("..")) {
-            return Err(Error::Invalid(format!("{:?}: a path in a volume must not begin with ..", file.path)));
+            return Err(Error::Invalid(format!(
+                "{:?}: a path in a volume must not begin with ..",
+                file.path
+            )));
         }
     }
     Ok(())
@@ -169,7 +172,8 @@ fn empty_dir(path: &Path, group: Option<u32>) -> Result<()> {
         return Ok(());
     }
     // Complete at once: a crash leaves none that looks complete and has the wrong owner.
-    let fresh = path.with_file_name(format!(".new-{}", path.file_name().unwrap_or_default().to_string_lossy()));
+    let fresh =
+        path.with_file_name(format!(".new-{}", path.file_name().unwrap_or_default().to_string_lossy()));
     make_dir(&fresh, 0o777)?;
     own(&fresh, group, 0o777)?;
     fs::rename(&fresh, path).map_err(|e| Error::io(format!("cannot make {}", path.display()), e))
@@ -295,8 +299,9 @@ fn is_current(dir: &Path, files: &[host::VolumeFile]) -> bool {
     let data = dir.join("..data");
     let same = |file: &host::VolumeFile| {
         let path = data.join(&file.path);
-        fs::metadata(&path).is_ok_and(|m| m.is_file() && m.size() == file.data.len() as u64 && m.mode() & file.mode == file.mode & 0o777)
-            && fs::read(&path).is_ok_and(|bytes| bytes == file.data)
+        fs::metadata(&path).is_ok_and(|m| {
+            m.is_file() && m.size() == file.data.len() as u64 && m.mode() & file.mode == file.mode & 0o777
+        }) && fs::read(&path).is_ok_and(|bytes| bytes == file.data)
     };
     data.exists() && files.iter().all(same) && count(&data, 0) == files.len()
 }
@@ -327,7 +332,11 @@ mod tests {
             kind: kind as i32,
             files: files
                 .iter()
-                .map(|(path, data)| host::VolumeFile { path: (*path).into(), data: data.as_bytes().to_vec(), mode: 0o644 })
+                .map(|(path, data)| host::VolumeFile {
+                    path: (*path).into(),
+                    data: data.as_bytes().to_vec(),
+                    mode: 0o644,
+                })
                 .collect(),
             ..host::ApplyVolumeRequest::default()
         }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use moxlet_init_proto::{Event, client::Client};
+use moxlet_init_proto::{ContainerState, Event, client::Client};
 use moxlet_sandbox::SandboxState;
 use tracing::{debug, warn};
 
@@ -41,12 +41,18 @@ async fn watch(core: &Arc<Core>, sandbox: &Arc<Sandbox>) {
         match core.engine.state(&sandbox.id).await {
             Ok(Some(SandboxState::Running { .. })) => {}
             Ok(_) => break,
-            Err(error) => warn!(sandbox = %sandbox.id, error = chain(&error), "cannot tell whether a CT runs"),
+            Err(error) => {
+                warn!(sandbox = %sandbox.id, error = chain(&error), "cannot tell whether a CT runs");
+            }
         }
         tokio::time::sleep(PAUSE).await;
     }
-    let _guard = sandbox.change.lock().await;
-    if let Err(error) = sandboxes::ended(core, sandbox).await {
+    let (own, of) = (core.clone(), sandbox.clone());
+    let noted = core.whole(async move {
+        let _guard = of.change.lock().await;
+        sandboxes::ended(&own, &of).await
+    });
+    if let Err(error) = noted.await {
         warn!(sandbox = %sandbox.id, error = chain(&error), "cannot note that a CT has ended");
     }
 }
@@ -55,15 +61,19 @@ async fn watch(core: &Arc<Core>, sandbox: &Arc<Sandbox>) {
 async fn follow(core: &Arc<Core>, sandbox: &Arc<Sandbox>, client: &Client) -> Result<()> {
     let mut events = client.events().await?;
     for state in client.list().await? {
-        containers::reported(core, sandbox, state).await?;
+        note(core, sandbox, state).await?;
     }
     while let Some(event) = events.next().await? {
         match event {
-            Event::Started { container } | Event::Exited { container } => {
-                containers::reported(core, sandbox, container).await?;
-            }
+            Event::Started { container } | Event::Exited { container } => note(core, sandbox, container).await?,
             Event::Unknown => {}
         }
     }
     Ok(())
+}
+
+/// Takes over what the init says, to its end even when the CT's own end is noticed meanwhile: the listeners must hear of it.
+async fn note(core: &Arc<Core>, sandbox: &Arc<Sandbox>, state: ContainerState) -> Result<()> {
+    let (own, of) = (core.clone(), sandbox.clone());
+    core.whole(async move { containers::reported(&own, &of, state).await }).await
 }

@@ -155,7 +155,10 @@ fn agent_config(config: &Config, with_node: bool) -> moxlet_agent::Config {
         stream_listen: config.stream_listen.or(defaults.stream_listen),
         init_binary: config.init_binary.clone(),
         // Nobody allots a range to a machine without a cluster.
-        pod_cidr: config.pod_cidr.clone().or_else(|| (with_node && alone(config)).then(|| ALONE_CIDR.to_owned())),
+        pod_cidr: config
+            .pod_cidr
+            .clone()
+            .or_else(|| (with_node && alone(config)).then(|| ALONE_CIDR.to_owned())),
         cni: moxlet_agent::CniSettings {
             use_host_conf: config.cni_conf_dir.clone(),
             bin_dirs: config.cni_bin_dirs.clone(),

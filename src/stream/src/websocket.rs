@@ -202,7 +202,9 @@ where
 }
 
 /// Sends the closing frame. Clients take a normal closure, and nothing else, for the end of all channels.
-async fn say_goodbye<T>(sink: &mut SplitSink<WebSocketStream<T>, Message>) -> std::result::Result<(), tungstenite::Error>
+async fn say_goodbye<T>(
+    sink: &mut SplitSink<WebSocketStream<T>, Message>,
+) -> std::result::Result<(), tungstenite::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {

@@ -49,7 +49,10 @@ impl HostService for Service {
         }))
     }
 
-    async fn apply_volume(&self, request: Request<host::ApplyVolumeRequest>) -> Answer<host::ApplyVolumeResponse> {
+    async fn apply_volume(
+        &self,
+        request: Request<host::ApplyVolumeRequest>,
+    ) -> Answer<host::ApplyVolumeResponse> {
         let (core, request) = (self.core.clone(), request.into_inner());
         let path = blocking("making a volume", move || core.volumes.apply(&request)).await?;
         Ok(Response::new(host::ApplyVolumeResponse { host_path: path.display().to_string() }))

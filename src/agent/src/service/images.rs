@@ -32,14 +32,12 @@ fn shown(image: ImageRecord) -> v1::Image {
 
 /// CRI's way to log in as ours. `auth` is base64 of `user:password`, with NULs at its end in old files.
 fn credentials(auth: v1::AuthConfig) -> Result<Credentials> {
-    let mut all = Credentials {
-        username: auth.username,
-        password: auth.password,
-        registry_token: auth.registry_token,
-    };
+    let mut all =
+        Credentials { username: auth.username, password: auth.password, registry_token: auth.registry_token };
     if all.username.is_empty() && !auth.auth.is_empty() {
         let wrong = || Error::Invalid("the registry's auth is not base64 of user:password".into());
-        let bytes = base64::engine::general_purpose::STANDARD.decode(auth.auth.trim()).map_err(|_| wrong())?;
+        let bytes =
+            base64::engine::general_purpose::STANDARD.decode(auth.auth.trim()).map_err(|_| wrong())?;
         let text = String::from_utf8(bytes).map_err(|_| wrong())?;
         let (user, password) = text.split_once(':').ok_or_else(wrong)?;
         all.username = user.to_owned();
@@ -71,15 +69,24 @@ impl ImageService for Service {
 
     type StreamImagesStream = Parts<v1::StreamImagesResponse>;
 
-    async fn stream_images(&self, request: Request<v1::StreamImagesRequest>) -> Answer<Self::StreamImagesStream> {
+    async fn stream_images(
+        &self,
+        request: Request<v1::StreamImagesRequest>,
+    ) -> Answer<Self::StreamImagesStream> {
         let images = self.all_images(request.into_inner().filter).await?;
         Ok(in_chunks(images, |images| v1::StreamImagesResponse { images }))
     }
 
-    async fn image_status(&self, request: Request<v1::ImageStatusRequest>) -> Answer<v1::ImageStatusResponse> {
+    async fn image_status(
+        &self,
+        request: Request<v1::ImageStatusRequest>,
+    ) -> Answer<v1::ImageStatusResponse> {
         let name = request.into_inner().image.unwrap_or_default().image;
         let image = self.core.images.resolve(&name).await.map_err(Error::from)?;
-        Ok(Response::new(v1::ImageStatusResponse { image: image.map(shown), ..v1::ImageStatusResponse::default() }))
+        Ok(Response::new(v1::ImageStatusResponse {
+            image: image.map(shown),
+            ..v1::ImageStatusResponse::default()
+        }))
     }
 
     async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<v1::PullImageResponse> {
@@ -90,7 +97,10 @@ impl ImageService for Service {
         Ok(Response::new(v1::PullImageResponse { image_ref: image.id.to_string() }))
     }
 
-    async fn remove_image(&self, request: Request<v1::RemoveImageRequest>) -> Answer<v1::RemoveImageResponse> {
+    async fn remove_image(
+        &self,
+        request: Request<v1::RemoveImageRequest>,
+    ) -> Answer<v1::RemoveImageResponse> {
         let name = request.into_inner().image.unwrap_or_default().image;
         self.core.images.remove(&name).await.map_err(Error::from)?;
         Ok(Response::new(v1::RemoveImageResponse {}))

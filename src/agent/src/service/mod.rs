@@ -115,7 +115,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_list_comes_in_chunks_and_an_empty_one_as_one() {
-        let count = async |n: usize| in_chunks(vec![0; n], |c| c.len()).into_inner().map(|c| c.unwrap()).collect::<Vec<_>>().await;
+        let count = async |n: usize| {
+            in_chunks(vec![0; n], |c| c.len()).into_inner().map(|c| c.unwrap()).collect::<Vec<_>>().await
+        };
         assert_eq!(count(0).await, [0]);
         assert_eq!(count(64).await, [64]);
         assert_eq!(count(130).await, [64, 64, 2]);

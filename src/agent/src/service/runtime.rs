@@ -44,7 +44,8 @@ impl Service {
                 RunState::Exited(_) => v1::ContainerState::ContainerExited,
             };
             (filter.id.is_empty() || record.id.as_str().starts_with(&filter.id))
-                && (filter.pod_sandbox_id.is_empty() || record.sandbox.as_str().starts_with(&filter.pod_sandbox_id))
+                && (filter.pod_sandbox_id.is_empty()
+                    || record.sandbox.as_str().starts_with(&filter.pod_sandbox_id))
                 && filter.state.is_none_or(|s| s.state() == state)
                 && selected(&filter.label_selector, |key| record.labels.get(key))
         };
@@ -59,7 +60,10 @@ impl Service {
         self.found(filter).iter().map(|c| status::container_item(c)).collect()
     }
 
-    async fn container_figures(&self, filter: Option<v1::ContainerStatsFilter>) -> Result<Vec<v1::ContainerStats>> {
+    async fn container_figures(
+        &self,
+        filter: Option<v1::ContainerStatsFilter>,
+    ) -> Result<Vec<v1::ContainerStats>> {
         let filter = filter.unwrap_or_default();
         let wanted = v1::ContainerFilter {
             id: filter.id,
@@ -76,9 +80,13 @@ impl Service {
         Ok(all)
     }
 
-    async fn pod_figures(&self, filter: Option<v1::PodSandboxStatsFilter>) -> Result<Vec<v1::PodSandboxStats>> {
+    async fn pod_figures(
+        &self,
+        filter: Option<v1::PodSandboxStatsFilter>,
+    ) -> Result<Vec<v1::PodSandboxStats>> {
         let filter = filter.unwrap_or_default();
-        let wanted = v1::PodSandboxFilter { id: filter.id, state: None, label_selector: filter.label_selector };
+        let wanted =
+            v1::PodSandboxFilter { id: filter.id, state: None, label_selector: filter.label_selector };
         let mut all = Vec::new();
         for sandbox in self.pods(Some(wanted)) {
             if sandbox.phase() == Phase::Ready {
@@ -104,14 +112,20 @@ impl RuntimeService for Service {
         }))
     }
 
-    async fn run_pod_sandbox(&self, request: Request<v1::RunPodSandboxRequest>) -> Answer<v1::RunPodSandboxResponse> {
+    async fn run_pod_sandbox(
+        &self,
+        request: Request<v1::RunPodSandboxRequest>,
+    ) -> Answer<v1::RunPodSandboxResponse> {
         let request = request.into_inner();
         let config = request.config.ok_or_else(|| Status::invalid_argument("the sandbox has no config"))?;
         let id = sandboxes::run(&self.core, config, &request.runtime_handler).await?;
         Ok(Response::new(v1::RunPodSandboxResponse { pod_sandbox_id: id.to_string() }))
     }
 
-    async fn stop_pod_sandbox(&self, request: Request<v1::StopPodSandboxRequest>) -> Answer<v1::StopPodSandboxResponse> {
+    async fn stop_pod_sandbox(
+        &self,
+        request: Request<v1::StopPodSandboxRequest>,
+    ) -> Answer<v1::StopPodSandboxResponse> {
         sandboxes::stop(&self.core, &request.into_inner().pod_sandbox_id).await?;
         Ok(Response::new(v1::StopPodSandboxResponse {}))
     }
@@ -131,13 +145,21 @@ impl RuntimeService for Service {
         let sandbox = self.core.sandbox(&request.into_inner().pod_sandbox_id)?;
         Ok(Response::new(v1::PodSandboxStatusResponse {
             status: Some(status::sandbox(&sandbox)),
-            containers_statuses: self.core.containers_of(&sandbox.id).iter().map(|c| status::container(c)).collect(),
+            containers_statuses: self
+                .core
+                .containers_of(&sandbox.id)
+                .iter()
+                .map(|c| status::container(c))
+                .collect(),
             timestamp: now_ns(),
             ..v1::PodSandboxStatusResponse::default()
         }))
     }
 
-    async fn list_pod_sandbox(&self, request: Request<v1::ListPodSandboxRequest>) -> Answer<v1::ListPodSandboxResponse> {
+    async fn list_pod_sandbox(
+        &self,
+        request: Request<v1::ListPodSandboxRequest>,
+    ) -> Answer<v1::ListPodSandboxResponse> {
         Ok(Response::new(v1::ListPodSandboxResponse { items: self.pod_items(request.into_inner().filter) }))
     }
 
@@ -159,12 +181,18 @@ impl RuntimeService for Service {
         Ok(Response::new(v1::CreateContainerResponse { container_id: id.to_string() }))
     }
 
-    async fn start_container(&self, request: Request<v1::StartContainerRequest>) -> Answer<v1::StartContainerResponse> {
+    async fn start_container(
+        &self,
+        request: Request<v1::StartContainerRequest>,
+    ) -> Answer<v1::StartContainerResponse> {
         containers::start(&self.core, &request.into_inner().container_id).await?;
         Ok(Response::new(v1::StartContainerResponse {}))
     }
 
-    async fn stop_container(&self, request: Request<v1::StopContainerRequest>) -> Answer<v1::StopContainerResponse> {
+    async fn stop_container(
+        &self,
+        request: Request<v1::StopContainerRequest>,
+    ) -> Answer<v1::StopContainerResponse> {
         let request = request.into_inner();
         containers::stop(&self.core, &request.container_id, request.timeout.clamp(0, LONGEST_STOP)).await?;
         Ok(Response::new(v1::StopContainerResponse {}))
@@ -178,8 +206,13 @@ impl RuntimeService for Service {
         Ok(Response::new(v1::RemoveContainerResponse {}))
     }
 
-    async fn list_containers(&self, request: Request<v1::ListContainersRequest>) -> Answer<v1::ListContainersResponse> {
-        Ok(Response::new(v1::ListContainersResponse { containers: self.container_items(request.into_inner().filter) }))
+    async fn list_containers(
+        &self,
+        request: Request<v1::ListContainersRequest>,
+    ) -> Answer<v1::ListContainersResponse> {
+        Ok(Response::new(v1::ListContainersResponse {
+            containers: self.container_items(request.into_inner().filter),
+        }))
     }
 
     type StreamContainersStream = Parts<v1::StreamContainersResponse>;
@@ -213,7 +246,8 @@ impl RuntimeService for Service {
         if !matches!(container.run_state(), RunState::Running { .. }) {
             return Err(Error::State(format!("container {} is not running", container.id)).into());
         }
-        let (cgroups, sandbox, id) = (self.core.cgroups.clone(), container.sandbox.clone(), container.id.clone());
+        let (cgroups, sandbox, id) =
+            (self.core.cgroups.clone(), container.sandbox.clone(), container.id.clone());
         blocking("writing a cgroup", move || Ok(cgroups.update(&sandbox, Some(&id), &limits)?)).await?;
         self.core
             .change_container(&container, |r| r.memory_limit = limits.memory_bytes.or(r.memory_limit))
@@ -246,11 +280,17 @@ impl RuntimeService for Service {
         Ok(Response::new(self.streaming.attach(request.into_inner()).await?))
     }
 
-    async fn port_forward(&self, request: Request<v1::PortForwardRequest>) -> Answer<v1::PortForwardResponse> {
+    async fn port_forward(
+        &self,
+        request: Request<v1::PortForwardRequest>,
+    ) -> Answer<v1::PortForwardResponse> {
         Ok(Response::new(self.streaming.port_forward(request.into_inner()).await?))
     }
 
-    async fn container_stats(&self, request: Request<v1::ContainerStatsRequest>) -> Answer<v1::ContainerStatsResponse> {
+    async fn container_stats(
+        &self,
+        request: Request<v1::ContainerStatsRequest>,
+    ) -> Answer<v1::ContainerStatsResponse> {
         let container = self.core.container(&request.into_inner().container_id)?;
         let stats = Some(stats::container(&self.core, &container).await?);
         Ok(Response::new(v1::ContainerStatsResponse { stats }))
@@ -387,7 +427,10 @@ impl RuntimeService for Service {
         not_supported("metrics by CRI: the node serves them from the stats")
     }
 
-    async fn runtime_config(&self, _: Request<v1::RuntimeConfigRequest>) -> Answer<v1::RuntimeConfigResponse> {
+    async fn runtime_config(
+        &self,
+        _: Request<v1::RuntimeConfigRequest>,
+    ) -> Answer<v1::RuntimeConfigResponse> {
         Ok(Response::new(v1::RuntimeConfigResponse {
             linux: Some(v1::LinuxRuntimeConfiguration { cgroup_driver: v1::CgroupDriver::Cgroupfs as i32 }),
         }))

@@ -116,8 +116,13 @@ mod tests {
     #[test]
     fn a_range_has_its_first_address_for_the_gateway() {
         let range = Range::parse("10.244.2.9/24").unwrap();
-        assert_eq!((range.to_string().as_str(), range.gateway()), ("10.244.2.0/24", Ipv4Addr::new(10, 244, 2, 1)));
-        assert!(range.contains(Ipv4Addr::new(10, 244, 2, 255)) && !range.contains(Ipv4Addr::new(10, 244, 3, 0)));
+        assert_eq!(
+            (range.to_string().as_str(), range.gateway()),
+            ("10.244.2.0/24", Ipv4Addr::new(10, 244, 2, 1))
+        );
+        assert!(
+            range.contains(Ipv4Addr::new(10, 244, 2, 255)) && !range.contains(Ipv4Addr::new(10, 244, 3, 0))
+        );
         assert!(Range::parse("10.0.0.0/33").is_none() && Range::parse("10.0.0.0").is_none());
     }
 }

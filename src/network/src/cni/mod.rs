@@ -268,7 +268,8 @@ impl Cni {
 
     /// The range in our own conflist, if there is one.
     fn written_cidr(&self) -> Option<String> {
-        let bytes = fs::read(self.config.conf_dir.join(OWN_FILE)).ok().filter(|_| self.config.write_default)?;
+        let bytes =
+            fs::read(self.config.conf_dir.join(OWN_FILE)).ok().filter(|_| self.config.write_default)?;
         let list: Conflist = serde_json::from_slice(&bytes).ok()?;
         let range = list.plugins.first()?.get("ipam")?.get("ranges")?.get(0)?.get(0)?;
         Some(range.get("subnet")?.as_str()?.to_owned())
@@ -310,7 +311,9 @@ impl Cni {
         let none = |reason: &str| Error::NoConfig { dir: dir.clone(), reason: reason.into() };
         let path = if self.config.write_default {
             if self.pod_cidr().is_none() {
-                return Err(none("the pods' address range is not known yet: the cluster allots one (Node.spec.podCIDR), or set pod_cidr"));
+                return Err(none(
+                    "the pods' address range is not known yet: the cluster allots one (Node.spec.podCIDR), or set pod_cidr",
+                ));
             }
             dir.join(OWN_FILE)
         } else {

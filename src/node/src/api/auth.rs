@@ -126,13 +126,12 @@ pub(crate) struct Cluster {
 impl Reviewer for Cluster {
     fn token(&self, token: String) -> BoxFuture<'_, Result<Option<User>>> {
         Box::pin(async move {
-            let review = TokenReview {
-                spec: TokenReviewSpec { token, audiences: None },
-                ..TokenReview::default()
-            };
+            let review =
+                TokenReview { spec: TokenReviewSpec { token, audiences: None }, ..TokenReview::default() };
             let api: Api<TokenReview> = Api::all(self.client.clone());
             let answer = api.create(&PostParams::default(), &review).await;
-            let status = answer.map_err(crate::Error::api("review a caller's token"))?.status.unwrap_or_default();
+            let status =
+                answer.map_err(crate::Error::api("review a caller's token"))?.status.unwrap_or_default();
             Ok(status.user.filter(|_| status.authenticated == Some(true)).map(|user| User {
                 name: user.username.unwrap_or_default(),
                 uid: user.uid,
@@ -164,7 +163,10 @@ impl Reviewer for Cluster {
             };
             let api: Api<SubjectAccessReview> = Api::all(self.client.clone());
             let answer = api.create(&PostParams::default(), &review).await;
-            Ok(answer.map_err(crate::Error::api("review a caller's access"))?.status.is_some_and(|s| s.allowed))
+            Ok(answer
+                .map_err(crate::Error::api("review a caller's access"))?
+                .status
+                .is_some_and(|s| s.allowed))
         })
     }
 }
@@ -236,7 +238,9 @@ impl Gate {
 
     async fn authenticate(&self, headers: &HeaderMap) -> Result<User, Refusal> {
         let unauthorized = || Refusal { status: StatusCode::UNAUTHORIZED, text: "Unauthorized".into() };
-        let (Some(token), Some(reviewer)) = (bearer(headers), &self.reviewer) else { return Err(unauthorized()) };
+        let (Some(token), Some(reviewer)) = (bearer(headers), &self.reviewer) else {
+            return Err(unauthorized());
+        };
         let key: [u8; 32] = Sha256::digest(token.as_bytes()).into();
         if let Some(known) = self.tokens.get(&key, Instant::now()) {
             return known.ok_or_else(unauthorized);

@@ -51,7 +51,10 @@ async fn anonymous_is_401_and_unauthorised_403() {
     assert_eq!(ask(&gate, &with("stolen"), "/metrics").await.unwrap_err().status, 401);
     let refusal = ask(&gate, &with("prometheus"), "/pods").await.unwrap_err();
     assert_eq!(refusal.status, 403);
-    assert_eq!(refusal.text, "Forbidden (user=prometheus, verb=get, resource=nodes, subresource(s)=[pods proxy])");
+    assert_eq!(
+        refusal.text,
+        "Forbidden (user=prometheus, verb=get, resource=nodes, subresource(s)=[pods proxy])"
+    );
     assert_eq!(ask(&gate, &with("prometheus"), "/metrics/resource").await.unwrap().name, "prometheus");
     assert_eq!(ask(&gate, &with("pods-only"), "/pods").await.unwrap().name, "pods-only");
 }

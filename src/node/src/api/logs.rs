@@ -24,9 +24,14 @@ use crate::{Error, pods::registry::PodView};
 fn not_yet(view: &PodView, name: &str) -> Failure {
     let pod = view.pod.metadata.name.as_deref().unwrap_or_default();
     let status = view.pod.status.clone().unwrap_or_default();
-    let all = status.container_statuses.into_iter().flatten().chain(status.init_container_statuses.into_iter().flatten());
+    let all = status
+        .container_statuses
+        .into_iter()
+        .flatten()
+        .chain(status.init_container_statuses.into_iter().flatten());
     let waiting = |s: ContainerStatus| s.state.and_then(|s| s.waiting).and_then(|w| w.reason);
-    let reason = all.filter(|s| s.name == name).find_map(waiting).unwrap_or_else(|| "ContainerCreating".to_owned());
+    let reason =
+        all.filter(|s| s.name == name).find_map(waiting).unwrap_or_else(|| "ContainerCreating".to_owned());
     let text = format!("container \"{name}\" in pod \"{pod}\" is waiting to start: {reason}");
     Failure::new(StatusCode::BAD_REQUEST, text)
 }

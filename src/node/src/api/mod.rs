@@ -87,9 +87,9 @@ pub async fn bind(config: &Config) -> Result<Bound> {
 pub async fn serve(bound: Bound, context: ApiContext, stop: CancellationToken) -> Result<()> {
     let ApiContext { config, identity, registry, agent } = context;
     let acceptor = tls::acceptor(&identity)?;
-    let reviewer = identity.client().map(|client| -> Arc<dyn Reviewer> {
-        Arc::new(Cluster { client, node: config.node_name.clone() })
-    });
+    let reviewer = identity
+        .client()
+        .map(|client| -> Arc<dyn Reviewer> { Arc::new(Cluster { client, node: config.node_name.clone() }) });
     let api = Arc::new(Api {
         config,
         registry,
@@ -151,8 +151,17 @@ async fn gate(
 
 /// The first part of a route, which is one of a few: a label of metrics must not be the caller's choice.
 fn first_part(route: &str) -> &'static str {
-    const PARTS: [&str; 9] =
-        ["healthz", "pods", "runningpods", "metrics", "stats", "containerLogs", "exec", "attach", "portForward"];
+    const PARTS: [&str; 9] = [
+        "healthz",
+        "pods",
+        "runningpods",
+        "metrics",
+        "stats",
+        "containerLogs",
+        "exec",
+        "attach",
+        "portForward",
+    ];
     let first = route.trim_start_matches('/').split('/').next().unwrap_or_default();
     PARTS.iter().find(|p| **p == first).copied().unwrap_or("other")
 }
@@ -184,7 +193,12 @@ impl From<Error> for Failure {
 
 impl Api {
     /// The pod of a request.
-    fn pod(&self, namespace: &str, name: &str, uid: Option<&str>) -> std::result::Result<Arc<PodView>, Failure> {
+    fn pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: Option<&str>,
+    ) -> std::result::Result<Arc<PodView>, Failure> {
         let view = self.registry.get(namespace, name);
         let view = view.filter(|v| uid.is_none_or(|uid| v.pod.metadata.uid.as_deref() == Some(uid)));
         view.ok_or_else(|| Failure::not_found(format!("pod does not exist: \"{namespace}/{name}\"")))
@@ -207,13 +221,14 @@ fn container<'a>(view: &'a PodView, name: &str) -> std::result::Result<&'a Conta
     view.containers.get(name).ok_or_else(missing)
 }
 
-fn list(pods: Vec<Arc<PodView>>) -> Json<serde_json::Value> {
-    let items: Vec<_> = pods.iter().map(|v| serde_json::to_value(v.pod.as_ref()).unwrap_or_default()).collect();
+fn list(pods: &[Arc<PodView>]) -> Json<serde_json::Value> {
+    let items: Vec<_> =
+        pods.iter().map(|v| serde_json::to_value(v.pod.as_ref()).unwrap_or_default()).collect();
     Json(serde_json::json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}))
 }
 
 async fn pods(State(api): State<Arc<Api>>) -> Json<serde_json::Value> {
-    list(api.registry.list())
+    list(&api.registry.list())
 }
 
 async fn running_pods(State(api): State<Arc<Api>>) -> Json<serde_json::Value> {
@@ -221,7 +236,7 @@ async fn running_pods(State(api): State<Arc<Api>>) -> Json<serde_json::Value> {
         let statuses = v.pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
         statuses.filter_map(|c| c.state.as_ref()).any(|s| s.running.is_some())
     };
-    list(api.registry.list().into_iter().filter(running).collect())
+    list(&api.registry.list().into_iter().filter(running).collect::<Vec<_>>())
 }
 
 async fn own_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {

@@ -72,11 +72,11 @@ impl LogOptions {
     pub(crate) fn parse(query: Option<&str>, now: Timestamp) -> Result<Self, BadOptions> {
         let pairs = pairs(query);
         let get = |name: &str| first(&pairs, name).filter(|v| !v.is_empty());
-        let number = |name: &str| get(name).map(|v| v.parse::<i64>().map_err(|_| BadOptions::Undecodable)).transpose();
+        let number =
+            |name: &str| get(name).map(|v| v.parse::<i64>().map_err(|_| BadOptions::Undecodable)).transpose();
         // As Kubernetes decodes a bool in a query: there without a value, or with any but these, is true.
-        let flag = |name: &str| {
-            first(&pairs, name).is_some_and(|v| !(v == "0" || v.eq_ignore_ascii_case("false")))
-        };
+        let flag =
+            |name: &str| first(&pairs, name).is_some_and(|v| !(v == "0" || v.eq_ignore_ascii_case("false")));
         let tail = match get("tail") {
             Some("all") => None,
             Some(_) => number("tail")?,
@@ -87,8 +87,9 @@ impl LogOptions {
             v => Ok(v.and_then(|v| u64::try_from(v).ok())),
         };
         let since_seconds = at_least(number("sinceSeconds")?, 1)?;
-        let since_time =
-            get("sinceTime").map(|v| v.parse::<Timestamp>().map_err(|_| BadOptions::Undecodable)).transpose()?;
+        let since_time = get("sinceTime")
+            .map(|v| v.parse::<Timestamp>().map_err(|_| BadOptions::Undecodable))
+            .transpose()?;
         let since_nanos = match (since_seconds, since_time) {
             (Some(_), Some(_)) => return Err(BadOptions::Invalid),
             (Some(seconds), None) => {
@@ -96,7 +97,9 @@ impl LogOptions {
                 let back = i64::try_from(seconds).unwrap_or(i64::MAX).saturating_mul(1_000_000_000);
                 Some(nanos.saturating_sub(back).max(0))
             }
-            (None, Some(time)) => Some(i64::try_from(time.as_nanosecond()).unwrap_or(if time > now { i64::MAX } else { 0 })),
+            (None, Some(time)) => {
+                Some(i64::try_from(time.as_nanosecond()).unwrap_or(if time > now { i64::MAX } else { 0 }))
+            }
             (None, None) => None,
         };
         let stream = match get("stream") {
@@ -180,9 +183,13 @@ mod tests {
 
     #[test]
     fn log_options() {
-        let all = parse("follow=true&previous=false&timestamps=1&tailLines=0&limitBytes=7&sinceSeconds=10").unwrap();
+        let all = parse("follow=true&previous=false&timestamps=1&tailLines=0&limitBytes=7&sinceSeconds=10")
+            .unwrap();
         assert!(all.follow && !all.previous && all.timestamps);
-        assert_eq!((all.tail_lines, all.limit_bytes, all.since_nanos), (Some(0), Some(7), Some(990_000_000_000)));
+        assert_eq!(
+            (all.tail_lines, all.limit_bytes, all.since_nanos),
+            (Some(0), Some(7), Some(990_000_000_000))
+        );
         assert_eq!(parse("sinceTime=1970-01-01T00:00:05Z").unwrap().since_nanos, Some(5_000_000_000));
         assert_eq!(parse("stream=Stderr").unwrap().stream, Some("stderr"));
         assert_eq!(parse("tail=all&tailLines=3").unwrap().tail_lines, None);
@@ -208,7 +215,9 @@ mod tests {
 
     #[test]
     fn streams() {
-        let got = Streams::parse(Some("command=sh&command=-c&command=echo+a%26b&input=1&output=1&error=1&tty=1")).unwrap();
+        let got =
+            Streams::parse(Some("command=sh&command=-c&command=echo+a%26b&input=1&output=1&error=1&tty=1"))
+                .unwrap();
         assert_eq!(got.command, ["sh", "-c", "echo a&b"]);
         assert!(got.stdin && got.stdout && !got.stderr && got.tty);
         let got = Streams::parse(Some("stdout=true&stderr=true")).unwrap();

@@ -59,7 +59,11 @@ impl Api {
     }
 }
 
-pub(super) async fn exec(State(api): State<Arc<Api>>, Path(parts): Parts, request: Request) -> Result<Response, Failure> {
+pub(super) async fn exec(
+    State(api): State<Arc<Api>>,
+    Path(parts): Parts,
+    request: Request,
+) -> Result<Response, Failure> {
     let id = api.container_id(&parts)?;
     let wanted = Streams::parse(request.uri().query()).map_err(bad)?;
     let ask = v1::ExecRequest {
@@ -74,7 +78,11 @@ pub(super) async fn exec(State(api): State<Arc<Api>>, Path(parts): Parts, reques
     forward(&api, request, &url).await
 }
 
-pub(super) async fn attach(State(api): State<Arc<Api>>, Path(parts): Parts, request: Request) -> Result<Response, Failure> {
+pub(super) async fn attach(
+    State(api): State<Arc<Api>>,
+    Path(parts): Parts,
+    request: Request,
+) -> Result<Response, Failure> {
     let id = api.container_id(&parts)?;
     let wanted = Streams::parse(request.uri().query()).map_err(bad)?;
     let ask = v1::AttachRequest {
@@ -119,10 +127,13 @@ fn upgrade_headers(headers: &HeaderMap) -> HeaderMap {
 
 /// Sends the request on to the agent's streaming server and joins the two connections once both are upgraded.
 async fn forward(api: &Arc<Api>, mut request: Request, url: &str) -> Result<Response, Failure> {
-    let failed = |text: String| Failure::new(StatusCode::BAD_GATEWAY, format!("the agent's streaming server: {text}"));
+    let failed =
+        |text: String| Failure::new(StatusCode::BAD_GATEWAY, format!("the agent's streaming server: {text}"));
     let path = url.parse::<Uri>().map_err(|e| failed(e.to_string()))?.path().to_owned();
     let endpoint = api.stream_endpoint().await?;
-    let socket = endpoint.strip_prefix("unix://").ok_or_else(|| failed(format!("{endpoint} is no unix:// endpoint")))?;
+    let socket = endpoint
+        .strip_prefix("unix://")
+        .ok_or_else(|| failed(format!("{endpoint} is no unix:// endpoint")))?;
     let onward = hyper::Request::builder()
         .method(request.method().clone())
         .uri(path)
@@ -140,7 +151,8 @@ async fn forward(api: &Arc<Api>, mut request: Request, url: &str) -> Result<Resp
         }
     });
     let answer = timeout(PATIENCE, sender.send_request(onward)).await;
-    let mut answer = answer.map_err(|_| failed("no answer in time".into()))?.map_err(|e| failed(e.to_string()))?;
+    let mut answer =
+        answer.map_err(|_| failed("no answer in time".into()))?.map_err(|e| failed(e.to_string()))?;
     if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
         let (parts, body) = answer.into_parts();
         return Ok(Response::from_parts(parts, Body::new(body)));
@@ -154,7 +166,8 @@ async fn forward(api: &Arc<Api>, mut request: Request, url: &str) -> Result<Resp
         let joined = async {
             let (theirs, ours) = tokio::try_join!(theirs, ours).map_err(|e| e.to_string())?;
             let (mut theirs, mut ours) = (TokioIo::new(theirs), TokioIo::new(ours));
-            let copied = tokio::io::copy_bidirectional_with_sizes(&mut theirs, &mut ours, BUFFER, BUFFER).await;
+            let copied =
+                tokio::io::copy_bidirectional_with_sizes(&mut theirs, &mut ours, BUFFER, BUFFER).await;
             copied.map_err(|e| e.to_string())
         };
         tokio::select! {

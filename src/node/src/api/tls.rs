@@ -95,7 +95,8 @@ async fn connection(
 ) -> std::result::Result<(), String> {
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
     let handshake = timeout(PATIENCE, acceptor.accept(stream)).await;
-    let stream = handshake.map_err(|_| "the TLS handshake took too long".to_owned())?.map_err(|e| e.to_string())?;
+    let stream =
+        handshake.map_err(|_| "the TLS handshake took too long".to_owned())?.map_err(|e| e.to_string())?;
     let caller: Option<User> = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
         Some(certificate) => {
             let user = user_from_certificate(certificate);

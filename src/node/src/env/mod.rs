@@ -168,7 +168,10 @@ pub(crate) async fn environment(
                     match objects.config_map(&r.name) {
                         None if r.optional == Some(true) => None,
                         None => {
-                            return Err(Error::ContainerConfig(format!("configmap \"{}\" not found", r.name)));
+                            return Err(Error::ContainerConfig(format!(
+                                "configmap \"{}\" not found",
+                                r.name
+                            )));
                         }
                         Some(map) => match map.data.as_ref().and_then(|d| d.get(&r.key)) {
                             Some(v) => Some(v.clone()),

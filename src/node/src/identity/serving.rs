@@ -87,7 +87,7 @@ pub(super) async fn keep_fresh(
                         Ok(pair) => shown.show(&pair),
                         Err(error) => tracing::warn!(%error, "no serving certificate for these names"),
                     }
-                    std::future::pending().await
+                    std::future::pending::<()>().await;
                 }
                 (Some(client), Some(wanted)) => provide(&shown, client, &store, &node, wanted).await,
             }
@@ -121,7 +121,7 @@ async fn provide(
             Err(error) => tracing::warn!(%error, "no serving certificate for these names"),
         },
         Err(error) => {
-            tracing::warn!(error = crate::chain(&error), "stored serving certificate cannot be read")
+            tracing::warn!(error = crate::chain(&error), "stored serving certificate cannot be read");
         }
     }
     match request::obtain(client, store, Purpose::Serving, node, Some(names)).await {

@@ -210,12 +210,12 @@ impl Manager {
         let fits = own.is_some_and(|w| names::uid(&w.desired.borrow().pod) == hash);
         // A mirror of what is no longer here, or of another version, goes; but not before the manifests were read.
         if !fits || mirror.metadata.deletion_timestamp.is_some() {
-            if self.listed.contains(&Source::Files) || !self.wanted.contains(&Source::Files) {
-                if let Err(error) =
+            let read = self.listed.contains(&Source::Files) || !self.wanted.contains(&Source::Files);
+            if read
+                && let Err(error) =
                     self.shared.cluster.delete_pod(&name.0, &name.1, names::uid(&mirror)).await
-                {
-                    debug!(error = %chain(&error), "old mirror pod not deleted");
-                }
+            {
+                debug!(error = %chain(&error), "old mirror pod not deleted");
             }
             return;
         }

@@ -31,10 +31,13 @@ pub struct PodView {
     pub containers: BTreeMap<String, ContainerView>,
 }
 
+/// By namespace and name.
+type Pods = BTreeMap<(String, String), Arc<PodView>>;
+
 /// All pods of the node, by namespace and name.
 #[derive(Clone, Default)]
 pub struct PodRegistry {
-    pods: Arc<RwLock<BTreeMap<(String, String), Arc<PodView>>>>,
+    pods: Arc<RwLock<Pods>>,
 }
 
 impl PodRegistry {

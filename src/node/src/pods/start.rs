@@ -260,17 +260,14 @@ impl Worker {
             }
             (Policy::Always, _) | (Policy::IfNotPresent, None) => {}
         }
-        if let Some((failed_at, why)) = self.image_failures.get(&name).cloned() {
-            if let Some((left, _)) = self.image_backoff.remaining(&name, failed_at, now) {
-                let message = format!("Back-off pulling image \"{name}\"");
-                events.pod(pod, Some(&c.name), Kind::Normal, "BackOff", message.clone());
-                events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ImagePullBackOff");
-                return Err(Held {
-                    reason: "ImagePullBackOff",
-                    message: format!("{message}: ErrImagePull: {why}"),
-                    pause: left,
-                });
-            }
+        if let Some((failed_at, why)) = self.image_failures.get(&name)
+            && let Some((left, _)) = self.image_backoff.remaining(&name, *failed_at, now)
+        {
+            let message = format!("Back-off pulling image \"{name}\"");
+            events.pod(pod, Some(&c.name), Kind::Normal, "BackOff", message.clone());
+            events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ImagePullBackOff");
+            let message = format!("{message}: ErrImagePull: {why}");
+            return Err(Held { reason: "ImagePullBackOff", message, pause: left });
         }
         events.pod(pod, Some(&c.name), Kind::Normal, "Pulling", format!("Pulling image \"{name}\""));
         let (auths, missing) = images::pull_secrets(shared.cluster.as_ref(), pod, &name).await;

@@ -175,14 +175,13 @@ fn container(
     }
     // What will be started again waits, with the reason; how it ended is its last state.
     let over = init && newest.is_some_and(|c| c.phase == Phase::Exited && c.exit_code == 0);
-    if !inputs.ended && !over && newest.is_none_or(|c| restart::wanted(pod, c)) {
-        if let Some((reason, message)) = inputs.waiting.get(&spec.name) {
-            if let Some(state) = status.state.take().filter(|s| s.terminated.is_some()) {
-                status.last_state = Some(state);
-            }
-            status.state = Some(waiting(reason, message));
-            status.ready = false;
+    let again = !inputs.ended && !over && newest.is_none_or(|c| restart::wanted(pod, c));
+    if let (true, Some((reason, message))) = (again, inputs.waiting.get(&spec.name)) {
+        if let Some(state) = status.state.take().filter(|s| s.terminated.is_some()) {
+            status.last_state = Some(state);
         }
+        status.state = Some(waiting(reason, message));
+        status.ready = false;
     }
     if status.last_state.is_none() {
         status.last_state = Some(ContainerState::default());

@@ -196,7 +196,10 @@ pub(crate) async fn gather(
                             Err(e) => match tokens.get(&place).filter(|t| t.expires > now) {
                                 Some(token) => token.clone(),
                                 None => {
-                                    return Err(format!("failed to fetch token: {}", crate::error::chain(&e)));
+                                    return Err(format!(
+                                        "failed to fetch token: {}",
+                                        crate::error::chain(&e)
+                                    ));
                                 }
                             },
                         }

@@ -79,7 +79,7 @@ fn parse(text: &str) -> DnsConfig {
             Some("nameserver") => dns.servers.extend(words.next().map(str::to_owned)),
             Some("search") => {
                 dns.searches =
-                    words.map(|w| w.trim_end_matches('.').to_owned()).filter(|w| !w.is_empty()).collect()
+                    words.map(|w| w.trim_end_matches('.').to_owned()).filter(|w| !w.is_empty()).collect();
             }
             Some("options") => dns.options = words.map(str::to_owned).collect(),
             _ => {}
