@@ -23,7 +23,7 @@ const ALONE_CIDR: &str = "10.244.0.0/24";
 ///
 /// # Errors
 /// Whatever kept it from starting, or ended it, in words for the person at the terminal.
-pub(crate) fn main(cli: Cli) -> Result<()> {
+pub(crate) fn main(cli: &Cli) -> Result<()> {
     let (config, with_node) = match &cli.command {
         Command::Up(args) => (Config::load(&args.common, Some(args))?, true),
         Command::Agent(args) => (Config::load(args, None)?, false),
