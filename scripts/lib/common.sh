@@ -111,6 +111,21 @@ stop_daemon() {
   rm -f "$dir/$name.pid"
 }
 
+# install_packages NAME…: Debian packages. Services that only our installation brings are not to run: the scripts start their own,
+# on loopback. policy-rc.d is Debian's way to say so; another's file is put back.
+install_packages() (
+  policy=/usr/sbin/policy-rc.d
+  say "Debian packages to install: $*"
+  restore() { rm -f "$policy"; if [ -e "$policy.moxlet" ]; then mv "$policy.moxlet" "$policy"; fi; }
+  trap restore EXIT
+  if [ -e "$policy" ] && [ ! -e "$policy.moxlet" ]; then mv "$policy" "$policy.moxlet"; fi
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 755 "$policy"
+  export DEBIAN_FRONTEND=noninteractive
+  step "apt-get update" apt-get update -q
+  step "apt-get install" apt-get install -qy --no-install-recommends "$@"
+)
+
 # port_free PORT WHAT KEY: a clear word before something fails to listen.
 port_free() {
   if ss -Hltn "sport = :$1" | grep -q .; then
