@@ -274,15 +274,21 @@ impl Core {
         lock(&self.sandboxes).insert(sandbox.id.clone(), sandbox);
     }
 
-    /// Adds a new sandbox unless there is one of the same pod and attempt, which is the error.
-    pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>) -> std::result::Result<(), SandboxRecord> {
+    /// Adds a new sandbox.
+    ///
+    /// # Errors
+    /// There is one of the same pod and attempt.
+    pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>) -> Result<()> {
         let mut all = lock(&self.sandboxes);
         let new = sandbox.record();
         let same = |r: &SandboxRecord| {
             r.uid == new.uid && r.name == new.name && r.namespace == new.namespace && r.attempt == new.attempt
         };
-        if let Some(taken) = all.values().map(|s| s.record()).find(same) {
-            return Err(taken);
+        if let Some(other) = all.values().map(|s| s.record()).find(same) {
+            return Err(Error::State(format!(
+                "sandbox {} of pod {}/{} has attempt {} already",
+                other.id, other.namespace, other.name, other.attempt
+            )));
         }
         all.insert(sandbox.id.clone(), sandbox);
         Ok(())

@@ -88,7 +88,8 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
             for state in known {
                 match core.container(&state.id) {
                     Ok(container) if state.status == Status::Created => {
-                        let cut = Error::State("the agent ended while the container was being started".into());
+                        let cut =
+                            Error::State("the agent ended while the container was being started".into());
                         containers::not_started(core, sandbox, &container, &cut).await?;
                     }
                     _ => containers::reported(core, sandbox, state).await?,

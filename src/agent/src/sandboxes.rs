@@ -161,12 +161,7 @@ pub(crate) async fn run(core: &Arc<Core>, config: v1::PodSandboxConfig, handler:
     let share_pids = check(&config)?;
     let record = record(&config, share_pids)?;
     let sandbox = Sandbox::new(record);
-    if let Err(other) = core.add_sandbox(sandbox.clone()) {
-        return Err(Error::State(format!(
-            "sandbox {} of pod {}/{} has attempt {} already",
-            other.id, other.namespace, other.name, other.attempt
-        )));
-    }
+    core.add_sandbox(sandbox.clone())?;
     let core = core.clone();
     core.clone()
         .whole(async move {

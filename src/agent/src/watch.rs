@@ -65,7 +65,9 @@ async fn follow(core: &Arc<Core>, sandbox: &Arc<Sandbox>, client: &Client) -> Re
     }
     while let Some(event) = events.next().await? {
         match event {
-            Event::Started { container } | Event::Exited { container } => note(core, sandbox, container).await?,
+            Event::Started { container } | Event::Exited { container } => {
+                note(core, sandbox, container).await?;
+            }
             Event::Unknown => {}
         }
     }
