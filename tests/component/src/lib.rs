@@ -1,1 +1,33 @@
-//! Component tests: the crates against real LXC, OverlayFS, CNI and a registry.
+//! Component tests: the crates against real LXC, OverlayFS, CNI and a registry. Here is what the test programs share.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::missing_panics_doc)]
+
+pub mod forwarding;
+pub mod host;
+pub mod registry;
+pub mod traces;
+pub mod wait;
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+/// The top of the repository.
+#[must_use]
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// moxlet-init, built once by the project's own script, or the one that `MOXLET_INIT` names.
+pub fn init_binary() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        if let Some(path) = std::env::var_os("MOXLET_INIT") {
+            return path.into();
+        }
+        let out = Command::new(repository().join("scripts/build-init")).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap().lines().last().unwrap().into()
+    })
+}

@@ -4,8 +4,6 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
-    process::Command,
-    sync::OnceLock,
     time::Duration,
 };
 
@@ -13,24 +11,11 @@ use moxlet_ids::SandboxId;
 use moxlet_init_proto::{ContainerState, CreateRequest, Event, ExecRequest, Status, client::Client};
 use moxlet_sandbox::{Engine, IdMap, Limits, LxcConfig, LxcEngine, SandboxSpec, cgroup::ContainerCgroups};
 use moxlet_storage::mounts;
+use moxlet_tests_component::init_binary;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
 pub(crate) const MAP: IdMap = IdMap { host_base: 100_000, size: 65_536 };
-
-/// The static program, built once by the project's own script, or the one that `MOXLET_INIT` names.
-fn init_binary() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        if let Some(path) = std::env::var_os("MOXLET_INIT") {
-            return path.into();
-        }
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/build-init");
-        let out = Command::new(script).output().unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).unwrap().lines().last().unwrap().into()
-    })
-}
 
 pub(crate) struct Ct {
     pub(crate) engine: LxcEngine,
