@@ -49,5 +49,6 @@ clean() {
   done
   mounts_below "$root" | while read -r path; do umount "$path" 2>/dev/null || umount -l "$path" 2>/dev/null || true; done
   if ip link show "$bridge" >/dev/null 2>&1; then ip link delete "$bridge"; fi
+  nft delete table ip "moxlet_${bridge//[!a-zA-Z0-9]/_}" 2>/dev/null || true
   if [ -z "$(mounts_below "$root")" ]; then rm -rf --one-file-system "$root"; else warn "mounts are left below $root"; return 1; fi
 }
