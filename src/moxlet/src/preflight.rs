@@ -26,6 +26,20 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     bail!("this machine lacks what Moxlet needs:\n  - {}", missing.join("\n  - "))
 }
 
+/// Whether the kubelet API can listen, before anything is made on the machine.
+///
+/// # Errors
+/// The address is taken or not this machine's.
+pub(crate) fn can_listen(address: std::net::SocketAddr) -> Result<()> {
+    match std::net::TcpListener::bind(address) {
+        Ok(_) => Ok(()),
+        Err(e) => bail!(
+            "the kubelet API cannot listen on {address}: {e}; end what listens there (`ss -ltnp` names it), or choose \
+             another address (--listen, or `listen` in the configuration)"
+        ),
+    }
+}
+
 fn kernel() -> Vec<String> {
     let mut missing = Vec::new();
     for kind in ["user", "pid", "mnt", "net", "cgroup", "ipc", "uts"] {

@@ -34,6 +34,9 @@ pub(crate) fn main(cli: &Cli) -> Result<()> {
         bail!("another TLS provider was installed before ring");
     }
     let _lock = lock(&config.root_dir)?;
+    if with_node {
+        preflight::can_listen(config.listen)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8)))
         .max_blocking_threads(64)
