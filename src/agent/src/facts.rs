@@ -27,7 +27,8 @@ pub(crate) fn read(root: &Path) -> host::InfoResponse {
     let name = rustix::system::uname();
     let memory = text("/proc/meminfo");
     let total = meminfo(&memory, "MemTotal:");
-    let size = rustix::fs::statvfs(root).map_or(0, |s| s.f_blocks.saturating_mul(s.f_frsize));
+    let disk = rustix::fs::statvfs(root).ok();
+    let disk = disk.as_ref();
     host::InfoResponse {
         hostname: name.nodename().to_string_lossy().into_owned(),
         machine_id: text("/etc/machine-id"),
@@ -39,7 +40,10 @@ pub(crate) fn read(root: &Path) -> host::InfoResponse {
         runtime_version: format!("moxlet://{}", env!("CARGO_PKG_VERSION")),
         cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
         memory_bytes: total,
-        ephemeral_storage_bytes: size,
+        ephemeral_storage_bytes: disk.map_or(0, |s| s.f_blocks.saturating_mul(s.f_frsize)),
+        ephemeral_storage_available_bytes: disk.map_or(0, |s| s.f_bavail.saturating_mul(s.f_frsize)),
+        ephemeral_storage_inodes: disk.map_or(0, |s| s.f_files),
+        ephemeral_storage_inodes_free: disk.map_or(0, |s| s.f_ffree),
         addresses: addresses().iter().map(ToString::to_string).collect(),
         cpu_usage_core_nano_seconds: busy_ns(&text("/proc/stat")),
         memory_working_set_bytes: total.saturating_sub(meminfo(&memory, "MemAvailable:")),

@@ -10,8 +10,8 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
-        DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
-        NodeSystemInfo, Taint,
+        DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeFeatures, NodeSpec,
+        NodeStatus, NodeSystemInfo, Taint,
     },
     apimachinery::pkg::{
         api::resource::Quantity,
@@ -269,13 +269,32 @@ impl Registrar {
             allocatable: Some(resources),
             addresses: Some(addresses.collect()),
             conditions: Some(vec![
-                condition(
-                    "MemoryPressure",
-                    false,
-                    "KubeletHasSufficientMemory",
-                    "the host has sufficient memory available",
-                ),
-                condition("DiskPressure", false, "KubeletHasNoDiskPressure", "the host has no disk pressure"),
+                if memory_is_short(&info) {
+                    condition(
+                        "MemoryPressure",
+                        true,
+                        "KubeletHasInsufficientMemory",
+                        "the host is short of memory",
+                    )
+                } else {
+                    let text = "the host has sufficient memory available";
+                    condition("MemoryPressure", false, "KubeletHasSufficientMemory", text)
+                },
+                if disk_is_short(&info) {
+                    condition(
+                        "DiskPressure",
+                        true,
+                        "KubeletHasDiskPressure",
+                        "the host's disk is nearly full",
+                    )
+                } else {
+                    condition(
+                        "DiskPressure",
+                        false,
+                        "KubeletHasNoDiskPressure",
+                        "the host has no disk pressure",
+                    )
+                },
                 condition(
                     "PIDPressure",
                     false,
@@ -287,6 +306,7 @@ impl Registrar {
             daemon_endpoints: Some(NodeDaemonEndpoints {
                 kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(self.config.listen.port()) }),
             }),
+            features: Some(NodeFeatures { supplemental_groups_policy: Some(true) }),
             declared_features: Some(vec!["ExtendWebSocketsToKubelet".to_owned()]),
             node_info: Some(NodeSystemInfo {
                 architecture: info.architecture.clone(),
@@ -304,6 +324,18 @@ impl Registrar {
             ..NodeStatus::default()
         }
     }
+}
+
+/// The kubelet's default threshold `memory.available<100Mi`.
+fn memory_is_short(info: &host::InfoResponse) -> bool {
+    info.memory_bytes > 0 && info.memory_bytes.saturating_sub(info.memory_working_set_bytes) < 100 << 20
+}
+
+/// The kubelet's default thresholds `nodefs.available<10%` and `nodefs.inodesFree<5%`.
+fn disk_is_short(info: &host::InfoResponse) -> bool {
+    let below = |free: u64, all: u64, percent: u64| all > 0 && free < all / 100 * percent;
+    below(info.ephemeral_storage_available_bytes, info.ephemeral_storage_bytes, 10)
+        || below(info.ephemeral_storage_inodes_free, info.ephemeral_storage_inodes, 5)
 }
 
 fn without_heartbeats(status: &NodeStatus) -> NodeStatus {
@@ -327,6 +359,21 @@ fn replacing_lists(status: &NodeStatus) -> serde_json::Value {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
+
+    #[test]
+    fn pressure_begins_at_the_kubelets_thresholds() {
+        let mut info = host::InfoResponse {
+            memory_bytes: 1 << 30,
+            memory_working_set_bytes: (1 << 30) - (101 << 20),
+            ephemeral_storage_bytes: 1000,
+            ephemeral_storage_available_bytes: 100,
+            ..host::InfoResponse::default()
+        };
+        assert!(!memory_is_short(&info) && !disk_is_short(&info));
+        info.memory_working_set_bytes += 2 << 20;
+        info.ephemeral_storage_available_bytes = 99;
+        assert!(memory_is_short(&info) && disk_is_short(&info));
+    }
 
     #[test]
     fn taints() {

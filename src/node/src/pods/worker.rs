@@ -288,6 +288,10 @@ impl Worker {
                 return Ok(Next::Wait(None));
             }
         }
+        if pod.spec.as_ref().is_some_and(|s| s.ephemeral_containers.as_ref().is_some_and(|e| !e.is_empty())) {
+            let message = "not supported by this node: spec.ephemeralContainers".to_owned();
+            self.say_once(pod, None, Kind::Warning, "UnsupportedField", message);
+        }
         if let Some(left) = self.deadline(pod) {
             if left.is_zero() {
                 let message = "Pod was active on the node longer than the specified deadline";
