@@ -128,8 +128,24 @@ pub(crate) struct ContainerRecord {
     pub(crate) memory_limit: Option<u64>,
     /// What is mounted in it, for `ContainerStatus`.
     pub(crate) mounts: Vec<MountRecord>,
+    /// Who its first process is; unknown of one that an older version made.
+    #[serde(default)]
+    pub(crate) user: Option<UserRecord>,
     /// How it ended.
     pub(crate) exit: Option<Exit>,
+}
+
+/// Who a container's first process is, by the ids in the container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct UserRecord {
+    /// User.
+    pub(crate) uid: u32,
+    /// Group.
+    pub(crate) gid: u32,
+    /// All groups; the alias is the OCI spec's name for them.
+    #[serde(alias = "additionalGids")]
+    pub(crate) groups: Vec<u32>,
 }
 
 /// A mount of a container, as `ContainerStatus` shows it.
@@ -190,6 +206,7 @@ impl ContainerRecord {
             stop_signal: 15,
             memory_limit: None,
             mounts: Vec::new(),
+            user: None,
             exit: None,
         }
     }

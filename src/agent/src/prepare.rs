@@ -176,8 +176,13 @@ pub(crate) async fn make(
         })
         .await?
     };
+    let user = serde_json::from_value(pending.request.spec["process"]["user"].clone()).ok();
     container.set_pending(pending);
-    core.change_container(container, |r| r.created = true).await
+    core.change_container(container, |r| {
+        r.created = true;
+        r.user = user;
+    })
+    .await
 }
 
 fn make_dirs(shared: &Path, id: &ContainerId) -> Result<()> {

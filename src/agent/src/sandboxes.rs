@@ -128,13 +128,28 @@ fn make_shared(core: &Core, dir: &Path, logs: Option<&Path>, hostname: &str, res
     Ok(())
 }
 
+/// The request's host name; without one the pod's name as a kubelet cuts it, or the sandbox' id where that is no host name.
+fn hostname(asked: &str, record: &SandboxRecord) -> String {
+    if !asked.is_empty() {
+        return asked.to_owned();
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    let cut: String = record.name.chars().take(63).collect();
+    let name = cut.trim_end_matches(['-', '.']);
+    if name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(plain) {
+        name.to_owned()
+    } else {
+        record.id.to_string()
+    }
+}
+
 fn record(config: &v1::PodSandboxConfig, share_pids: bool) -> Result<SandboxRecord> {
     let meta = config.metadata.clone().ok_or_else(|| Error::Invalid("the sandbox has no metadata".into()))?;
     let mut record = SandboxRecord::new(SandboxId::random(), meta.uid.parse()?, now_ns());
     record.namespace = meta.namespace;
     record.name = meta.name;
     record.attempt = meta.attempt;
-    record.hostname = config.hostname.clone();
+    record.hostname = hostname(&config.hostname, &record);
     if !config.log_directory.is_empty() {
         let dir = PathBuf::from(&config.log_directory);
         if !dir.is_absolute() || dir.components().any(|c| c == std::path::Component::ParentDir) {

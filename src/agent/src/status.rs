@@ -97,6 +97,13 @@ pub(crate) fn container(container: &Container) -> v1::ContainerStatus {
             ..v1::Mount::default()
         })
         .collect();
+    status.user = record.user.map(|user| v1::ContainerUser {
+        linux: Some(v1::LinuxContainerUser {
+            uid: user.uid.into(),
+            gid: user.gid.into(),
+            supplemental_groups: user.groups.into_iter().map(Into::into).collect(),
+        }),
+    });
     status.labels = record.labels.into_iter().collect();
     status.annotations = record.annotations.into_iter().collect();
     match state {

@@ -166,6 +166,14 @@ impl Client {
         }
     }
 
+    /// Sends a signal to a command and to what it started in its process group.
+    ///
+    /// # Errors
+    /// [`crate::ErrorClass::NotFound`] when it has ended, [`crate::ErrorClass::Unsupported`] by an init that is too old.
+    pub async fn signal_exec(&self, exec_id: &str, signal: i32) -> Result<()> {
+        self.done(Request::SignalExec { exec_id: exec_id.into(), signal }, "signal").await
+    }
+
     /// Sets the size of a container's or an exec's terminal.
     ///
     /// # Errors

@@ -193,6 +193,13 @@ pub enum Request {
         /// From [`Response::Execed`].
         exec_id: String,
     },
+    /// Send a signal to a command of [`Request::Exec`] and to what it started in its process group.
+    SignalExec {
+        /// From [`Response::Execed`].
+        exec_id: String,
+        /// The signal's number.
+        signal: i32,
+    },
     /// All containers. Answer: [`Response::Containers`].
     List,
     /// Forget a container that is not running: bundle, state record and all.

@@ -328,6 +328,18 @@ impl Pod {
         Ok((exec_id, set, ours))
     }
 
+    /// Signals another command and what it started in its process group.
+    pub(crate) fn signal_exec(&self, exec_id: &str, signal: i32) -> Result<()> {
+        if !(1..65).contains(&signal) {
+            return Err(Error::Invalid(format!("{signal} is no signal")));
+        }
+        let exec = self.execs.get(exec_id)?;
+        match self.reaper.signal_group(exec.pid, signal).context(format!("signal {signal}"))? {
+            true => Ok(()),
+            false => Err(Error::NotFound { kind: "running exec", id: exec_id.chars().take(80).collect() }),
+        }
+    }
+
     /// Sets a terminal's size.
     pub(crate) fn resize(&self, id: &str, exec_id: Option<&str>, width: u16, height: u16) -> Result<()> {
         let container = self.get(id)?;

@@ -51,12 +51,21 @@ impl Reaper {
 
     /// Sends a signal to a watched process; `false` when it has been reaped. Its PID cannot have been given away meanwhile.
     pub(crate) fn signal(&self, pid: i32, signal: i32) -> std::io::Result<bool> {
+        self.send(pid, pid, signal)
+    }
+
+    /// The same to the whole process group that a watched process leads.
+    pub(crate) fn signal_group(&self, pid: i32, signal: i32) -> std::io::Result<bool> {
+        self.send(pid, -pid, signal)
+    }
+
+    fn send(&self, watched: i32, to: i32, signal: i32) -> std::io::Result<bool> {
         let inner = lock(&self.0);
-        if !inner.watched.contains_key(&pid) {
+        if !inner.watched.contains_key(&watched) {
             return Ok(false);
         }
         // SAFETY: a plain call; the process is not reaped while the lock is held.
-        match unsafe { libc::kill(pid, signal) } {
+        match unsafe { libc::kill(to, signal) } {
             0 => Ok(true),
             _ => Err(std::io::Error::last_os_error()),
         }

@@ -194,6 +194,10 @@ fn answer(pod: &Arc<Pod>, request: Request, caller: &UnixStream) -> Result<Answe
             pod.execs.forget(&exec_id);
             plain(Response::ExecExited { code })
         }
+        Request::SignalExec { exec_id, signal } => {
+            pod.signal_exec(&exec_id, signal)?;
+            plain(Response::Done)
+        }
         Request::List => plain(Response::Containers { containers: pod.list() }),
         Request::Remove { id } => {
             pod.remove(&id)?;

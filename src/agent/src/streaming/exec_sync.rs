@@ -3,9 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use moxlet_cri::v1;
-use moxlet_init_proto::{AsyncFile, ExecRequest, client::Client};
-use tokio::time::timeout;
+use moxlet_init_proto::{
+    AsyncFile, ErrorClass, ExecRequest,
+    client::{Client, Streams},
+};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 use super::{copy, running};
 use crate::{
@@ -17,11 +21,10 @@ use crate::{
 const MAX_OUTPUT: usize = 16 << 20;
 /// How long the output of a command that has ended is read at all: a child that it left may write for ever.
 const READ_ON: Duration = Duration::from_secs(5);
+/// How long a killed command may take to be gone.
+const KILLED: Duration = Duration::from_secs(2);
 
-/// `ExecSync`.
-///
-/// The init knows no way to kill a command, so one that takes too long has its streams closed and is left to itself: a command
-/// that writes ends by SIGPIPE, one that only sleeps goes on until the container ends.
+/// `ExecSync`. A command that takes too long, or whose caller has gone, is killed with all of its process group.
 pub(crate) async fn exec_sync(
     core: &Arc<Core>,
     request: v1::ExecSyncRequest,
@@ -30,15 +33,53 @@ pub(crate) async fn exec_sync(
     if request.cmd.is_empty() {
         return Err(Error::Invalid("no command is given to execute".to_owned()));
     }
+    let seconds = u64::try_from(request.timeout)
+        .map_err(|_| Error::Invalid(format!("timeout {} is negative", request.timeout)))?;
     let client = core.sandbox(container.sandbox.as_str())?.client()?;
     let what = format!("command {:?} in container {}", shown(&request.cmd), container.id);
-    let run = run(&client, container.id.to_string(), request.cmd);
-    match u64::try_from(request.timeout) {
-        Err(_) => Err(Error::Invalid(format!("timeout {} is negative", request.timeout))),
-        Ok(0) => run.await,
-        Ok(seconds) => timeout(Duration::from_secs(seconds), run)
-            .await
-            .map_err(|_| Error::Timeout(format!("{what} timed out: timeout {seconds}s exceeded")))?,
+    let gone = CancellationToken::new();
+    let _caller = gone.clone().drop_guard();
+    let stop = core.stop.clone();
+    let ask = ExecRequest {
+        id: container.id.to_string(),
+        args: request.cmd,
+        stdout: true,
+        stderr: true,
+        ..ExecRequest::default()
+    };
+    core.whole(async move {
+        let exec = client.exec(ask).await?;
+        let limit = async {
+            match seconds {
+                0 => std::future::pending().await,
+                seconds => sleep(Duration::from_secs(seconds)).await,
+            }
+        };
+        let error = tokio::select! {
+            done = run(&client, &exec.exec_id, exec.streams) => return done,
+            () = limit => Error::Timeout(format!("{what} timed out: timeout {seconds}s exceeded")),
+            () = gone.cancelled() => Error::State(format!("the caller of {what} has gone")),
+            () = stop.cancelled() => Error::Unfit("the agent is stopping".to_owned()),
+        };
+        kill(&client, &exec.exec_id).await;
+        Err(error)
+    })
+    .await
+}
+
+/// Kills a command and waits until it is gone.
+async fn kill(client: &Client, exec_id: &str) {
+    let killed = async {
+        client.signal_exec(exec_id, rustix::process::Signal::KILL.as_raw()).await?;
+        client.wait_exec(exec_id).await
+    };
+    match timeout(KILLED, killed).await {
+        Ok(Err(error)) if error.class() != Some(ErrorClass::NotFound) => {
+            // An init of an older version: a command that writes ends by SIGPIPE, one that sleeps goes on.
+            debug!(exec_id, %error, "a command is left to itself");
+        }
+        Ok(_) => {}
+        Err(_) => debug!(exec_id, "a killed command is not gone yet"),
     }
 }
 
@@ -47,17 +88,15 @@ fn shown(command: &[String]) -> String {
     command.join(" ").chars().take(200).collect()
 }
 
-async fn run(client: &Client, id: String, args: Vec<String>) -> Result<v1::ExecSyncResponse> {
-    let request = ExecRequest { id, args, stdout: true, stderr: true, ..ExecRequest::default() };
-    let exec = client.exec(request).await?;
+async fn run(client: &Client, exec_id: &str, streams: Streams) -> Result<v1::ExecSyncResponse> {
     let over = CancellationToken::new();
     let wait = async {
-        let code = client.wait_exec(&exec.exec_id).await;
+        let code = client.wait_exec(exec_id).await;
         over.cancel();
         code
     };
     let (code, stdout, stderr) =
-        tokio::join!(wait, collect(exec.streams.stdout, &over), collect(exec.streams.stderr, &over));
+        tokio::join!(wait, collect(streams.stdout, &over), collect(streams.stderr, &over));
     Ok(v1::ExecSyncResponse { exit_code: copy::exit_code(code)?, stdout, stderr })
 }
 

@@ -245,14 +245,54 @@ async fn what_does_not_exist_is_removed_and_stopped_and_has_no_status() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_that_takes_too_long_is_a_timeout_and_one_that_is_missing_an_error() {
+async fn a_command_that_takes_too_long_is_killed_and_one_that_is_missing_is_an_error() {
     let host = Host::start().await;
     let pod = host.pod("exec").await;
     let id = host.run(&pod, sleeper("main")).await;
-    let cmd = ["sleep", "20"].map(Into::into).to_vec();
-    let request = v1::ExecSyncRequest { container_id: id.clone(), cmd, timeout: 1 };
-    assert_eq!(host.runtime().exec_sync(request).await.unwrap_err().code(), Code::DeadlineExceeded);
+    let slow = |timeout: i64| {
+        let cmd = ["sh", "-c", "sleep 4321; true"].map(Into::into).to_vec();
+        v1::ExecSyncRequest { container_id: id.clone(), cmd, timeout }
+    };
+    let processes = async || host.sh(&id, "ps | grep -c '[s]leep 4321' || true").await;
+    assert_eq!(host.runtime().exec_sync(slow(1)).await.unwrap_err().code(), Code::DeadlineExceeded);
+    assert_eq!(processes().await, "0");
+    // A caller that goes away leaves nothing behind either.
+    let mut runtime = host.runtime();
+    let call = tokio::spawn({
+        let request = slow(0);
+        async move { runtime.exec_sync(request).await }
+    });
+    let count = async |wanted: &str| {
+        until("the command to come or go", async || match processes().await {
+            seen if seen == wanted => Ok(()),
+            seen => Err(seen),
+        })
+        .await;
+    };
+    count("2").await;
+    call.abort();
+    count("0").await;
     let error = host.exec(&id, &["no-such-command"]).await.unwrap_err();
     assert!(error.message().contains("no-such-command"), "{error:?}");
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_user_of_a_container_is_in_its_status_and_masked_paths_are_not_read() {
+    let host = Host::start().await;
+    let pod = host.pod("security").await;
+    let mut config = sleeper("main");
+    let security = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+    security.run_as_user = Some(v1::Int64Value { value: 1000 });
+    security.supplemental_groups = vec![1234];
+    security.masked_paths = vec!["/etc/group".into(), "/home".into()];
+    security.readonly_paths = vec!["/tmp".into()];
+    let id = host.run(&pod, config).await;
+    let user = host.status(&id).await.unwrap().user.unwrap().linux.unwrap();
+    assert_eq!((user.uid, user.gid, user.supplemental_groups), (1000, 1000, vec![1000, 1234]));
+    assert_eq!(host.sh(&id, "id -u; id -G").await, "1000\n1000 1234");
+    assert_eq!(host.sh(&id, "cat /etc/group; ls -A /home").await, "");
+    let (code, _, err) = host.exec(&id, &["touch", "/tmp/x"]).await.unwrap();
+    assert!(code != 0 && err.contains("Read-only file system"), "{err}");
     host.end().await;
 }

@@ -170,6 +170,22 @@ async fn what_a_sandbox_asks_of_its_network_and_kernel_is_seen_in_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_sandbox_without_a_host_name_has_that_of_its_pod() {
+    let host = Host::start().await;
+    let mut config = host.pod_config("nameless");
+    config.hostname.clear();
+    let pod = host.try_pod(config).await.unwrap();
+    let id = host.run(&pod, sleeper("main")).await;
+    assert_eq!(host.sh(&id, "hostname; cat /etc/hostname").await, "nameless\nnameless");
+    let mut config = host.pod_config("no_host-name");
+    config.hostname.clear();
+    let pod = host.try_pod(config).await.unwrap();
+    let id = host.run(&pod, sleeper("main")).await;
+    assert_eq!(host.sh(&id, "hostname").await, pod.id);
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_sandbox_whose_init_dies_is_not_ready_and_its_container_has_ended() {
     let host = Host::start().await;
     let pod = host.pod("dies").await;
