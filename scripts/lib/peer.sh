@@ -1,6 +1,8 @@
 # The node that Moxlet is measured against: an ordinary kubelet with Debian's containerd and runc, a second node `peer` of the
 # same cluster, on loopback. To be sourced after common.sh. Only scripts/bench uses it.
 
+# A kubelet refuses a loopback address for its node: it gets one on a bridge of its own that no packet leaves.
+PEER_ADDRESS=10.247.240.1
 PEER_SYSCTLS="vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys kernel/keys/root_maxbytes"
 
 # peer_up DIR CLUSTER_DIR REGISTRY PORT
@@ -10,6 +12,10 @@ peer_up() {
   mkdir -p "$dir"/{cni,manifests,run}
   for name in $PEER_SYSCTLS; do printf '%s %s\n' "$name" "$(cat "/proc/sys/$name")"; done >"$dir/sysctls"
   [ -e /var/log/containers ] || touch "$dir/made-log-containers"
+
+  ip link add name moxlet-peer0 type bridge
+  ip address add "$PEER_ADDRESS/32" dev moxlet-peer0
+  ip link set dev moxlet-peer0 up
 
   # The sandbox image: the same busybox, asleep.
   umoci tag --image "$cluster/images/layout:busybox" pause
@@ -38,7 +44,7 @@ C
   openssl ecparam -name prime256v1 -genkey -noout -out "$key"
   for name in client server; do
     openssl req -new -key "$key" -subj "/O=system:nodes/CN=system:node:peer" -out "$dir/$name.csr"
-    printf 'basicConstraints=critical,CA:FALSE\nextendedKeyUsage=%sAuth\nsubjectAltName=DNS:peer,IP:127.0.0.1\n' "$name" >"$dir/$name.ext"
+    printf 'basicConstraints=critical,CA:FALSE\nextendedKeyUsage=%sAuth\nsubjectAltName=DNS:peer,IP:%s\n' "$name" "$PEER_ADDRESS" >"$dir/$name.ext"
     openssl x509 -req -in "$dir/$name.csr" -CA "$pki/ca.crt" -CAkey "$pki/ca.key" -CAcreateserial -days 30 -extfile "$dir/$name.ext" -out "$dir/$name.crt" 2>/dev/null
   done
   "$KUBERNETES_BIN/kubectl" --kubeconfig "$cluster/kubeconfig" config view --raw --minify -o json \
@@ -51,7 +57,7 @@ kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://$dir/containerd.sock
 cgroupDriver: cgroupfs
 failCgroupV1: false
-address: 127.0.0.1
+address: $PEER_ADDRESS
 port: $port
 healthzPort: 0
 podLogsDir: $dir/logs
@@ -70,7 +76,7 @@ C
   daemon containerd "$dir/run" containerd --config "$dir/containerd.toml"
   daemon_ready containerd "$dir/run" "containerd to answer" 30 ctr -a "$dir/containerd.sock" version
   daemon kubelet "$dir/run" "$KUBERNETES_BIN/kubelet" --config="$dir/kubelet.yaml" --kubeconfig="$dir/kubeconfig" --hostname-override=peer \
-    --node-ip=127.0.0.1 --root-dir="$dir/kubelet" --v=1
+    --node-ip="$PEER_ADDRESS" --root-dir="$dir/kubelet" --v=1
   daemon_ready kubelet "$dir/run" "the peer to be Ready" 60 "$KUBERNETES_BIN/kubectl" --kubeconfig "$cluster/kubeconfig" \
     wait --for=condition=Ready node/peer --timeout=1s
 }
@@ -97,7 +103,7 @@ peer_down() {
   done
   mounts_below "$dir" | while read -r path; do umount "$path" 2>/dev/null || umount -l "$path" 2>/dev/null || true; done
   if [ -d /run/netns ]; then for path in $(awk '$5 ~ "^/run/netns/cni-" { print $5 }' /proc/self/mountinfo); do ip netns delete "$(basename "$path")" 2>/dev/null || true; done; fi
-  if ip link show moxlet-peer >/dev/null 2>&1; then ip link delete moxlet-peer; fi
+  for name in moxlet-peer moxlet-peer0; do if ip link show $name >/dev/null 2>&1; then ip link delete $name; fi; done
   find /sys/fs/cgroup -maxdepth 2 -type d -name kubepods 2>/dev/null | while read -r path; do find "$path" -depth -type d -exec rmdir {} + 2>/dev/null || true; done
   while read -r name value; do echo "$value" >"/proc/sys/$name" 2>/dev/null || true; done <"$dir/sysctls"
   [ ! -e "$dir/made-log-containers" ] || rm -rf /var/log/containers
