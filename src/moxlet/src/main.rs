@@ -6,6 +6,7 @@
 
 mod cli;
 mod config;
+mod memory;
 mod preflight;
 mod run;
 
@@ -14,6 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    memory::bound_arenas();
     let cli = cli::Cli::parse();
     match run::main(&cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,7 +10,7 @@ use tracing::{error, info};
 use crate::{
     cli::{Cli, Command, LogFormat},
     config::Config,
-    preflight,
+    memory, preflight,
 };
 
 /// How long pods get to end with `--stop-pods`.
@@ -92,6 +92,8 @@ fn lock(root: &Path) -> Result<File> {
 async fn serve(config: Config, with_node: bool) -> Result<()> {
     let stop = CancellationToken::new();
     let signals = tokio::spawn(watch_signals(stop.clone()));
+    let ended = CancellationToken::new();
+    let small = tokio::spawn(memory::keep_small(ended.clone()));
     // The agent outlives the node: a node that stops still talks to it.
     let agent_stop = CancellationToken::new();
     let agent = moxlet_agent::Agent::start(agent_config(&config, with_node), agent_stop.clone())
@@ -116,6 +118,8 @@ async fn serve(config: Config, with_node: bool) -> Result<()> {
     }
     agent_stop.cancel();
     agent.join().await;
+    ended.cancel();
+    let _ = small.await;
     signals.abort();
     info!("stopped");
     outcome
