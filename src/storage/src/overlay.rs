@@ -530,7 +530,7 @@ mod tests {
         driver.create_root(&id, &[], IdMap::default()).await.unwrap();
         let driver = OverlayDriver::open(dir.path()).await.unwrap();
         assert!(!dir.path().join("tmp/layer-x").exists());
-        assert_eq!(driver.roots().await.unwrap(), [id.clone()]);
+        assert_eq!(driver.roots().await.unwrap(), std::slice::from_ref(&id));
         let target = dir.path().join("t");
         let mounted = driver.mount_root(&id, &target).await;
         driver.unmount_root(&id, &target).await.unwrap();

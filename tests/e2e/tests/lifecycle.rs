@@ -298,3 +298,17 @@ fn a_finished_pods_log_stays_until_it_is_deleted() {
     assert_eq!(ns.logs("done"), "kept\n");
     ns.kubectl(&["delete", "pod", "done", "--timeout=60s"]).ok();
 }
+
+#[test]
+fn a_changed_image_restarts_its_container() {
+    let ns = Namespace::new("image");
+    let web = Cluster::get().image("web");
+    ns.running("one", IDLE);
+    ns.kubectl(&["set", "image", "pod/one", &format!("main={web}")]).ok();
+    ns.until("one", "a container of the new image", LONG, |pod| {
+        let status = &pod["status"]["containerStatuses"][0];
+        (status["image"] == web && status["restartCount"] == 1 && status["ready"] == true).then_some(())
+    });
+    ns.wait_event("one", "Killing", "definition changed");
+    assert!(ns.exec("one", "cat /www/index.html").ok().contains("Moxlet"));
+}

@@ -6,7 +6,7 @@ use std::{
     net::TcpStream,
     process::{Child, ChildStdout, Command, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use moxlet_tests_e2e::{Cluster, Kubectl, LONG, Namespace, busybox, container, eventually};
@@ -251,7 +251,7 @@ fn a_hundred_megabytes_are_copied_both_ways() {
 }
 
 /// A `kubectl port-forward` and its local port; its output stays open, for it ends when it cannot write.
-struct Forward(Child, u16, BufReader<ChildStdout>);
+struct Forward(Child, u16, #[expect(dead_code, reason = "keeps the pipe open")] BufReader<ChildStdout>);
 
 impl Forward {
     fn new(ns: &Namespace, pod: &str, port: u16, websockets: &str) -> Self {

@@ -11,6 +11,7 @@ pub(crate) mod manager;
 pub(crate) mod names;
 pub(crate) mod publish;
 pub mod registry;
+mod report;
 pub(crate) mod resources;
 pub(crate) mod restart;
 pub(crate) mod sandbox;

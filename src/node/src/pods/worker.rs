@@ -9,7 +9,7 @@
 //! ```
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,10 +25,9 @@ use super::{
     backoff::Backoff,
     names,
     publish::{Publisher, Target},
-    registry::{ContainerView, PodRegistry, PodView},
+    registry::PodRegistry,
     resources, restart, sandbox,
     state::{Phase, PodState},
-    status,
 };
 use crate::{
     cluster::Cluster,
@@ -121,13 +120,13 @@ pub(crate) struct Worker {
     /// Until when a container that could not be made is not tried again.
     pub(super) held: HashMap<String, Instant>,
     pub(super) volumes: Volumes,
-    messages: HashMap<String, String>,
+    pub(super) messages: HashMap<String, String>,
     pub(super) status: PodStatus,
     pub(super) publisher: Publisher,
     pub(super) said: HashSet<String>,
     volumes_at: Option<Instant>,
-    first_seen: Instant,
-    counted: bool,
+    pub(super) first_seen: Instant,
+    pub(super) counted: bool,
     pub(super) failure: Option<(String, String)>,
     failures: u32,
     sandbox_failures: u32,
@@ -487,8 +486,17 @@ impl Worker {
                     && (n.sandbox == current || restart::policy(pod) == "OnFailure")
                     && !restart::wanted(pod, n)
             });
-            let up = newest.is_some_and(|n| n.sandbox == current && n.phase == Phase::Running);
-            if !over && !up {
+            let running = newest.filter(|n| n.sandbox == current && n.phase == Phase::Running).cloned();
+            // The image is the one thing of a running pod's container that may be changed.
+            let outdated = running.as_ref().filter(|n| Some(&n.image) != container.image.as_ref());
+            if let Some(outdated) = outdated {
+                let text = format!("Container {} definition changed, will be restarted", container.name);
+                self.shared.events.pod(pod, Some(&container.name), Kind::Normal, "Killing", text);
+                let grace = self.desired.borrow().grace_seconds();
+                self.shared.agent.stop_container(&outdated.id, grace).await?;
+                *state = PodState::read(self.shared.agent.as_ref(), names::uid(pod)).await?;
+            }
+            if (!over && running.is_none()) || outdated.is_some() {
                 self.start(pod, container, state, ips, hosts_path, next).await?;
                 self.report(pod, state, false).await;
             }
@@ -525,74 +533,6 @@ impl Worker {
                 debug!(error = %chain(&error), "old sandbox not removed");
             }
         }
-    }
-
-    /// Reads termination messages that are not known yet.
-    async fn read_messages(&mut self, pod: &Pod, state: &PodState) {
-        for c in state.containers.iter().filter(|c| c.phase == Phase::Exited) {
-            if self.messages.contains_key(&c.id) {
-                continue;
-            }
-            let agent = self.shared.agent.as_ref();
-            let request = host::TerminationMessageRequest { container_id: c.id.clone() };
-            let Ok(answer) = agent.termination_message(request).await else { continue };
-            let mut data = answer.data;
-            data.truncate(4096);
-            let falls_back = resources::all_containers(pod).any(|s| {
-                s.name == c.name && s.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
-            });
-            if data.is_empty() && falls_back && c.exit_code != 0 {
-                data = agent.log_tail(&c.id, 80, 2048).await.unwrap_or_default();
-            }
-            self.messages.insert(c.id.clone(), String::from_utf8_lossy(&data).into_owned());
-        }
-        self.messages.retain(|id, _| state.containers.iter().any(|c| c.id == *id));
-    }
-
-    /// Computes the status and publishes it, to the API server and to the registry.
-    pub(super) async fn report(&mut self, pod: &Pod, state: &PodState, ended: bool) {
-        self.read_messages(pod, state).await;
-        let host_ips = self.shared.host_ips();
-        let runtime =
-            self.shared.info.borrow().runtime_version.split("://").next().unwrap_or("moxlet").to_owned();
-        let inputs = status::Inputs {
-            waiting: self.waiting.clone(),
-            messages: self.messages.clone(),
-            host_ips: &host_ips,
-            ended,
-            failure: self.failure.clone(),
-            runtime: if runtime.is_empty() { "moxlet" } else { &runtime },
-        };
-        let new = status::build(pod, state, &self.status, &inputs);
-        self.status = new.clone();
-        self.publisher.publish(Arc::new(new.clone()));
-        let up = new.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
-        if up && !self.counted {
-            self.counted = true;
-            metrics::pod_started(self.first_seen.elapsed());
-        }
-        let containers: BTreeMap<_, _> = resources::all_containers(pod)
-            .map(|c| {
-                let mut history = state.history(&c.name);
-                let (current, previous) = (history.next(), history.next());
-                let log =
-                    |attempt| format!("{}/{}", names::log_directory(pod), names::log_file(&c.name, attempt));
-                let view = ContainerView {
-                    current: current.map(|c| c.id.clone()),
-                    previous: previous.map(|c| c.id.clone()),
-                    log_path: current.map(|c| log(c.attempt)),
-                    previous_log_path: previous.map(|c| log(c.attempt)),
-                };
-                (c.name.clone(), view)
-            })
-            .collect();
-        let mut shown = pod.clone();
-        shown.status = Some(new);
-        self.shared.registry.publish(PodView {
-            pod: Arc::new(shown),
-            sandbox_id: state.sandbox().map(|s| s.id.clone()),
-            containers,
-        });
     }
 }
 
