@@ -39,7 +39,7 @@ pub(crate) struct CommonArgs {
     /// Everything that Moxlet keeps lies below this directory [default: /var/lib/moxlet]
     #[arg(long, value_name = "DIR")]
     pub(crate) root_dir: Option<PathBuf>,
-    /// Where the CRI socket is served [default: <root-dir>/run/agent.sock]
+    /// Where the CRI socket is served [default: run/agent.sock below the root directory]
     #[arg(long, value_name = "PATH")]
     pub(crate) cri_socket: Option<PathBuf>,
     /// A registry (host or host:port) that is spoken to without TLS; may be given several times
