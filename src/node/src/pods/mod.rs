@@ -1,6 +1,6 @@
 //! Pods: who they are, what they need next, and what is published about them.
 //!
-//! [`manager`] owns one [`worker`] task for each pod (by UID). A worker is told what its pod shall be and poked when the
+//! `manager` owns one `worker` task for each pod (by UID). A worker is told what its pod shall be and poked when the
 //! agent reports something; each pass asks the agent for the pod's state, does the next missing steps and publishes a
 //! status. Nothing is remembered on disk: sandboxes and containers carry their pod in CRI labels.
 

@@ -244,7 +244,7 @@ impl Worker {
         Ok(Next::Wait(None))
     }
 
-    /// Says something once, until [`Self::unsay`].
+    /// Says something to this pod once.
     pub(super) fn say_once(
         &mut self,
         pod: &Pod,

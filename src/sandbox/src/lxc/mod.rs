@@ -8,7 +8,7 @@
 //! ```
 //!
 //! `lxc-start` is the only program that is run. Its monitor outlives the agent in a session and cgroup of its own.
-//! Everything about a running CT is read from cgroups and `/proc` ([`find`]) and done through pidfds.
+//! Everything about a running CT is read from cgroups and `/proc` ([`mod@find`]) and done through pidfds.
 
 mod config;
 mod find;
