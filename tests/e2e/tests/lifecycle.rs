@@ -43,9 +43,10 @@ fn never_restarted_pods_succeed_or_fail_by_exit_code() {
     let ns = Namespace::new("never");
     ns.pod_with("good", json!({"restartPolicy": "Never", "containers": [busybox("exit 0")]}));
     ns.pod_with("bad", json!({"restartPolicy": "Never", "containers": [busybox("exit 42")]}));
+    // Kubernetes takes `$$` for an escaped `$`.
     ns.pod_with(
         "killed",
-        json!({"restartPolicy": "Never", "containers": [busybox("sh -c 'kill -9 $$'; exit $?")]}),
+        json!({"restartPolicy": "Never", "containers": [busybox("sh -c 'kill -9 $$$$'; exit $?")]}),
     );
     ns.wait_phase("good", "Succeeded");
     assert_eq!(terminated(&ns.get("good"), 0)["reason"], "Completed");
