@@ -59,8 +59,9 @@ wait_for() {
   done
 }
 
-# The time a process was started at, in ticks since boot: with its id it names one process for ever.
-started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+# The time a process was started at, in ticks since boot: with its id it names one process for ever. Nothing of one that has
+# ended and only waits for its parent to look.
+started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" && $1 != "X" { print $20 }'; }
 
 # alive NAME DIR: is the daemon that DIR/NAME.pid names still there?
 alive() {
