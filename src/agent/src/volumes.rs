@@ -225,7 +225,6 @@ fn write_files(dir: &Path, files: &[host::VolumeFile], group: Option<u32>) -> Re
     let now = crate::core::now_ns();
     let fresh_name = format!("..{now}");
     let fresh = dir.join(&fresh_name);
-    let old = fs::read_link(dir.join("..data")).ok();
     let written = write_tree(&fresh, files, group).and_then(|()| {
         let next = dir.join("..data_tmp");
         let _ = fs::remove_file(&next);
@@ -247,8 +246,8 @@ fn write_files(dir: &Path, files: &[host::VolumeFile], group: Option<u32>) -> Re
         let name = entry.file_name();
         let name = name.to_string_lossy();
         if name.starts_with("..") {
-            let stale = name != "..data" && name != fresh_name.as_str();
-            if stale && (old.as_deref() == Some(Path::new(name.as_ref())) || name.starts_with("..1")) {
+            // Names of files never begin so: it is what a former replacement left.
+            if name != "..data" && name != fresh_name.as_str() {
                 let _ = fs::remove_dir_all(entry.path());
             }
         } else if !wanted.contains(name.as_ref()) {
