@@ -160,7 +160,7 @@ pub(crate) async fn make(
     let (id, map) = (&container.id, core.config.map);
     let shared = sandboxes::shared_dir(core, &sandbox.id);
     let rootfs = shared.join("ctr").join(id.as_str()).join("rootfs");
-    core.driver.create_root(id, &image.layers, map).await?;
+    core.driver.create_root(id, &image.layers, map.into()).await?;
     let dir = shared.clone();
     let name = id.clone();
     blocking("making a container's directory", move || make_dirs(&dir, &name)).await?;

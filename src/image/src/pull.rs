@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use futures::{StreamExt, stream};
 use moxlet_ids::{ChainId, Digest};
-use moxlet_storage::WhiteoutStyle;
+use moxlet_storage::{Usage, WhiteoutStyle};
 use oci_spec::image::ImageConfiguration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -185,7 +185,7 @@ async fn fetch_layer(
     if store.driver.has_layer(&job.chain).await? {
         return Ok(0);
     }
-    let draft = store.driver.begin_layer(job.parent.as_ref(), &job.chain).await?;
+    let draft = store.driver.begin_layer(job.parent.as_ref()).await?;
     let (out, pieces) = mpsc::channel(layer::WAITING);
     let (claim, style, bottom) = (job.claim, store.driver.whiteouts(), job.parent.is_none());
     // The draft goes with the worker: it is not removed while something is still written in it.
@@ -204,6 +204,6 @@ async fn fetch_layer(
         Fault::System { what, path, source } => Error::Io { what, path, source: Arc::new(source) },
         Fault::Cut => Error::Stopped,
     })?;
-    store.driver.commit_layer(draft).await?;
+    store.driver.commit_layer(draft, &job.chain, Usage::default()).await?;
     Ok(job.blob.size)
 }

@@ -70,9 +70,10 @@ pub enum WhiteoutStyle {
 
 /// A layer that is being made. Dropped without [`Driver::commit_layer`] it is removed, at the latest when the
 /// driver is opened again.
+///
+/// Its chain ID is told at the end, since that of an archive without a promise is known only when it has been read.
 #[derive(Debug)]
 pub struct LayerDraft {
-    chain: ChainId,
     parent: Option<ChainId>,
     path: PathBuf,
     scratch: Option<PathBuf>,
@@ -83,12 +84,6 @@ impl LayerDraft {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// The chain ID that the layer will have.
-    #[must_use]
-    pub fn chain(&self) -> &ChainId {
-        &self.chain
     }
 
     /// The layer below.
@@ -112,8 +107,41 @@ impl Drop for LayerDraft {
     }
 }
 
-/// What a container has written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// A finished layer's content, to be read for as long as this is held.
+///
+/// With [`WhiteoutStyle::Overlay`] that is what the layer itself brings, with [`WhiteoutStyle::Apply`] what the layers
+/// below bring as well.
+#[derive(Debug)]
+pub struct LayerView {
+    path: PathBuf,
+}
+
+impl LayerView {
+    /// Where it is. Ids are unshifted; nothing is written there.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// How a container's root is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootOptions {
+    /// Which ids of the host its ids become.
+    pub map: IdMap,
+    /// Bytes that the container may write beside what its image brings; none is no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota_bytes: Option<u64>,
+}
+
+impl From<IdMap> for RootOptions {
+    fn from(map: IdMap) -> Self {
+        Self { map, quota_bytes: None }
+    }
+}
+
+/// What a layer, a container or a store takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Bytes on disk.
     pub bytes: u64,
@@ -148,17 +176,26 @@ pub trait Driver: Send + Sync {
     /// Whether a finished layer is here.
     async fn has_layer(&self, chain: &ChainId) -> Result<bool>;
     /// Starts a layer on top of `parent`, which a driver with [`WhiteoutStyle::Apply`] needs to have.
-    async fn begin_layer(&self, parent: Option<&ChainId>, chain: &ChainId) -> Result<LayerDraft>;
-    /// Finishes a layer: all of it is on disk, then it appears at once. A layer that somebody else has finished in
-    /// the meantime wins and the draft is removed.
-    async fn commit_layer(&self, draft: LayerDraft) -> Result<()>;
-    /// Removes a layer; [`Error::LayerInUse`] while a root stands on it. Idempotent.
+    async fn begin_layer(&self, parent: Option<&ChainId>) -> Result<LayerDraft>;
+    /// Finishes a layer: all of it is on disk, then it appears at once as `chain`. A layer that somebody else has
+    /// finished in the meantime wins and the draft is removed. `usage` is what the layer brought, as far as the driver
+    /// does not know better.
+    async fn commit_layer(&self, draft: LayerDraft, chain: &ChainId, usage: Usage) -> Result<()>;
+    /// The content of a finished layer.
+    async fn open_layer(&self, chain: &ChainId) -> Result<LayerView>;
+    /// Removes a layer; [`Error::LayerInUse`] while a root, a view or another layer of a driver with
+    /// [`WhiteoutStyle::Apply`] stands on it. Idempotent.
     async fn remove_layer(&self, chain: &ChainId) -> Result<()>;
     /// The finished layers.
     async fn layers(&self) -> Result<Vec<ChainId>>;
+    /// What all layers take.
+    async fn layers_usage(&self) -> Result<Usage>;
+    /// Mounts a stack of layers at `target` (made if missing), merged, read-only and with ids as they are in the image;
+    /// the bottom layer comes first. [`mounts::unmount`] takes it away.
+    async fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Result<()>;
     /// Makes a container's writable root on a stack of layers, the bottom one first; none is an empty root.
-    /// Repeating it with the same layers and map changes nothing.
-    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], map: IdMap) -> Result<()>;
+    /// Repeating it with the same layers and options changes nothing.
+    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Result<()>;
     /// Mounts a root at `target` (made if missing) in the caller's mount namespace. Idempotent.
     async fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()>;
     /// Unmounts a root. Idempotent; a busy one is detached.
@@ -173,6 +210,8 @@ pub trait Driver: Send + Sync {
     async fn root_usage(&self, id: &ContainerId) -> Result<Usage>;
     /// Figures of the file system below.
     async fn fs_usage(&self) -> Result<FsUsage>;
+    /// Takes down the mounts that the driver keeps for itself. Roots must be unmounted before.
+    async fn close(&self) -> Result<()>;
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <dir>/layers/<hex of the chain ID>/    finished layers, ids unshifted
+//! <dir>/usage/<hex of the chain ID>      what each takes
 //! <dir>/mapped/<base>-<size>/            the whole of layers/ once more, idmapped: one mount for each map, on demand
 //! <dir>/roots/<container id>/            root.json, upper/ and work/ (owned by the map's root)
 //! <dir>/tmp/                             drafts and what is being removed; emptied by open
@@ -30,7 +31,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Driver, FsUsage, IdMap, LayerDraft, Usage, WhiteoutStyle,
+    Driver, FsUsage, IdMap, LayerDraft, LayerView, RootOptions, Usage, WhiteoutStyle,
     error::{Attempt, Error, Result},
     idmap, mounts, tree,
 };
@@ -76,11 +77,6 @@ impl OverlayDriver {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Takes down the mounts that the driver keeps for itself. Roots must be unmounted before.
-    pub async fn close(&self) -> Result<()> {
-        self.run(|inner| mounts::unmount_all_below(&inner.dir.join("mapped"))).await
-    }
-
     async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
@@ -100,7 +96,7 @@ impl Inner {
         // Option texts hold these paths and must not depend on where we are.
         let dir = fs::canonicalize(dir).attempt("look at", dir)?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).attempt("set the mode of", &dir)?;
-        for name in ["layers", "mapped", "roots", "tmp"] {
+        for name in ["layers", "usage", "mapped", "roots", "tmp"] {
             let path = dir.join(name);
             make_dir(&path, 0o700)?;
         }
@@ -146,17 +142,23 @@ impl Inner {
         self.dir.join("roots").join(id.as_str())
     }
 
-    fn begin_layer(&self, parent: Option<&ChainId>, chain: &ChainId) -> Result<LayerDraft> {
-        let path = tree::unique(&self.tmp(), "layer");
-        make_dir(&path, 0o755)?;
-        Ok(LayerDraft { chain: chain.clone(), parent: parent.cloned(), path, scratch: Some(self.tmp()) })
+    fn usage_file(&self, chain: &ChainId) -> PathBuf {
+        self.dir.join("usage").join(chain.digest().hex())
     }
 
-    fn commit_layer(&self, mut draft: LayerDraft) -> Result<()> {
-        let target = self.layer_dir(&draft.chain);
+    fn begin_layer(&self, parent: Option<&ChainId>) -> Result<LayerDraft> {
+        let path = tree::unique(&self.tmp(), "layer");
+        make_dir(&path, 0o755)?;
+        Ok(LayerDraft { parent: parent.cloned(), path, scratch: Some(self.tmp()) })
+    }
+
+    fn commit_layer(&self, mut draft: LayerDraft, chain: &ChainId, usage: Usage) -> Result<()> {
+        let target = self.layer_dir(chain);
         if target.exists() {
             return Ok(());
         }
+        let note = self.usage_file(chain);
+        fs::write(&note, format!("{} {}", usage.bytes, usage.inodes)).attempt("write", note)?;
         // One flush of the file system costs less than one for each of ten thousand files.
         let fd = fs::File::open(&draft.path).attempt("open", &draft.path)?;
         rustix::fs::syncfs(&fd).attempt("flush", &draft.path)?;
@@ -177,7 +179,33 @@ impl Inner {
             }
             tree::set_aside(&self.layer_dir(chain), &self.tmp())?
         };
+        let _ = fs::remove_file(self.usage_file(chain));
         aside.map_or(Ok(()), |aside| tree::finish(&aside))
+    }
+
+    /// What a layer takes; looked up in its directory where the note of it is missing or damaged.
+    fn layer_usage(&self, chain: &ChainId) -> Result<Usage> {
+        let note = self.usage_file(chain);
+        let known = fs::read_to_string(&note).ok().and_then(|text| {
+            let (bytes, inodes) = text.split_once(' ')?;
+            Some(Usage { bytes: bytes.parse().ok()?, inodes: inodes.parse().ok()? })
+        });
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let usage = tree::usage(&self.layer_dir(chain))?;
+        fs::write(&note, format!("{} {}", usage.bytes, usage.inodes)).attempt("write", note)?;
+        Ok(usage)
+    }
+
+    fn layers_usage(&self) -> Result<Usage> {
+        let mut sum = Usage::default();
+        for chain in self.layers()? {
+            let usage = self.layer_usage(&chain)?;
+            sum.bytes = sum.bytes.saturating_add(usage.bytes);
+            sum.inodes = sum.inodes.saturating_add(usage.inodes);
+        }
+        Ok(sum)
     }
 
     fn layers(&self) -> Result<Vec<ChainId>> {
@@ -185,7 +213,8 @@ impl Inner {
         Ok(names.into_iter().filter_map(|n| format!("sha256:{n}").parse().ok()).collect())
     }
 
-    fn create_root(&self, id: &ContainerId, layers: &[ChainId], map: IdMap) -> Result<()> {
+    fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Result<()> {
+        let map = options.map;
         if !map.is_valid() {
             return Err(Error::BadIdMap { host_base: map.host_base, size: map.size });
         }
@@ -245,28 +274,26 @@ impl Inner {
 
     fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()> {
         let root = self.root(id)?;
-        fs::create_dir_all(target).attempt("create", target)?;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let place = rustix::fs::openat(CWD, target, flags, Mode::empty()).attempt("open", target)?;
-        if mounts::is_mounted(target)? && is_overlay(&place).attempt("look at", target)? {
-            return Ok(());
-        }
+        let Some(place) = place_for(target)? else { return Ok(()) };
         let mapped = self.mapped(root.map)?;
-        let mount = self.overlay(id, &root, &mapped)?;
-        rustix::mount::move_mount(
-            &mount,
-            "",
-            &place,
-            "",
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
-        )
-        .attempt("mount at", target)
+        let dir = self.root_dir(id);
+        let mount = self.overlay(&mapped, &root.layers, Some(&dir))?;
+        put(&mount, &place, target)
     }
 
-    fn overlay(&self, id: &ContainerId, root: &Root, mapped: &Path) -> Result<OwnedFd> {
-        let dir = self.root_dir(id);
+    fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Result<()> {
+        if let Some(missing) = layers.iter().find(|l| !self.layer_dir(l).is_dir()) {
+            return Err(Error::LayerNotFound(missing.clone()));
+        }
+        let Some(place) = place_for(target)? else { return Ok(()) };
+        let mount = self.overlay(&self.dir.join("layers"), layers, None)?;
+        put(&mount, &place, target)
+    }
+
+    /// The layers of `below`, merged, with the upper and work directory in `writable` or read-only.
+    fn overlay(&self, below: &Path, layers: &[ChainId], writable: Option<&Path>) -> Result<OwnedFd> {
         let fs_fd = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
-            .attempt("open OverlayFS for", &dir)?;
+            .attempt("open OverlayFS for", below)?;
         // Long paths go in through descriptors, which live until the file system has looked at them.
         let mut kept = Vec::new();
         let mut set = |key: &str, path: PathBuf| -> Result<()> {
@@ -276,17 +303,24 @@ impl Inner {
                 .attempt("stack", text)
         };
         // The topmost comes first.
-        for layer in root.layers.iter().rev() {
-            let path = mapped.join(layer.digest().hex());
-            set("lowerdir+", path)?;
+        for layer in layers.iter().rev() {
+            set("lowerdir+", below.join(layer.digest().hex()))?;
         }
-        if root.layers.is_empty() {
-            let empty = self.dir.join("tmp").join("empty");
+        // Without an upper directory the kernel wants two lower ones.
+        let least = if writable.is_some() { 1 } else { 2 };
+        for n in layers.len()..least {
+            let empty = self.dir.join("tmp").join(format!("empty-{n}"));
             make_dir(&empty, 0o755)?;
             set("lowerdir+", empty)?;
         }
-        set("upperdir", dir.join("upper"))?;
-        set("workdir", dir.join("work"))?;
+        let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
+        match writable {
+            Some(dir) => {
+                set("upperdir", dir.join("upper"))?;
+                set("workdir", dir.join("work"))?;
+            }
+            None => attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID,
+        }
         for (key, value) in [
             ("source", "overlay"),
             ("index", "off"),
@@ -295,14 +329,14 @@ impl Inner {
             ("xino", "off"),
         ] {
             rustix::mount::fsconfig_set_string(fs_fd.as_fd(), key, value)
-                .attempt("configure the root in", &dir)?;
+                .attempt("configure the root on", below)?;
         }
         rustix::mount::fsconfig_create(fs_fd.as_fd())
             .map_err(|e| explain(&fs_fd, e))
-            .attempt("stack the layers for", &dir)?;
+            .attempt("stack the layers of", below)?;
         // A device node that an image brings must not open: the file system belongs to the host's user namespace.
-        rustix::mount::fsmount(fs_fd.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NODEV)
-            .attempt("make the mount for", &dir)
+        rustix::mount::fsmount(fs_fd.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+            .attempt("make the mount of", below)
     }
 
     fn remove_root(&self, id: &ContainerId) -> Result<()> {
@@ -314,6 +348,20 @@ impl Inner {
         };
         aside.map_or(Ok(()), |aside| tree::finish(&aside))
     }
+}
+
+/// The directory to mount an overlay at, made if missing; none if there is one already.
+fn place_for(target: &Path) -> Result<Option<OwnedFd>> {
+    fs::create_dir_all(target).attempt("create", target)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let place = rustix::fs::openat(CWD, target, flags, Mode::empty()).attempt("open", target)?;
+    let there = mounts::is_mounted(target)? && is_overlay(&place).attempt("look at", target)?;
+    Ok((!there).then_some(place))
+}
+
+fn put(mount: &OwnedFd, place: &OwnedFd, target: &Path) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(mount, "", place, "", flags).attempt("mount at", target)
 }
 
 /// What the kernel's file system context has to say about an error.
@@ -384,12 +432,18 @@ impl Driver for OverlayDriver {
         Ok(self.inner.layer_dir(chain).is_dir())
     }
 
-    async fn begin_layer(&self, parent: Option<&ChainId>, chain: &ChainId) -> Result<LayerDraft> {
-        self.inner.begin_layer(parent, chain)
+    async fn begin_layer(&self, parent: Option<&ChainId>) -> Result<LayerDraft> {
+        self.inner.begin_layer(parent)
     }
 
-    async fn commit_layer(&self, draft: LayerDraft) -> Result<()> {
-        self.run(|inner| inner.commit_layer(draft)).await
+    async fn commit_layer(&self, draft: LayerDraft, chain: &ChainId, usage: Usage) -> Result<()> {
+        let chain = chain.clone();
+        self.run(move |inner| inner.commit_layer(draft, &chain, usage)).await
+    }
+
+    async fn open_layer(&self, chain: &ChainId) -> Result<LayerView> {
+        let path = self.inner.layer_dir(chain);
+        if path.is_dir() { Ok(LayerView { path }) } else { Err(Error::LayerNotFound(chain.clone())) }
     }
 
     async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
@@ -401,9 +455,18 @@ impl Driver for OverlayDriver {
         self.run(Inner::layers).await
     }
 
-    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], map: IdMap) -> Result<()> {
+    async fn layers_usage(&self) -> Result<Usage> {
+        self.run(Inner::layers_usage).await
+    }
+
+    async fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Result<()> {
+        let (layers, target) = (layers.to_vec(), target.to_owned());
+        self.run(move |inner| inner.mount_layers(&layers, &target)).await
+    }
+
+    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Result<()> {
         let (id, layers) = (id.clone(), layers.to_vec());
-        self.run(move |inner| inner.create_root(&id, &layers, map)).await
+        self.run(move |inner| inner.create_root(&id, &layers, options)).await
     }
 
     async fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()> {
@@ -450,6 +513,10 @@ impl Driver for OverlayDriver {
         })
         .await
     }
+
+    async fn close(&self) -> Result<()> {
+        self.run(|inner| mounts::unmount_all_below(&inner.dir.join("mapped"))).await
+    }
 }
 
 #[cfg(test)]
@@ -464,9 +531,9 @@ mod tests {
 
     async fn layer(driver: &OverlayDriver, name: &str, fill: impl FnOnce(&Path)) -> ChainId {
         let chain = ChainId::base(&Digest::of(name.as_bytes()));
-        let draft = driver.begin_layer(None, &chain).await.unwrap();
+        let draft = driver.begin_layer(None).await.unwrap();
         fill(draft.path());
-        driver.commit_layer(draft).await.unwrap();
+        driver.commit_layer(draft, &chain, Usage::default()).await.unwrap();
         chain
     }
 
@@ -495,8 +562,8 @@ mod tests {
             );
         }
         let id = ContainerId::random();
-        driver.create_root(&id, &chains, IdMap::default()).await.unwrap();
-        driver.create_root(&id, &chains, IdMap::default()).await.unwrap();
+        driver.create_root(&id, &chains, IdMap::default().into()).await.unwrap();
+        driver.create_root(&id, &chains, IdMap::default().into()).await.unwrap();
         let target = dir.path().join("t");
         driver.mount_root(&id, &target).await.unwrap();
         driver.mount_root(&id, &target).await.unwrap();
@@ -527,7 +594,7 @@ mod tests {
         let driver = OverlayDriver::open(dir.path()).await.unwrap();
         fs::create_dir_all(dir.path().join("tmp/layer-x/deep")).unwrap();
         let id = ContainerId::random();
-        driver.create_root(&id, &[], IdMap::default()).await.unwrap();
+        driver.create_root(&id, &[], IdMap::default().into()).await.unwrap();
         let driver = OverlayDriver::open(dir.path()).await.unwrap();
         assert!(!dir.path().join("tmp/layer-x").exists());
         assert_eq!(driver.roots().await.unwrap(), std::slice::from_ref(&id));

@@ -10,7 +10,7 @@ use std::{
 };
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
-use moxlet_storage::{Driver, Error, IdMap, OverlayDriver, WhiteoutStyle, mounts};
+use moxlet_storage::{Driver, Error, IdMap, OverlayDriver, Usage, WhiteoutStyle, mounts};
 use moxlet_tests_component::wait::until;
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, makedev, mknodat, setxattr};
 
@@ -36,16 +36,16 @@ impl Store {
 
     async fn layer(&self, name: &str, fill: impl FnOnce(&Path)) -> ChainId {
         let chain = chain(name);
-        let draft = self.driver.begin_layer(None, &chain).await.unwrap();
+        let draft = self.driver.begin_layer(None).await.unwrap();
         fill(draft.path());
-        self.driver.commit_layer(draft).await.unwrap();
+        self.driver.commit_layer(draft, &chain, Usage::default()).await.unwrap();
         chain
     }
 
     /// A mounted root on these layers.
     async fn root(&self, layers: &[ChainId], map: IdMap) -> (ContainerId, PathBuf) {
         let id = ContainerId::random();
-        self.driver.create_root(&id, layers, map).await.unwrap();
+        self.driver.create_root(&id, layers, map.into()).await.unwrap();
         let target = self.path(id.as_str());
         self.driver.mount_root(&id, &target).await.unwrap();
         (id, target)
@@ -83,20 +83,20 @@ fn entries(dir: &Path) -> Vec<String> {
 async fn a_layer_appears_when_it_is_complete_and_a_dropped_draft_is_removed() {
     let store = Store::new().await;
     let (one, drafts) = (chain("one"), store.path("store/tmp"));
-    let draft = store.driver.begin_layer(None, &one).await.unwrap();
-    let rival = store.driver.begin_layer(None, &one).await.unwrap();
-    assert_eq!((draft.chain(), draft.parent()), (&one, None));
+    let draft = store.driver.begin_layer(None).await.unwrap();
+    let rival = store.driver.begin_layer(None).await.unwrap();
+    assert_eq!(draft.parent(), None);
     fs::write(draft.path().join("file"), "first").unwrap();
     fs::write(rival.path().join("file"), "second").unwrap();
     assert!(!store.driver.has_layer(&one).await.unwrap());
-    store.driver.commit_layer(draft).await.unwrap();
+    store.driver.commit_layer(draft, &one, Usage::default()).await.unwrap();
     assert!(store.driver.has_layer(&one).await.unwrap());
-    store.driver.commit_layer(rival).await.unwrap();
+    store.driver.commit_layer(rival, &one, Usage::default()).await.unwrap();
     let (id, target) = store.root(std::slice::from_ref(&one), IdMap::default()).await;
     assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "first", "who is first wins");
     store.remove(&id, &target).await;
 
-    let draft = store.driver.begin_layer(Some(&one), &chain("two")).await.unwrap();
+    let draft = store.driver.begin_layer(Some(&one)).await.unwrap();
     fs::create_dir_all(draft.path().join("a/b/c")).unwrap();
     drop(draft);
     until("drafts to go", async || match entries(&drafts) {
@@ -203,12 +203,12 @@ async fn a_root_is_made_mounted_unmounted_and_removed_again_and_again() {
     let layer = store.layer("one", |dir| fs::write(dir.join("file"), "x").unwrap()).await;
     let (id, target, map) = (ContainerId::random(), store.path("target"), IdMap::default());
     let layers = [layer.clone()];
-    let made = (0..8).map(|_| store.driver.create_root(&id, &layers, map));
+    let made = (0..8).map(|_| store.driver.create_root(&id, &layers, map.into()));
     for done in futures::future::join_all(made).await {
         done.unwrap();
     }
-    assert!(matches!(store.driver.create_root(&id, &[], map).await, Err(Error::RootExists(_))));
-    let missing = store.driver.create_root(&ContainerId::random(), &[chain("missing")], map).await;
+    assert!(matches!(store.driver.create_root(&id, &[], map.into()).await, Err(Error::RootExists(_))));
+    let missing = store.driver.create_root(&ContainerId::random(), &[chain("missing")], map.into()).await;
     assert!(matches!(missing, Err(Error::LayerNotFound(_))));
     let unknown = ContainerId::random();
     assert!(matches!(store.driver.mount_root(&unknown, &target).await, Err(Error::RootNotFound(_))));
@@ -248,7 +248,7 @@ async fn what_a_crash_left_is_swept_at_open_and_what_is_whole_stays() {
     let (whole, target) = store.root(std::slice::from_ref(&layer), IdMap::default()).await;
     fs::write(target.join("written"), "x").unwrap();
     let damaged = ContainerId::random();
-    store.driver.create_root(&damaged, std::slice::from_ref(&layer), IdMap::default()).await.unwrap();
+    store.driver.create_root(&damaged, std::slice::from_ref(&layer), IdMap::default().into()).await.unwrap();
     let inside = store.path("store");
     fs::write(inside.join("roots").join(damaged.as_str()).join("root.json"), "{").unwrap();
     let empty = ContainerId::random();

@@ -48,7 +48,7 @@ impl Place {
     /// Reads files of an image as a container sees them.
     async fn read(&self, layers: &[ChainId], names: &[&str]) -> Vec<Option<String>> {
         let (id, target) = (ContainerId::random(), self.dir.path().join("mount"));
-        self.driver.create_root(&id, layers, IdMap::default()).await.unwrap();
+        self.driver.create_root(&id, layers, IdMap::default().into()).await.unwrap();
         self.driver.mount_root(&id, &target).await.unwrap();
         let seen = names.iter().map(|n| std::fs::read_to_string(target.join(n)).ok()).collect();
         self.driver.unmount_root(&id, &target).await.unwrap();

@@ -61,7 +61,7 @@ async fn a_layer_in_use_is_kept_and_collected_later() {
     let record = place.store.pull(&registry.name("a:1"), &[]).await.unwrap();
     place.store.pull(&registry.name("b:1"), &[]).await.unwrap();
     let id = ContainerId::random();
-    place.driver.create_root(&id, &record.layers, IdMap::default()).await.unwrap();
+    place.driver.create_root(&id, &record.layers, IdMap::default().into()).await.unwrap();
     place.store.remove(&registry.name("a:1")).await.unwrap();
     assert_eq!(place.layers().await, 2);
     let place = place.reopen().await;
@@ -100,8 +100,8 @@ async fn what_a_crash_has_left_goes_when_the_store_opens() {
     fs::write(images.join("tmp/half"), "x").unwrap();
     fs::write(images.join("configs").join("0".repeat(64)), "x").unwrap();
     let stray = ChainId::base(&moxlet_ids::Digest::of(b"stray"));
-    let draft = place.driver.begin_layer(None, &stray).await.unwrap();
-    place.driver.commit_layer(draft).await.unwrap();
+    let draft = place.driver.begin_layer(None).await.unwrap();
+    place.driver.commit_layer(draft, &stray, moxlet_storage::Usage::default()).await.unwrap();
     let place = place.reopen().await;
     assert_eq!(place.store.list().await.unwrap(), [record]);
     assert_eq!(place.layers().await, 1);

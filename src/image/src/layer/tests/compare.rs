@@ -78,11 +78,11 @@ async fn stacked(dir: &Path, layers: &[Vec<u8>]) -> Option<BTreeMap<String, Stri
     for (n, tar) in layers.iter().enumerate() {
         let diff_id = Digest::of(tar);
         let chain = chains.last().map_or_else(|| ChainId::base(&diff_id), |c| c.push(&diff_id));
-        let draft = driver.begin_layer(chains.last(), &chain).await.unwrap();
+        let draft = driver.begin_layer(chains.last()).await.unwrap();
         let tar = tar.clone();
         let work = move || extract_as(draft.path(), WhiteoutStyle::Overlay, n == 0, &tar).map(|()| draft);
         match tokio::task::spawn_blocking(work).await.unwrap() {
-            Ok(draft) => driver.commit_layer(draft).await.unwrap(),
+            Ok(draft) => driver.commit_layer(draft, &chain, moxlet_storage::Usage::default()).await.unwrap(),
             Err(Fault::Bad(_)) => {
                 // The draft is removed in the background, and has to be before its directory.
                 let tmp = dir.join("tmp");
@@ -95,7 +95,7 @@ async fn stacked(dir: &Path, layers: &[Vec<u8>]) -> Option<BTreeMap<String, Stri
         chains.push(chain);
     }
     let (id, target) = (ContainerId::random(), dir.join("mount"));
-    driver.create_root(&id, &chains, IdMap::default()).await.unwrap();
+    driver.create_root(&id, &chains, IdMap::default().into()).await.unwrap();
     driver.mount_root(&id, &target).await.unwrap();
     let seen = tree(&target);
     driver.unmount_root(&id, &target).await.unwrap();
