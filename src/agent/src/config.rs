@@ -41,6 +41,8 @@ pub struct Config {
     pub cni: CniSettings,
     /// Registries (`host` or `host:port`) that are spoken to without TLS.
     pub plain_http_registries: Vec<String>,
+    /// Docker's `config.json` of the host, whose credentials are tried after those of a pull.
+    pub docker_config: Option<PathBuf>,
     /// Layers of one image that come at once.
     pub max_parallel_downloads: usize,
     /// A container's log is rotated at this size in bytes.
@@ -63,6 +65,7 @@ impl Default for Config {
             pod_cidr: None,
             cni: CniSettings::default(),
             plain_http_registries: Vec::new(),
+            docker_config: None,
             max_parallel_downloads: 4,
             log_max_bytes: 10 << 20,
             log_max_files: 5,

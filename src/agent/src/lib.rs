@@ -93,6 +93,7 @@ impl Agent {
                 dir: root.join("images"),
                 plain_http_hosts: config.plain_http_registries.clone(),
                 max_parallel_downloads: config.max_parallel_downloads,
+                docker_config: config.docker_config.clone(),
             },
             driver.clone(),
         )

@@ -42,6 +42,9 @@ pub enum Error {
         /// The cause.
         reason: String,
     },
+    /// A `config.json`, or a pull secret, cannot be read.
+    #[error("the registry credentials cannot be read: {0}")]
+    BadCredentials(String),
     /// What came is not what was announced.
     #[error("failed to pull image {reference:?}: {part} has digest {actual}, expected {expected}")]
     DigestMismatch {

@@ -4,6 +4,7 @@
 //! directory of the storage driver; no layer is ever in memory or on disk as a blob. What an image is called lies in
 //! small records beside its config.
 
+mod credentials;
 mod download;
 mod error;
 mod layer;
@@ -27,6 +28,7 @@ use futures::{
 use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::Driver;
 
+pub use credentials::{Credentials, Keyring};
 pub use error::{Error, Result};
 pub use oci_spec::image::ImageConfiguration;
 pub use reference::Reference;
@@ -42,22 +44,19 @@ pub struct Config {
     pub plain_http_hosts: Vec<String>,
     /// How many layers of one image come at once.
     pub max_parallel_downloads: usize,
+    /// Docker's `config.json` of the host: its credentials are tried after those that a pull comes with. It is read again
+    /// when it has changed.
+    pub docker_config: Option<PathBuf>,
 }
 
-/// One way to log in at a registry; several are tried in turn.
-#[derive(Clone, Default, PartialEq, Eq, Hash)]
-pub struct Credentials {
-    /// The user.
-    pub username: String,
-    /// The password.
-    pub password: String,
-    /// A token that the registry takes as it is, instead of a user and password.
-    pub registry_token: String,
-}
-
-impl std::fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Credentials").field("username", &self.username).finish_non_exhaustive()
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            dir: PathBuf::from("/var/lib/moxlet/images"),
+            plain_http_hosts: Vec::new(),
+            max_parallel_downloads: 4,
+            docker_config: None,
+        }
     }
 }
 

@@ -63,6 +63,7 @@ pub(crate) struct Config {
     pub(crate) stream_listen: Option<SocketAddr>,
     pub(crate) init_binary: Option<PathBuf>,
     pub(crate) plain_http_registries: Vec<String>,
+    pub(crate) docker_config: Option<PathBuf>,
     pub(crate) container_log_max_bytes: u64,
     pub(crate) container_log_max_files: u32,
     pub(crate) sandbox_overhead_memory_bytes: u64,
@@ -98,6 +99,7 @@ impl Default for Config {
             stream_listen: None,
             init_binary: None,
             plain_http_registries: Vec::new(),
+            docker_config: None,
             container_log_max_bytes: 10 << 20,
             container_log_max_files: 5,
             sandbox_overhead_memory_bytes: 16 << 20,
@@ -191,6 +193,7 @@ impl Config {
             ("static_pod_dir", &self.static_pod_dir),
             ("init_binary", &self.init_binary),
             ("cni_conf_dir", &self.cni_conf_dir),
+            ("docker_config", &self.docker_config),
         ] {
             let Some(path) = path else { continue };
             // A node's own kubeconfig may not exist before the bootstrap has written it.
@@ -255,8 +258,10 @@ mod tests {
 
     #[test]
     fn a_file_that_does_not_exist_is_named_with_its_key() {
-        let error = load("client_ca_file = \"/nonexistent/ca.crt\"").unwrap_err().to_string();
-        assert!(error.contains("client_ca_file") && error.contains("/nonexistent/ca.crt"), "{error}");
+        for key in ["client_ca_file", "docker_config"] {
+            let error = load(&format!("{key} = \"/nonexistent/file\"")).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("/nonexistent/file"), "{error}");
+        }
     }
 
     #[test]

@@ -32,8 +32,12 @@ fn shown(image: ImageRecord) -> v1::Image {
 
 /// CRI's way to log in as ours. `auth` is base64 of `user:password`, with NULs at its end in old files.
 fn credentials(auth: v1::AuthConfig) -> Result<Credentials> {
-    let mut all =
-        Credentials { username: auth.username, password: auth.password, registry_token: auth.registry_token };
+    let mut all = Credentials {
+        username: auth.username,
+        password: auth.password,
+        identity_token: auth.identity_token,
+        registry_token: auth.registry_token,
+    };
     if all.username.is_empty() && !auth.auth.is_empty() {
         let wrong = || Error::Invalid("the registry's auth is not base64 of user:password".into());
         let bytes =
@@ -42,9 +46,6 @@ fn credentials(auth: v1::AuthConfig) -> Result<Credentials> {
         let (user, password) = text.split_once(':').ok_or_else(wrong)?;
         all.username = user.to_owned();
         all.password = password.trim_end_matches('\0').to_owned();
-    }
-    if !auth.identity_token.is_empty() && all.registry_token.is_empty() && all.username.is_empty() {
-        return Err(Error::Refused("an identity token of a registry".into()));
     }
     Ok(all)
 }

@@ -44,8 +44,8 @@ async fn core(root: &Path) -> Arc<Core> {
     let driver = Arc::new(moxlet_storage::OverlayDriver::open(&root.join("storage")).await.unwrap());
     let images = moxlet_image::Config {
         dir: root.join("images"),
-        plain_http_hosts: Vec::new(),
         max_parallel_downloads: 1,
+        ..moxlet_image::Config::default()
     };
     let config = Config { root_dir: root.to_owned(), ..Config::default() };
     let cni = moxlet_network::CniConfig {

@@ -2,7 +2,7 @@
 
 use reqwest::{
     StatusCode, Url,
-    header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE},
+    header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, WWW_AUTHENTICATE},
 };
 
 use super::Session;
@@ -66,14 +66,15 @@ impl Session<'_> {
         if !credentials.registry_token.is_empty() {
             return Ok(secret(format!("Bearer {}", credentials.registry_token)));
         }
-        let named = !credentials.username.is_empty() || !credentials.password.is_empty();
         for challenge in challenges {
             match challenge {
-                Challenge::Basic if named => return Ok(basic(credentials)),
-                Challenge::Basic => {}
+                Challenge::Basic => {
+                    if let Some(header) = basic(credentials) {
+                        return Ok(Some(header));
+                    }
+                }
                 Challenge::Bearer { realm, service, scope } => {
-                    let login = if named { basic(credentials) } else { None };
-                    let token = self.token(realm, service.as_deref(), scope.as_deref(), login).await?;
+                    let token = self.token(realm, service.as_deref(), scope.as_deref(), credentials).await?;
                     return Ok(secret(format!("Bearer {token}")));
                 }
             }
@@ -81,29 +82,48 @@ impl Session<'_> {
         Ok(None)
     }
 
+    /// A token, by GET with Basic as Docker asks for it, or by POST with a refresh token (RFC 6749, section 6).
     async fn token(
         &self,
         realm: &str,
         service: Option<&str>,
         scope: Option<&str>,
-        login: Option<HeaderValue>,
+        credentials: &Credentials,
     ) -> Result<String> {
         let mut url = Url::parse(realm).map_err(|_| self.denied("the token realm is no address"))?;
         if !self.registry.may_go(&url) {
             return Err(self.denied("the token realm is an address without TLS"));
         }
         let ours = format!("repository:{}:pull", self.reference.repository());
-        {
-            let mut query = url.query_pairs_mut();
-            if let Some(service) = service {
-                query.append_pair("service", service);
+        let scope = scope.unwrap_or(&ours);
+        let client = self.registry.client(&url);
+        let request = if credentials.identity_token.is_empty() {
+            {
+                let mut query = url.query_pairs_mut();
+                if let Some(service) = service {
+                    query.append_pair("service", service);
+                }
+                query.append_pair("scope", scope);
             }
-            query.append_pair("scope", scope.unwrap_or(&ours));
-        }
-        let mut request = self.registry.client(&url).get(url);
-        if let Some(login) = login {
-            request = request.header(AUTHORIZATION, login);
-        }
+            match basic(credentials) {
+                Some(login) => client.get(url).header(AUTHORIZATION, login),
+                None => client.get(url),
+            }
+        } else {
+            let form = [
+                ("grant_type", "refresh_token"),
+                ("service", service.unwrap_or_default()),
+                ("client_id", "moxlet"),
+                ("scope", scope),
+                ("refresh_token", &credentials.identity_token),
+            ];
+            // A form is written as a query is.
+            let mut encoder = url.clone();
+            encoder.set_query(None);
+            encoder.query_pairs_mut().extend_pairs(form);
+            let body = encoder.query().unwrap_or_default().to_owned();
+            client.post(url).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(body)
+        };
         let response = request.send().await.map_err(|e| self.unreachable(&chain(&e.without_url())))?;
         match response.status() {
             s if s.is_success() => {}
@@ -121,7 +141,11 @@ impl Session<'_> {
     }
 }
 
+/// The header of a user and password, if there are any.
 fn basic(credentials: &Credentials) -> Option<HeaderValue> {
+    if credentials.username.is_empty() && credentials.password.is_empty() {
+        return None;
+    }
     let pair = format!("{}:{}", credentials.username, credentials.password);
     secret(format!("Basic {}", base64(pair.as_bytes())))
 }

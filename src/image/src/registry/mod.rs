@@ -12,7 +12,7 @@ use reqwest::{
     header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER},
 };
 
-use crate::{Credentials, Error, Reference, Result, error::chain};
+use crate::{Config, Credentials, Error, Reference, Result, credentials::NodeCredentials, error::chain};
 
 const CONNECT: Duration = Duration::from_secs(10);
 const STALL: Duration = Duration::from_secs(60);
@@ -28,6 +28,7 @@ pub(crate) struct Registry {
     /// For hosts on loopback, which no proxy could reach.
     local: Client,
     plain_hosts: Vec<String>,
+    node: NodeCredentials,
 }
 
 /// What the pulls of one image share: where it is and how to log in there.
@@ -41,7 +42,7 @@ pub(crate) struct Session<'a> {
 }
 
 impl Registry {
-    pub(crate) fn new(plain_hosts: Vec<String>) -> Result<Self> {
+    pub(crate) fn new(config: &Config) -> Result<Self> {
         // A second provider is not installed; whichever came first serves.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let builder = || {
@@ -55,7 +56,8 @@ impl Registry {
         Ok(Self {
             remote: builder().build().map_err(error)?,
             local: builder().no_proxy().build().map_err(error)?,
-            plain_hosts,
+            plain_hosts: config.plain_http_hosts.clone(),
+            node: NodeCredentials::new(config.docker_config.clone()),
         })
     }
 
@@ -189,8 +191,9 @@ impl Session<'_> {
             Err(Refusal::Other(error)) => return Err(error),
         };
         let challenges = auth::challenges(&challenge);
+        let node = self.registry.node.lookup(self.reference.registry(), self.reference.repository()).await;
         let anonymous = Credentials::default();
-        for credentials in self.auths.iter().chain([&anonymous]) {
+        for credentials in self.auths.iter().chain(&node).chain([&anonymous]) {
             let header = match self.log_in(&challenges, credentials).await {
                 Ok(Some(header)) => header,
                 Ok(None) => continue,
@@ -336,7 +339,8 @@ mod tests {
 
     #[test]
     fn plain_http_is_for_loopback_and_who_is_named() {
-        let registry = Registry::new(vec!["a.b:5000".into(), "c.d".into()]).unwrap();
+        let plain_http_hosts = vec!["a.b:5000".into(), "c.d".into()];
+        let registry = Registry::new(&Config { plain_http_hosts, ..Config::default() }).unwrap();
         for host in
             ["localhost", "localhost:5000", "127.8.9.1:80", "[::1]", "[::1]:5000", "a.b:5000", "c.d:1"]
         {

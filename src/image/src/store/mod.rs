@@ -77,7 +77,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Store {
     pub(crate) async fn open(settings: Config, driver: Arc<dyn Driver>) -> Result<Arc<Self>> {
-        let registry = Registry::new(settings.plain_http_hosts.clone())?;
+        let registry = Registry::new(&settings)?;
         let layers: HashSet<ChainId> = driver.layers().await?.into_iter().collect();
         let dir = settings.dir.clone();
         let (records, images) = blocking(move || {

@@ -19,18 +19,27 @@ struct Place {
     dir: tempfile::TempDir,
     driver: Arc<OverlayDriver>,
     store: Arc<ImageStore>,
+    config: Config,
 }
 
 impl Place {
     async fn new() -> Self {
+        Self::with(|_| ()).await
+    }
+
+    /// One whose settings are changed.
+    async fn with(change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (driver, store) = open(dir.path()).await;
-        Self { dir, driver, store: store.unwrap() }
+        let mut config =
+            Config { dir: dir.path().join("images"), max_parallel_downloads: 3, ..Config::default() };
+        change(&mut config);
+        let (driver, store) = open(dir.path(), config.clone()).await;
+        Self { dir, driver, store: store.unwrap(), config }
     }
 
     /// As after a restart.
     async fn reopen(mut self) -> Self {
-        let (driver, store) = open(self.dir.path()).await;
+        let (driver, store) = open(self.dir.path(), self.config.clone()).await;
         (self.driver, self.store) = (driver, store.unwrap());
         self
     }
@@ -58,9 +67,8 @@ impl Place {
     }
 }
 
-async fn open(dir: &Path) -> (Arc<OverlayDriver>, crate::Result<Arc<ImageStore>>) {
+async fn open(dir: &Path, config: Config) -> (Arc<OverlayDriver>, crate::Result<Arc<ImageStore>>) {
     let driver = Arc::new(OverlayDriver::open(&dir.join("driver")).await.unwrap());
-    let config = Config { dir: dir.join("images"), plain_http_hosts: Vec::new(), max_parallel_downloads: 3 };
     let store = ImageStore::open(config, Arc::clone(&driver) as Arc<dyn Driver>).await;
     (driver, store)
 }

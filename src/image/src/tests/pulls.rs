@@ -96,6 +96,28 @@ async fn credentials_are_tried_in_turn() {
     assert!(matches!(error, Error::Denied { .. }), "what is here is not for everybody: {error}");
     let token = Credentials { registry_token: "good".into(), ..Credentials::default() };
     place.store.pull(&name, &[token]).await.unwrap();
+    let refresh = |token: &str| Credentials { identity_token: token.into(), ..Credentials::default() };
+    place.store.pull(&name, &[refresh("of me")]).await.unwrap();
+    let error = place.store.pull(&name, &[refresh("of you")]).await.unwrap_err();
+    assert!(matches!(error, Error::Denied { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hosts_credentials_come_after_those_of_the_pull() {
+    let registry = Registry::start().await;
+    registry.push("app:v1", &two_layers());
+    registry.login("me", "secret");
+    let name = registry.name("app:v1");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("config.json");
+    let place = Place::with(|config| config.docker_config = Some(file.clone())).await;
+    let error = place.store.pull(&name, &[]).await.unwrap_err();
+    assert!(matches!(error, Error::Denied { .. }), "{error}");
+    let host = name.split('/').next().unwrap();
+    let entry = json!({ "auths": { host: { "username": "me", "password": "secret" } } });
+    std::fs::write(&file, entry.to_string()).unwrap();
+    place.store.pull(&name, &[]).await.unwrap();
+    place.store.pull(&name, &[user("me", "wrong")]).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

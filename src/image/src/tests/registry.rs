@@ -125,7 +125,7 @@ impl Registry {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         registry.content().address = listener.local_addr().unwrap().to_string();
         let app = Router::new()
-            .route("/token", get(token))
+            .route("/token", get(token).post(refresh))
             .route("/v2/{repository}/manifests/{wanted}", get(manifest))
             .route("/v2/{repository}/blobs/{digest}", get(blob))
             .with_state(registry.clone());
@@ -234,6 +234,19 @@ async fn token(State(registry): State<Registry>, headers: HeaderMap) -> Response
             answer(StatusCode::UNAUTHORIZED, r#"{"errors":[{"code":"UNAUTHORIZED","message":"wrong"}]}"#)
         }
         None => answer(StatusCode::OK, r#"{"token":"of nobody"}"#),
+    }
+}
+
+/// A refresh token is `of` and the user.
+async fn refresh(State(registry): State<Registry>, body: String) -> Response<Body> {
+    let (user, _) = registry.content().login.clone().unwrap();
+    let form: HashMap<_, _> = body.split('&').filter_map(|pair| pair.split_once('=')).collect();
+    assert_eq!((form["grant_type"], form["service"], form["client_id"]), ("refresh_token", "test", "moxlet"));
+    assert!(form["scope"].starts_with("repository%3A"), "{body}");
+    if form["refresh_token"] == format!("of+{user}") {
+        answer(StatusCode::OK, r#"{"access_token":"good","expires_in":60}"#)
+    } else {
+        answer(StatusCode::UNAUTHORIZED, "")
     }
 }
 
