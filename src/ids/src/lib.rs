@@ -2,9 +2,12 @@
 //!
 //! Every constructor checks its input, since ids come over gRPC and become file names and CT names.
 
+mod vmid;
+
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+pub use vmid::Vmid;
 
 /// Why a string is no id.
 #[derive(Debug, thiserror::Error, Clone, PartialEq, Eq)]
