@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use futures::{StreamExt, stream};
 use moxlet_ids::{ChainId, Digest};
-use moxlet_storage::{Usage, WhiteoutStyle};
+use moxlet_storage::WhiteoutStyle;
 use oci_spec::image::ImageConfiguration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -166,7 +166,8 @@ fn jobs(session: &Session<'_>, manifest: &Manifest, config: &ImageConfiguration)
         let diff_id: Digest = diff_id.parse().map_err(|e| session.bad("config", format!("{e}")))?;
         let parent = jobs.last().map(|j| j.chain.clone());
         let chain = parent.as_ref().map_or_else(|| ChainId::base(&diff_id), |p| p.push(&diff_id));
-        let claim = Claim { digest: blob.digest.clone(), size: blob.size, diff_id };
+        let claim =
+            Claim { digest: Some(blob.digest.clone()), size: Some(blob.size), diff_id: Some(diff_id) };
         jobs.push(Job { part: part(n, blob), blob: blob.clone(), claim, chain, parent });
     }
     Ok(jobs)
@@ -190,13 +191,13 @@ async fn fetch_layer(
     let (claim, style, bottom) = (job.claim, store.driver.whiteouts(), job.parent.is_none());
     // The draft goes with the worker: it is not removed while something is still written in it.
     let worker = tokio::task::spawn_blocking(move || {
-        let target = Target { root: draft.path(), style, bottom };
-        layer::unpack(pieces, &claim, &target).map(|()| draft)
+        let target = Target { root: draft.path(), style, bottom, tape: None };
+        layer::unpack(pieces, &claim, &target).map(|unpacked| (draft, unpacked))
     });
     let downloaded = stop.run_until_cancelled(download(session, &job.blob, &job.part, out)).await;
     let unpacked = worker.await.map_err(|_| Error::Stopped)?;
     downloaded.unwrap_or(Err(Error::Stopped))?;
-    let draft = unpacked.map_err(|fault| match fault {
+    let (draft, unpacked) = unpacked.map_err(|fault| match fault {
         Fault::Bad(reason) => session.bad(&job.part, reason),
         Fault::Mismatch { what, expected, actual } => {
             mismatch(session, &format!("{}{what}", job.part), expected, actual)
@@ -204,6 +205,6 @@ async fn fetch_layer(
         Fault::System { what, path, source } => Error::Io { what, path, source: Arc::new(source) },
         Fault::Cut => Error::Stopped,
     })?;
-    store.driver.commit_layer(draft, &job.chain, Usage::default()).await?;
+    store.driver.commit_layer(draft, &job.chain, unpacked.usage).await?;
     Ok(job.blob.size)
 }

@@ -4,22 +4,27 @@
 //! of any size in memory, cuts their values at newlines (a capability may hold one) and passes over the size of a file
 //! that follows such a value. Whatever two readers could see differently is refused.
 
-use std::{borrow::Cow, io::Read};
+use std::{
+    borrow::Cow,
+    io::{self, BufRead},
+};
 
 use rustix::fs::Timespec;
 use tar::{EntryType, Header};
 
-use super::{Fault, MAX_UNPACKED, Outcome, read_fault, shown};
+use super::{
+    Fault, MAX_UNPACKED, Outcome,
+    pax::{Extensions, number, seconds},
+    read_fault, shown,
+    sparse::{self, Map, Sparse},
+    tape::Recorder,
+};
 
 const BLOCK: usize = 512;
 /// Bytes of one extended header or long name.
 const MAX_EXTENSION: u64 = 1 << 20;
 /// Entries of one layer, headers that only describe another entry included.
 pub(super) const MAX_ENTRIES: u64 = 4 << 20;
-/// `XATTR_SIZE_MAX` and `XATTR_NAME_MAX` (xattr(7)).
-const MAX_XATTR: usize = 64 << 10;
-const MAX_XATTR_NAME: usize = 255;
-const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,38 +51,47 @@ pub(super) struct Entry {
     pub(super) major: u32,
     pub(super) minor: u32,
     pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Where the content of a file with holes belongs.
+    pub(super) sparse: Option<Sparse>,
+    /// Bytes of content in the archive.
+    pub(super) stored: u64,
+}
+
+impl Entry {
+    /// The length of the file.
+    pub(super) fn size(&self) -> u64 {
+        self.sparse.as_ref().map_or(self.stored, |s| s.size)
+    }
 }
 
 /// A tar that is being read.
 pub(super) struct Archive<R> {
     input: R,
+    tape: Option<Recorder>,
     entries: u64,
     /// What is left of the entry at hand, and what fills up its last block.
     left: u64,
     padding: u64,
 }
 
-/// What extended headers say of the entry that follows them.
-#[derive(Default)]
-struct Extensions {
-    pax: bool,
-    long_path: Option<Vec<u8>>,
-    long_link: Option<Vec<u8>>,
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u64>,
-    gid: Option<u64>,
-    mtime: Option<Timespec>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-}
-
-impl<R: Read> Archive<R> {
-    pub(super) fn new(input: R) -> Self {
-        Self { input, entries: 0, left: 0, padding: 0 }
+impl<R: BufRead> Archive<R> {
+    /// A tape gets all that is read here other than by [`Self::content`].
+    pub(super) fn new(input: R, tape: Option<Recorder>) -> Self {
+        Self { input, tape, entries: 0, left: 0, padding: 0 }
     }
 
-    /// The next entry; its content is had with [`Self::read`], or passed over by the next call.
+    /// The tape, if there is one.
+    pub(super) fn tape(&mut self) -> Option<&mut Recorder> {
+        self.tape.as_mut()
+    }
+
+    /// Does something to the tape, if there is one.
+    pub(super) fn record(&mut self, write: impl FnOnce(&mut Recorder) -> io::Result<()>) -> Outcome<()> {
+        let Some(tape) = &mut self.tape else { return Ok(()) };
+        write(tape).map_err(|source| Fault::System { what: "write", path: tape.path().to_owned(), source })
+    }
+
+    /// The next entry; its content is had with [`Self::content`], or passed over by the next call.
     pub(super) fn next(&mut self) -> Outcome<Option<Entry>> {
         let mut extensions = Extensions::default();
         let mut pending = false;
@@ -114,32 +128,57 @@ impl<R: Read> Archive<R> {
         }
     }
 
-    /// The next bytes of the entry's content; 0 at its end.
-    pub(super) fn read(&mut self, into: &mut [u8]) -> Outcome<usize> {
-        let want = usize::try_from(self.left).unwrap_or(usize::MAX).min(into.len());
-        if want == 0 {
-            return Ok(0);
+    /// The next bytes of the entry's content, to be [consumed](Self::consume); none at its end. They do not go to the
+    /// tape.
+    pub(super) fn content(&mut self) -> Outcome<&[u8]> {
+        if self.left == 0 {
+            return Ok(&[]);
         }
-        let n = self.some(&mut into[..want])?;
-        self.left -= n as u64;
-        Ok(n)
+        let left = usize::try_from(self.left).unwrap_or(usize::MAX);
+        let chunk = some(&mut self.input)?;
+        Ok(&chunk[..chunk.len().min(left)])
     }
 
-    /// At least one byte.
-    fn some(&mut self, into: &mut [u8]) -> Outcome<usize> {
-        match self.input.read(into).map_err(|e| read_fault(&e))? {
-            0 => Err(bad("it ends within an entry")),
-            n => Ok(n),
+    /// So many bytes of [`Self::content`] are done with.
+    pub(super) fn consume(&mut self, n: usize) {
+        self.input.consume(n);
+        self.left = self.left.saturating_sub(n as u64);
+    }
+
+    /// Reads what follows the end of the archive: it counts for the DiffID as well.
+    pub(super) fn rest(mut self) -> Outcome<(R, Option<Recorder>)> {
+        loop {
+            let n = self.pass(u64::MAX)?;
+            if n == 0 {
+                return Ok((self.input, self.tape));
+            }
         }
+    }
+
+    /// Passes over some of the next bytes, at most so many; 0 at the end of the input.
+    fn pass(&mut self, max: u64) -> Outcome<u64> {
+        let chunk = self.input.fill_buf().map_err(|e| read_fault(&e))?;
+        let n = usize::try_from(max).unwrap_or(usize::MAX).min(chunk.len());
+        if let Some(tape) = &mut self.tape {
+            let written = tape.literal(&chunk[..n]);
+            written.map_err(|source| Fault::System {
+                what: "write",
+                path: tape.path().to_owned(),
+                source,
+            })?;
+        }
+        self.input.consume(n);
+        Ok(n as u64)
     }
 
     fn skip(&mut self) -> Outcome<()> {
         let mut rest = self.left + self.padding;
         (self.left, self.padding) = (0, 0);
-        let mut buffer = [0; 16 << 10];
         while rest > 0 {
-            let want = usize::try_from(rest).unwrap_or(usize::MAX).min(buffer.len());
-            rest -= self.some(&mut buffer[..want])? as u64;
+            match self.pass(rest)? {
+                0 => return Err(bad("it ends within an entry")),
+                n => rest -= n,
+            }
         }
         Ok(())
     }
@@ -180,12 +219,16 @@ impl<R: Read> Archive<R> {
     fn block(&mut self, block: &mut [u8; BLOCK]) -> Outcome<bool> {
         let mut filled = 0;
         while filled < BLOCK {
-            match self.input.read(&mut block[filled..]).map_err(|e| read_fault(&e))? {
-                0 if filled == 0 => return Ok(false),
-                0 => return Err(bad("it ends within a header")),
-                n => filled += n,
+            let chunk = self.input.fill_buf().map_err(|e| read_fault(&e))?;
+            let n = chunk.len().min(BLOCK - filled);
+            if n == 0 {
+                return if filled == 0 { Ok(false) } else { Err(bad("it ends within a header")) };
             }
+            block[filled..filled + n].copy_from_slice(&chunk[..n]);
+            self.input.consume(n);
+            filled += n;
         }
+        self.record(|tape| tape.literal(block))?;
         Ok(true)
     }
 
@@ -194,11 +237,17 @@ impl<R: Read> Archive<R> {
             let name = shown(&header.path_bytes());
             return Err(bad(format!("the extended header {name} has more than {MAX_EXTENSION} bytes")));
         }
-        let mut bytes = vec![0; usize::try_from(self.left).unwrap_or(0)];
-        let mut filled = 0;
-        while filled < bytes.len() {
-            filled += self.read(&mut bytes[filled..])?;
+        let mut bytes = Vec::with_capacity(usize::try_from(self.left).unwrap_or(0));
+        loop {
+            let chunk = self.content()?;
+            let n = chunk.len();
+            if n == 0 {
+                break;
+            }
+            bytes.extend_from_slice(chunk);
+            self.consume(n);
         }
+        self.record(|tape| tape.literal(&bytes))?;
         Ok(bytes)
     }
 
@@ -210,9 +259,9 @@ impl<R: Read> Archive<R> {
         Ok(name)
     }
 
-    fn entry(&mut self, header: &Header, extensions: Extensions) -> Outcome<Entry> {
-        let path =
-            extensions.long_path.or(extensions.path).unwrap_or_else(|| header.path_bytes().into_owned());
+    fn entry(&mut self, header: &Header, mut extensions: Extensions) -> Outcome<Entry> {
+        let name = extensions.sparse.name.take().or(extensions.long_path.take()).or(extensions.path.take());
+        let path = name.unwrap_or_else(|| header.path_bytes().into_owned());
         let link = extensions
             .long_link
             .or(extensions.link)
@@ -221,7 +270,7 @@ impl<R: Read> Archive<R> {
         let kind = match header.entry_type() {
             // Before POSIX a directory was a file whose name ends in a slash.
             EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Directory,
-            EntryType::Regular | EntryType::Continuous => Kind::File,
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
             EntryType::Directory => Kind::Directory,
             EntryType::Symlink => Kind::Symlink,
             EntryType::Link => Kind::HardLink,
@@ -236,6 +285,16 @@ impl<R: Read> Archive<R> {
         if let Some(size) = extensions.size {
             self.begin(size)?;
         }
+        let map = extensions.sparse.map()?;
+        let sparse = match (kind, header.entry_type(), map) {
+            (Kind::File, EntryType::GNUSparse, Map::None) => Some(self.old_sparse(header)?),
+            (Kind::File, EntryType::Regular, Map::Here(sparse)) => Some(sparse),
+            (Kind::File, EntryType::Regular, Map::InContent(size)) => Some(self.map_in_content(size)?),
+            (_, EntryType::GNUSparse, _) => return Err(fault("two maps of its data")),
+            (_, _, Map::None) => None,
+            _ => return Err(fault("a map of its data, which its type cannot have")),
+        };
+        let sparse = sparse.map(|s| s.checked(self.left, &path)).transpose()?;
         match kind {
             Kind::File => {}
             // Some writers note the size of the file that it is a link to; no content follows.
@@ -263,78 +322,63 @@ impl<R: Read> Archive<R> {
             major: device(ustar.map(|h| &h.dev_major).or(gnu.map(|h| &h.dev_major)))?,
             minor: device(ustar.map(|h| &h.dev_minor).or(gnu.map(|h| &h.dev_minor)))?,
             xattrs: extensions.xattrs,
+            sparse,
+            stored: self.left,
             path,
             link,
         })
     }
-}
 
-impl Extensions {
-    /// Reads the records `<length> <key>=<value>\n` of a PAX header (pax(1), "pax Header Block").
-    fn parse(&mut self, mut text: &[u8]) -> Outcome<()> {
-        while !text.is_empty() {
-            let (record, rest) = record(text).ok_or_else(|| bad("an extended header is malformed"))?;
-            self.take(record.0, record.1)?;
-            text = rest;
+    /// The map of GNU's old format: in the header, and in as many blocks after it as it takes.
+    fn old_sparse(&mut self, header: &Header) -> Outcome<Sparse> {
+        let Some(gnu) = header.as_gnu() else { return Err(bad("a sparse file has no header of GNU")) };
+        let size = number(&gnu.realsize).ok_or_else(|| bad("a sparse file has a bad size"))?;
+        let mut extents = Vec::new();
+        // Four pairs, then whether more follow.
+        sparse::old_extents(&header.as_bytes()[386..482], &mut extents)?;
+        let mut more = gnu.isextended[0] != 0;
+        while more {
+            let mut block = [0; BLOCK];
+            if !self.block(&mut block)? {
+                return Err(bad("it ends within the map of a sparse file"));
+            }
+            sparse::old_extents(&block[..504], &mut extents)?;
+            more = block[504] != 0;
         }
-        Ok(())
+        Ok(Sparse { size, extents })
     }
 
-    fn take(&mut self, key: &[u8], value: &[u8]) -> Outcome<()> {
-        let malformed = || bad(format!("an extended header has a bad value for {}", shown(key)));
-        let digits = |value: &[u8]| -> Outcome<u64> {
-            let text = std::str::from_utf8(value).ok().filter(|t| t.bytes().all(|b| b.is_ascii_digit()));
-            text.and_then(|t| t.parse().ok()).ok_or_else(malformed)
-        };
-        match key {
-            // An empty value stands for what the header says.
-            b"path" => self.path = Some(value.to_vec()).filter(|v| !v.is_empty()),
-            b"linkpath" => self.link = Some(value.to_vec()).filter(|v| !v.is_empty()),
-            b"size" => self.size = Some(digits(value)?),
-            b"uid" => self.uid = Some(digits(value)?),
-            b"gid" => self.gid = Some(digits(value)?),
-            b"mtime" => self.mtime = Some(timestamp(value).ok_or_else(malformed)?),
-            _ if key.starts_with(b"GNU.sparse.") => {
-                return Err(bad("it has a sparse file, which is not supported"));
-            }
-            _ => {
-                if let Some(name) = key.strip_prefix(XATTR_PREFIX) {
-                    self.xattr(name, value)?;
+    /// The map that precedes the content and fills whole blocks.
+    fn map_in_content(&mut self, size: u64) -> Outcome<Sparse> {
+        let (mut block, mut at) = ([0; BLOCK], BLOCK);
+        let line = || {
+            let mut line = Vec::new();
+            loop {
+                if at == BLOCK {
+                    let left = self.left.checked_sub(BLOCK as u64);
+                    let left = left.ok_or_else(|| bad("it ends within the map of a sparse file"))?;
+                    if !self.block(&mut block)? {
+                        return Err(bad("it ends within the map of a sparse file"));
+                    }
+                    (self.left, at) = (left, 0);
+                }
+                let byte = block[at];
+                at += 1;
+                match byte {
+                    b'\n' => return Ok(line),
+                    _ if line.len() > 20 => return Err(bad("the map of a sparse file has a bad number")),
+                    _ => line.push(byte),
                 }
             }
-        }
-        Ok(())
-    }
-
-    fn xattr(&mut self, name: &[u8], value: &[u8]) -> Outcome<()> {
-        if name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.") {
-            return Err(bad(format!("an entry has the attribute {}, a marker of OverlayFS", shown(name))));
-        }
-        // Labels, ACLs and hashes of the machine where the image was built mean nothing here.
-        if name != b"security.capability" && !name.starts_with(b"user.") {
-            return Ok(());
-        }
-        if name.len() > MAX_XATTR_NAME || name.contains(&0) || value.len() > MAX_XATTR {
-            return Err(bad(format!("the attribute {} is malformed or too long", shown(name))));
-        }
-        self.xattrs.retain(|(n, _)| n != name);
-        self.xattrs.push((name.to_vec(), value.to_vec()));
-        Ok(())
+        };
+        sparse::map_in_content(size, line)
     }
 }
 
-type Record<'a> = (&'a [u8], &'a [u8]);
-
-fn record(text: &[u8]) -> Option<(Record<'_>, &[u8])> {
-    let blank = text.iter().take(20).position(|b| *b == b' ')?;
-    let length =
-        std::str::from_utf8(&text[..blank]).ok().filter(|t| t.bytes().all(|b| b.is_ascii_digit()))?;
-    let length: usize = length.parse().ok()?;
-    let (record, rest) = text.split_at_checked(length)?;
-    let body = record.get(blank + 1..)?.strip_suffix(b"\n")?;
-    let equals = body.iter().position(|b| *b == b'=')?;
-    let (key, value) = (&body[..equals], &body[equals + 1..]);
-    (!key.is_empty()).then_some(((key, value), rest))
+/// At least one byte.
+fn some(input: &mut impl BufRead) -> Outcome<&[u8]> {
+    let chunk = input.fill_buf().map_err(|e| read_fault(&e))?;
+    if chunk.is_empty() { Err(bad("it ends within an entry")) } else { Ok(chunk) }
 }
 
 fn once(slot: &mut Option<Vec<u8>>, name: Vec<u8>) -> Outcome<()> {
@@ -344,58 +388,7 @@ fn once(slot: &mut Option<Vec<u8>>, name: Vec<u8>) -> Outcome<()> {
     }
 }
 
-/// A number of a header: octal digits among blanks and zeros, nothing for 0, or binary (GNU's base 256).
-fn number(field: &[u8]) -> Option<u64> {
-    match field.first() {
-        Some(first) if first & 0x80 != 0 => {
-            let (high, low) = field.split_at(field.len().saturating_sub(8));
-            if high.iter().enumerate().any(|(i, b)| if i == 0 { *b != 0x80 } else { *b != 0 }) {
-                return None;
-            }
-            let mut bytes = [0; 8];
-            bytes[8 - low.len()..].copy_from_slice(low);
-            // In a field of eight bytes the mark is part of the number.
-            bytes[8 - low.len()] &= if high.is_empty() { 0x7f } else { 0xff };
-            Some(u64::from_be_bytes(bytes))
-        }
-        _ => {
-            let end = field.iter().position(|b| *b == 0).unwrap_or(field.len());
-            let text = std::str::from_utf8(&field[..end]).ok()?.trim_matches(' ');
-            if text.is_empty() {
-                return Some(0);
-            }
-            text.bytes().all(|b| b.is_ascii_digit()).then(|| u64::from_str_radix(text, 8).ok())?
-        }
-    }
-}
-
-/// A header's time; one that is before 1970 or damaged is 1970, which harms nobody.
-fn seconds(field: &[u8]) -> Timespec {
-    let tv_sec = number(field).and_then(|s| i64::try_from(s).ok()).unwrap_or(0);
-    Timespec { tv_sec, tv_nsec: 0 }
-}
-
-/// A time of a PAX header: `[-]seconds[.fraction]`.
-fn timestamp(value: &[u8]) -> Option<Timespec> {
-    let text = std::str::from_utf8(value).ok()?;
-    let (negative, text) = text.strip_prefix('-').map_or((false, text), |t| (true, t));
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    if whole.is_empty() || !whole.bytes().chain(fraction.bytes()).all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    let mut tv_sec: i64 = whole.parse().ok()?;
-    let nanos: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-    let mut tv_nsec: i64 = nanos.parse().ok()?;
-    if negative {
-        tv_sec = -tv_sec;
-        if tv_nsec > 0 {
-            (tv_sec, tv_nsec) = (tv_sec - 1, 1_000_000_000 - tv_nsec);
-        }
-    }
-    Some(Timespec { tv_sec, tv_nsec })
-}
-
-fn bad(reason: impl Into<String>) -> Fault {
+pub(super) fn bad(reason: impl Into<String>) -> Fault {
     Fault::Bad(reason.into())
 }
 
@@ -406,45 +399,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn numbers_are_octal_or_binary() {
-        assert_eq!(number(b"0000644\0"), Some(0o644));
-        assert_eq!(number(b"  644 \0x"), Some(0o644));
-        assert_eq!(number(b"\0\0\0"), Some(0));
-        assert_eq!(number(b""), Some(0));
-        assert_eq!(number(&[0x80, 0, 0, 0, 0, 0, 1, 2]), Some(258));
-        assert_eq!(number(&[0x80, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0]), Some(2 << 32));
-        assert_eq!(number(&[0xff; 12]), None);
-        for bad in [&b"8"[..], b"-1", b"+1", b"1 2", b"0x1", b"777777777777777777777777"] {
-            assert_eq!(number(bad), None, "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn times_have_nanoseconds_and_may_be_before_1970() {
-        let at = |text: &str| timestamp(text.as_bytes()).map(|t| (t.tv_sec, t.tv_nsec));
-        assert_eq!(at("12.5"), Some((12, 500_000_000)));
-        assert_eq!(at("12.1234567899"), Some((12, 123_456_789)));
-        assert_eq!(at("-1.25"), Some((-2, 750_000_000)));
-        assert_eq!(at("-3"), Some((-3, 0)));
-        for bad in ["", "-", ".5", "1e3", "1.x", "99999999999999999999"] {
-            assert_eq!(at(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_value_with_newlines_hides_nothing_that_follows_it() {
-        let mut extensions = Extensions::default();
-        extensions.parse(b"34 SCHILY.xattr.user.a=\n9 path=b\n\n13 size=1234\n").unwrap();
-        assert_eq!(extensions.xattrs, [(b"user.a".to_vec(), b"\n9 path=b\n".to_vec())]);
-        assert_eq!((extensions.path, extensions.size), (None, Some(1234)));
-    }
+    use crate::layer::pax::timestamp;
 
     proptest! {
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
-            let mut archive = Archive::new(&bytes[..]);
+            let mut archive = Archive::new(&bytes[..], None);
             while let Ok(Some(_)) = archive.next() {}
             let _ = Extensions::default().parse(&bytes);
             let _ = (number(&bytes), timestamp(&bytes));

@@ -5,16 +5,9 @@
 //! that takes the place of something else hides what lies below it. With [`WhiteoutStyle::Apply`] the draft holds the
 //! layers below as well, so what the layer has brought is kept in mind.
 
-use std::{
-    collections::HashSet,
-    fs::File,
-    hash::{BuildHasher, RandomState},
-    io::{Read, Write},
-    os::fd::OwnedFd,
-    rc::Rc,
-};
+use std::{fs::File, io::BufRead, os::fd::OwnedFd, os::unix::fs::FileExt, rc::Rc};
 
-use moxlet_storage::WhiteoutStyle;
+use moxlet_storage::{Usage, WhiteoutStyle};
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, makedev,
 };
@@ -22,21 +15,26 @@ use rustix::fs::{
 use super::{
     Fault, Outcome, Target,
     archive::{Archive, Entry, Kind, MAX_ENTRIES},
-    root::{Obstacle, Root, base, clean, is_dir, is_whiteout, parent},
+    root::{Leaving, Obstacle, Ours, Root, base, clean, is_dir, is_whiteout, parent},
     shown,
+    tape::Recorder,
 };
 
 /// Bytes of the names that are kept in mind until the end.
 const MAX_KEPT: usize = 256 << 20;
-const BUFFER: usize = 128 << 10;
+/// The unit in which most file systems give out space.
+const DISK_BLOCK: u64 = 4096;
 const WHITEOUT: &[u8] = b".wh.";
 /// What AUFS kept for itself, and some old images still bring.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// Extracts an archive, which is read up to its end mark.
-pub(super) fn extract(input: impl Read, target: &Target<'_>) -> Outcome<()> {
-    let mut archive = Archive::new(input);
+/// Extracts an archive, which is read up to its end; what it takes on disk.
+pub(super) fn extract<R: BufRead>(input: R, target: &Target<'_>) -> Outcome<(R, Usage)> {
+    let tape = target.tape.map(|path| {
+        Recorder::create(path).map_err(|source| Fault::System { what: "create", path: path.into(), source })
+    });
+    let mut archive = Archive::new(input, tape.transpose()?);
     let mut extraction = Extraction {
         root: Root::open(target)?,
         style: target.style,
@@ -45,12 +43,18 @@ pub(super) fn extract(input: impl Read, target: &Target<'_>) -> Outcome<()> {
         dirs: Vec::new(),
         kept: 0,
         implied: 0,
-        buffer: vec![0; BUFFER],
+        usage: Usage::default(),
     };
     while let Some(entry) = archive.next()? {
         extraction.entry(&entry, &mut archive)?;
     }
-    extraction.finish()
+    let (input, tape) = archive.rest()?;
+    let usage = extraction.finish()?;
+    if let Some(tape) = tape {
+        let path = tape.path().to_owned();
+        tape.finish().map_err(|source| Fault::System { what: "write", path, source })?;
+    }
+    Ok((input, usage))
 }
 
 struct Extraction {
@@ -62,31 +66,11 @@ struct Extraction {
     dirs: Vec<(Vec<u8>, Timespec)>,
     kept: usize,
     implied: u64,
-    buffer: Vec<u8>,
-}
-
-/// The paths that a layer has brought, as hashes: names of four million entries would not fit.
-#[derive(Default)]
-struct Ours {
-    state: RandomState,
-    paths: HashSet<u64>,
-}
-
-impl Ours {
-    fn contains(&self, path: &[u8]) -> bool {
-        self.paths.contains(&self.state.hash_one(path))
-    }
-
-    /// A path and the directories on the way to it.
-    fn insert(&mut self, mut path: &[u8]) {
-        while !path.is_empty() && self.paths.insert(self.state.hash_one(path)) {
-            path = parent(path);
-        }
-    }
+    usage: Usage,
 }
 
 impl Extraction {
-    fn entry<R: Read>(&mut self, entry: &Entry, archive: &mut Archive<R>) -> Outcome<()> {
+    fn entry<R: BufRead>(&mut self, entry: &Entry, archive: &mut Archive<R>) -> Outcome<()> {
         let path = clean(&entry.path)?;
         if path.is_empty() {
             if entry.kind != Kind::Directory {
@@ -125,7 +109,7 @@ impl Extraction {
         Ok(())
     }
 
-    fn make<R: Read>(&mut self, entry: &Entry, path: &[u8], archive: &mut Archive<R>) -> Outcome<()> {
+    fn make<R: BufRead>(&mut self, entry: &Entry, path: &[u8], archive: &mut Archive<R>) -> Outcome<()> {
         let dir = self.parent_dir(path)?;
         let mode = Mode::from_raw_mode(entry.mode);
         let node = |kind, device| {
@@ -133,9 +117,9 @@ impl Extraction {
             move |name: &[u8]| rustix::fs::mknodat(&*dir, name, kind, mode, device)
         };
         match entry.kind {
-            Kind::Directory => return self.directory(&dir, path, entry),
+            Kind::Directory => return self.directory(&dir, path, entry, archive),
             Kind::File => return self.file(&dir, path, entry, archive),
-            Kind::HardLink => return self.hard_link(&dir, path, entry),
+            Kind::HardLink => return self.hard_link(&dir, path, entry, archive),
             Kind::Symlink => {
                 if entry.link.is_empty() || entry.link.len() > 4095 || entry.link.contains(&0) {
                     return Err(Fault::Bad(format!(
@@ -144,9 +128,9 @@ impl Extraction {
                     )));
                 }
                 let make = |name: &[u8]| rustix::fs::symlinkat(&entry.link[..], &*dir, name);
-                self.root.replacing(&dir, path, "make the symbolic link", make)?;
+                self.replacing(&dir, path, "make the symbolic link", archive, make)?;
             }
-            Kind::Fifo => self.root.replacing(&dir, path, "make the FIFO", node(FileType::Fifo, 0))?,
+            Kind::Fifo => self.replacing(&dir, path, "make the FIFO", archive, node(FileType::Fifo, 0))?,
             Kind::BlockDevice | Kind::CharDevice => {
                 let kind = match entry.kind {
                     Kind::BlockDevice => FileType::BlockDevice,
@@ -157,7 +141,7 @@ impl Extraction {
                     _ => FileType::CharacterDevice,
                 };
                 let device = makedev(entry.major, entry.minor);
-                self.root.replacing(&dir, path, "make the device", node(kind, device))?;
+                self.replacing(&dir, path, "make the device", archive, node(kind, device))?;
             }
         }
         let (name, nofollow) = (base(path), AtFlags::SYMLINK_NOFOLLOW);
@@ -171,19 +155,45 @@ impl Extraction {
             .map_err(|e| self.root.fault("set the times of", path, e))
     }
 
-    fn directory(&mut self, dir: &OwnedFd, path: &[u8], entry: &Entry) -> Outcome<()> {
+    /// Runs something that makes a file; if there is one already it is removed first, and if it is of this layer its
+    /// content goes to the tape.
+    fn replacing<R: BufRead, T>(
+        &mut self,
+        dir: &OwnedFd,
+        path: &[u8],
+        what: &'static str,
+        archive: &mut Archive<R>,
+        make: impl FnMut(&[u8]) -> rustix::io::Result<T>,
+    ) -> Outcome<T> {
+        self.usage.inodes += 1;
+        let ours = (self.style == WhiteoutStyle::Apply).then_some(&self.ours);
+        self.root.replacing(dir, path, what, &mut Leaving::kept(archive.tape(), ours), make)
+    }
+
+    fn directory<R: BufRead>(
+        &mut self,
+        dir: &OwnedFd,
+        path: &[u8],
+        entry: &Entry,
+        archive: &mut Archive<R>,
+    ) -> Outcome<()> {
+        self.usage.inodes += 1;
+        self.usage.bytes += DISK_BLOCK;
         match self.root.look(dir, path)? {
             Some(stat) if is_dir(&stat) => {}
-            Some(_) => self.instead(dir, path, 0o700)?,
+            Some(_) => {
+                let ours = (self.style == WhiteoutStyle::Apply).then_some(&self.ours);
+                self.root.remove(dir, path, &mut Leaving::kept(archive.tape(), ours))?;
+                self.instead(dir, path, 0o700)?;
+            }
             None => self.root.make_dir(dir, path, 0o700)?,
         }
         let fd = self.root.open_dir(dir, path)?;
         self.directory_attributes(&fd, path, entry)
     }
 
-    /// A new directory in the place of something else.
+    /// A new directory in the place of something else that was removed.
     fn instead(&mut self, dir: &OwnedFd, path: &[u8], mode: u32) -> Outcome<()> {
-        self.root.remove(dir, path)?;
         self.root.make_dir(dir, path, mode)?;
         if self.style == WhiteoutStyle::Overlay && !self.bottom {
             let fd = self.root.open_dir(dir, path)?;
@@ -218,7 +228,7 @@ impl Extraction {
         Ok(())
     }
 
-    fn file<R: Read>(
+    fn file<R: BufRead>(
         &mut self,
         dir: &OwnedFd,
         path: &[u8],
@@ -227,21 +237,54 @@ impl Extraction {
     ) -> Outcome<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let make = |name: &[u8]| rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR);
-        let mut file = File::from(self.root.replacing(dir, path, "create", make)?);
-        loop {
-            match archive.read(&mut self.buffer)? {
-                0 => break,
-                n => file.write_all(&self.buffer[..n]).map_err(|e| self.root.fault("write", path, e))?,
-            }
+        let file = File::from(self.replacing(dir, path, "create", archive, make)?);
+        let whole = [(0, entry.stored)];
+        for (offset, length) in entry.sparse.as_ref().map_or(&whole[..], |s| &s.extents) {
+            self.write(&file, path, *offset, *length, archive)?;
         }
+        if let Some(sparse) = &entry.sparse {
+            file.set_len(sparse.size).map_err(|e| self.root.fault("set the length of", path, e))?;
+        }
+        self.usage.bytes += entry.stored.next_multiple_of(DISK_BLOCK);
+        let extents = entry.sparse.as_ref().map(|s| &s.extents[..]);
+        archive.record(|tape| tape.file(path, entry.size(), extents))?;
         let fd = OwnedFd::from(file);
         self.attributes(&fd, path, entry)?;
         rustix::fs::futimens(&fd, &times(entry.mtime))
             .map_err(|e| self.root.fault("set the times of", path, e))
     }
 
+    /// Writes the next bytes of the archive's content.
+    fn write<R: BufRead>(
+        &self,
+        file: &File,
+        path: &[u8],
+        mut offset: u64,
+        mut left: u64,
+        archive: &mut Archive<R>,
+    ) -> Outcome<()> {
+        while left > 0 {
+            let chunk = archive.content()?;
+            let n = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
+            if n == 0 {
+                return Err(Fault::Bad(format!("the file {} is shorter than it should be", shown(path))));
+            }
+            file.write_all_at(&chunk[..n], offset).map_err(|e| self.root.fault("write", path, e))?;
+            archive.consume(n);
+            offset += n as u64;
+            left -= n as u64;
+        }
+        Ok(())
+    }
+
     /// A further name of a file of this layer. Owner, mode and times are the file's.
-    fn hard_link(&mut self, dir: &OwnedFd, path: &[u8], entry: &Entry) -> Outcome<()> {
+    fn hard_link<R: BufRead>(
+        &mut self,
+        dir: &OwnedFd,
+        path: &[u8],
+        entry: &Entry,
+        archive: &mut Archive<R>,
+    ) -> Outcome<()> {
         let refuse =
             |why: &str| Fault::Bad(format!("the hard link {} to {} {why}", shown(path), shown(&entry.link)));
         let from = clean(&entry.link)?;
@@ -261,7 +304,11 @@ impl Extraction {
             Some(_) => {}
         }
         let make = |name: &[u8]| rustix::fs::linkat(&*from_dir, base(&from), dir, name, AtFlags::empty());
-        self.root.replacing(dir, path, "make the hard link", make)
+        self.replacing(dir, path, "make the hard link", archive, make)?;
+        if let Some(tape) = archive.tape() {
+            tape.link(path);
+        }
+        Ok(())
     }
 
     /// The directory that a path lies in; what is missing of it is made.
@@ -297,6 +344,7 @@ impl Extraction {
             Obstacle::NotADirectory => {
                 let stat = self.root.look(at, path)?;
                 if self.may_give_way(path, stat.as_ref()) {
+                    self.root.remove(at, path, &mut Leaving::nothing_of_ours())?;
                     return self.instead(at, path, 0o755);
                 }
                 let why = "other than a directory, and has entries in it";
@@ -322,7 +370,11 @@ impl Extraction {
         let dir = self.parent_dir(path)?;
         if self.style == WhiteoutStyle::Apply {
             self.ours.insert(parent(path));
-            return if self.ours.contains(path) { self.purge(path) } else { self.root.remove(&dir, path) };
+            return if self.ours.contains(path) {
+                self.purge(path)
+            } else {
+                self.root.remove(&dir, path, &mut Leaving::nothing_of_ours())
+            };
         }
         match self.root.look(&dir, path)? {
             Some(stat) if is_dir(&stat) => {
@@ -375,7 +427,7 @@ impl Extraction {
                 if self.ours.contains(&child) {
                     waiting.push(child);
                 } else {
-                    self.root.remove(&dir, &child)?;
+                    self.root.remove(&dir, &child, &mut Leaving::nothing_of_ours())?;
                 }
             }
         }
@@ -383,14 +435,14 @@ impl Extraction {
     }
 
     /// Sets the times of directories, now that nothing is made in them any more.
-    fn finish(mut self) -> Outcome<()> {
+    fn finish(mut self) -> Outcome<Usage> {
         for (path, mtime) in std::mem::take(&mut self.dirs) {
             // It may have been replaced since.
             let Ok(dir) = self.root.dir(&path)? else { continue };
             rustix::fs::utimensat(&*dir, ".", &times(mtime), AtFlags::empty())
                 .map_err(|e| self.root.fault("set the times of", &path, e))?;
         }
-        Ok(())
+        Ok(self.usage)
     }
 }
 

@@ -2,22 +2,26 @@
 
 mod archive;
 mod extract;
+mod pax;
 mod root;
+mod sparse;
 mod stream;
+#[allow(dead_code, unused_imports, reason = "push, export and verification read tapes")]
+pub(crate) mod tape;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::{
-    io::{self, Read},
+    io::{self, BufRead, Read},
     path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
 use moxlet_ids::Digest;
-use moxlet_storage::WhiteoutStyle;
+use moxlet_storage::{Usage, WhiteoutStyle};
 use tokio::sync::mpsc;
 
-use stream::{Hashing, Incoming};
+use stream::{Blob, Hashing, Incoming};
 
 /// How many pieces of a blob wait for the extraction; a piece is what came with one read from the network.
 pub(crate) const WAITING: usize = 16;
@@ -33,15 +37,15 @@ pub(crate) enum Piece {
     End,
 }
 
-/// What a layer is said to be.
-#[derive(Debug, Clone)]
+/// What a layer is said to be; what nobody has said is not checked.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Claim {
     /// The digest of the blob.
-    pub(crate) digest: Digest,
+    pub(crate) digest: Option<Digest>,
     /// Its length.
-    pub(crate) size: u64,
+    pub(crate) size: Option<u64>,
     /// The digest of the archive in it.
-    pub(crate) diff_id: Digest,
+    pub(crate) diff_id: Option<Digest>,
 }
 
 /// Where and how a layer is extracted.
@@ -53,6 +57,23 @@ pub(crate) struct Target<'a> {
     pub(crate) style: WhiteoutStyle,
     /// Whether there is no layer below.
     pub(crate) bottom: bool,
+    /// A new file for the layer's [tape]; none is no tape.
+    pub(crate) tape: Option<&'a Path>,
+}
+
+/// What a layer has turned out to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Unpacked {
+    /// The digest of the blob.
+    pub(crate) digest: Digest,
+    /// Its length.
+    pub(crate) size: u64,
+    /// The digest of the archive in it.
+    pub(crate) diff_id: Digest,
+    /// The length of the archive.
+    pub(crate) unpacked_size: u64,
+    /// What the layer brought.
+    pub(crate) usage: Usage,
 }
 
 /// Why a layer was not extracted.
@@ -76,34 +97,46 @@ pub(crate) enum Fault {
 /// What a fault within an archive is; reading on is the caller's.
 type Outcome<T> = std::result::Result<T, Fault>;
 
-/// Extracts a layer from its pieces. Returns when all of it is read and checked; what was extracted before a fault
-/// stays for the caller to remove. It blocks.
-pub(crate) fn unpack(pieces: mpsc::Receiver<Piece>, claim: &Claim, target: &Target<'_>) -> Outcome<()> {
-    let mut incoming = Incoming::new(pieces);
-    let unpacked = unpack_from(&mut incoming, target);
-    if let Err(Fault::System { .. } | Fault::Cut) = unpacked {
-        return unpacked.map(drop);
-    }
-    // A blob that was damaged on its way is reported as that, whatever the damage looks like within.
-    let (actual, size) = incoming.finish().map_err(|_| Fault::Cut)?;
-    if actual != claim.digest.as_str() || size != claim.size {
-        return Err(Fault::Mismatch { what: "", expected: claim.digest.to_string(), actual });
-    }
-    let actual = unpacked?;
-    if actual != claim.diff_id.as_str() {
-        return Err(Fault::Mismatch { what: ", unpacked,", expected: claim.diff_id.to_string(), actual });
-    }
-    Ok(())
+/// Extracts a layer from its pieces. Returns when all of it is read and checked; what was extracted before a fault, and
+/// the tape, stay for the caller to remove. It blocks.
+pub(crate) fn unpack(pieces: mpsc::Receiver<Piece>, claim: &Claim, target: &Target<'_>) -> Outcome<Unpacked> {
+    unpack_blob(Incoming::new(pieces), claim, target)
 }
 
-fn unpack_from(incoming: &mut Incoming, target: &Target<'_>) -> Outcome<String> {
-    let plain = stream::decompress(incoming).map_err(|e| read_fault(&e))?;
-    let mut plain = Hashing::new(plain, MAX_UNPACKED);
-    extract::extract(&mut plain, target)?;
-    // Whatever follows the end of the archive counts for the DiffID as well.
-    let mut rest = vec![0; 64 << 10];
-    while plain.read(&mut rest).map_err(|e| read_fault(&e))? > 0 {}
-    Ok(plain.digest())
+/// The same from anything that can be read.
+#[allow(dead_code, reason = "imports read from files")]
+pub(crate) fn unpack_reader(input: impl Read, claim: &Claim, target: &Target<'_>) -> Outcome<Unpacked> {
+    unpack_blob(stream::buffered(input), claim, target)
+}
+
+fn unpack_blob(input: impl BufRead, claim: &Claim, target: &Target<'_>) -> Outcome<Unpacked> {
+    let mut blob = Blob::new(input);
+    let unpacked = unpack_from(&mut blob, target);
+    if let Err(fault @ (Fault::System { .. } | Fault::Cut)) = unpacked {
+        return Err(fault);
+    }
+    // A blob that was damaged on its way is reported as that, whatever the damage looks like within.
+    let (digest, size) = blob.finish().map_err(|e| read_fault(&e))?;
+    let wrong = |what, expected: String, actual: String| Err(Fault::Mismatch { what, expected, actual });
+    if let Some(expected) = claim.digest.as_ref().filter(|d| **d != digest) {
+        return wrong("", expected.to_string(), digest.to_string());
+    }
+    if let Some(expected) = claim.size.filter(|s| *s != size) {
+        return wrong("", format!("{expected} bytes"), format!("{size} bytes"));
+    }
+    let (diff_id, unpacked_size, usage) = unpacked?;
+    if let Some(expected) = claim.diff_id.as_ref().filter(|d| **d != diff_id) {
+        return wrong(", unpacked,", expected.to_string(), diff_id.to_string());
+    }
+    Ok(Unpacked { digest, size, diff_id, unpacked_size, usage })
+}
+
+fn unpack_from(blob: &mut impl BufRead, target: &Target<'_>) -> Outcome<(Digest, u64, Usage)> {
+    let plain = stream::decompress(blob).map_err(|e| read_fault(&e))?;
+    let plain = Hashing::new(plain, MAX_UNPACKED);
+    let (plain, usage) = extract::extract(plain, target)?;
+    let size = plain.count();
+    Ok((plain.digest().map_err(|e| read_fault(&e))?, size, usage))
 }
 
 /// What a failed read of a stream means.

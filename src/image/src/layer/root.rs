@@ -1,14 +1,22 @@
 //! The directory that a layer is extracted into. Nothing outside of it can be reached: every path is resolved by the
 //! kernel beneath it and without links, and files are made, looked at and removed in a parent that is held open.
 
-use std::{io, os::fd::OwnedFd, path::PathBuf, rc::Rc};
+use std::{
+    collections::HashSet,
+    ffi::CString,
+    hash::{BuildHasher, RandomState},
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    rc::Rc,
+};
 
 use rustix::{
     fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawMode, ResolveFlags, Stat},
     io::Errno,
 };
 
-use super::{Fault, Outcome, Target, shown};
+use super::{Fault, Outcome, Target, shown, tape::Recorder};
 
 /// `PATH_MAX` and `NAME_MAX`, without the final zero.
 const MAX_PATH: usize = 4095;
@@ -27,6 +35,64 @@ pub(super) enum Obstacle {
     Missing,
     /// Something else.
     NotADirectory,
+}
+
+/// Who looks at what is removed before it goes.
+pub(super) struct Leaving<'a> {
+    tape: Option<&'a mut Recorder>,
+    /// What the layer has brought, where there are other things as well.
+    ours: Option<&'a Ours>,
+}
+
+impl<'a> Leaving<'a> {
+    /// Contents that the layer has brought are kept on its tape.
+    pub(super) fn kept(tape: Option<&'a mut Recorder>, ours: Option<&'a Ours>) -> Self {
+        Self { tape, ours }
+    }
+
+    /// Nothing of the layer itself goes.
+    pub(super) fn nothing_of_ours() -> Self {
+        Self { tape: None, ours: None }
+    }
+
+    fn goes(&mut self, dir: &OwnedFd, name: &[u8], path: impl FnOnce() -> Vec<u8>) -> Outcome<()> {
+        let Some(tape) = &mut self.tape else { return Ok(()) };
+        let path = path();
+        if self.ours.is_some_and(|ours| !ours.contains(&path)) || !tape.wants(&path) {
+            return Ok(());
+        }
+        // Nothing but a file is opened: a device might take it for a command.
+        let Ok(stat) = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) else { return Ok(()) };
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Ok(());
+        }
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let keep = |tape: &mut Recorder| {
+            let file = rustix::fs::openat(dir, name, flags, Mode::empty())?;
+            tape.keep(&path, file.into())
+        };
+        keep(tape).map_err(|source| Fault::System { what: "keep", path: tape.path().to_owned(), source })
+    }
+}
+
+/// The paths that a layer has brought, as hashes: names of four million entries would not fit.
+#[derive(Default)]
+pub(super) struct Ours {
+    state: RandomState,
+    paths: HashSet<u64>,
+}
+
+impl Ours {
+    pub(super) fn contains(&self, path: &[u8]) -> bool {
+        self.paths.contains(&self.state.hash_one(path))
+    }
+
+    /// A path and the directories on the way to it.
+    pub(super) fn insert(&mut self, mut path: &[u8]) {
+        while !path.is_empty() && self.paths.insert(self.state.hash_one(path)) {
+            path = parent(path);
+        }
+    }
 }
 
 /// A draft's directory.
@@ -125,11 +191,12 @@ impl Root {
         parent: &OwnedFd,
         path: &[u8],
         what: &'static str,
+        leaving: &mut Leaving<'_>,
         mut make: impl FnMut(&[u8]) -> rustix::io::Result<T>,
     ) -> Outcome<T> {
         match make(base(path)) {
             Err(Errno::EXIST) => {
-                self.remove(parent, path)?;
+                self.remove(parent, path, leaving)?;
                 make(base(path)).map_err(|e| self.fault(what, path, e))
             }
             made => made.map_err(|e| self.fault(what, path, e)),
@@ -140,8 +207,9 @@ impl Root {
     ///
     /// A tree can be as deep as a path is long, so neither the stack nor the table of open files may grow with it:
     /// the way back up is `..`, which nobody else can move while the draft is ours.
-    pub(super) fn remove(&mut self, parent: &OwnedFd, path: &[u8]) -> Outcome<()> {
+    pub(super) fn remove(&mut self, parent: &OwnedFd, path: &[u8], leaving: &mut Leaving<'_>) -> Outcome<()> {
         let name = base(path);
+        leaving.goes(parent, name, || path.to_vec())?;
         match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(Errno::ISDIR) => {}
@@ -152,7 +220,11 @@ impl Root {
         let mut at = self.open_dir(parent, path)?;
         let mut above = Vec::new();
         loop {
-            let deeper = empty_once(&at).map_err(|e| self.fault("empty", path, e))?;
+            let place = |name: &[u8]| {
+                let parts = above.iter().map(|c: &CString| c.to_bytes()).chain([name]);
+                parts.fold(path.to_vec(), |path, part| [&path, &b"/"[..], part].concat())
+            };
+            let deeper = self.empty_once(&at, path, leaving, place)?;
             let open = |dir: &OwnedFd, name: &std::ffi::CStr| {
                 rustix::fs::openat(dir, name, READ_DIR, Mode::empty())
                     .map_err(|e| self.fault("empty", path, e))
@@ -171,6 +243,36 @@ impl Root {
         rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR).map_err(|e| self.fault("remove", path, e))
     }
 
+    /// Removes from a directory all but the directories that are not empty, as far as to the first of these.
+    fn empty_once(
+        &self,
+        dir: &OwnedFd,
+        top: &[u8],
+        leaving: &mut Leaving<'_>,
+        place: impl Fn(&[u8]) -> Vec<u8>,
+    ) -> Outcome<Option<CString>> {
+        let fault = |e: Errno| self.fault("empty", top, e);
+        for entry in Dir::read_from(dir).map_err(fault)? {
+            let entry = entry.map_err(fault)?;
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
+            leaving.goes(dir, name.to_bytes(), || place(name.to_bytes()))?;
+            match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => continue,
+                Err(Errno::ISDIR) => {}
+                Err(e) => return Err(fault(e)),
+            }
+            match rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(Errno::NOTEMPTY | Errno::EXIST) => return Ok(Some(name.to_owned())),
+                Err(e) => return Err(fault(e)),
+            }
+        }
+        Ok(None)
+    }
+
     /// The names in a directory.
     pub(super) fn names(&self, dir: &OwnedFd, path: &[u8]) -> Outcome<Vec<Vec<u8>>> {
         let list = || -> rustix::io::Result<Vec<Vec<u8>>> {
@@ -186,28 +288,6 @@ impl Root {
         };
         list().map_err(|e| self.fault("list", path, e))
     }
-}
-
-/// Removes from a directory all but the directories that are not empty, as far as to the first of these.
-fn empty_once(dir: &OwnedFd) -> rustix::io::Result<Option<std::ffi::CString>> {
-    for entry in Dir::read_from(dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        if name == c"." || name == c".." {
-            continue;
-        }
-        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => continue,
-            Err(Errno::ISDIR) => {}
-            Err(e) => return Err(e),
-        }
-        match rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(Errno::NOTEMPTY | Errno::EXIST) => return Ok(Some(name.to_owned())),
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(None)
 }
 
 pub(super) fn is_dir(stat: &Stat) -> bool {

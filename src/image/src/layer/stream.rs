@@ -4,60 +4,109 @@ use std::io::{self, BufRead, BufReader, Cursor, ErrorKind, Read};
 
 use bytes::{Buf, Bytes};
 use flate2::bufread::MultiGzDecoder;
-use sha2::{Digest, Sha256};
+use moxlet_ids::Digest;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::Piece;
 
-const BUFFER: usize = 64 << 10;
+/// Bytes that are decompressed and hashed at a time: they stay in the processor's cache until they are written.
+const BUFFER: usize = 128 << 10;
 /// The greatest window of a zstd stream, as a power of two: what its decoder takes of memory (RFC 8878, 3.1.1.1.2).
 const ZSTD_WINDOW: u32 = 27;
 
-/// A blob as it comes from the network, its digest computed on the way. It blocks, and ends with an error where the
-/// sender went away before the end.
+/// A blob, its digest computed on the way.
+pub(super) struct Blob<R> {
+    inner: R,
+    size: u64,
+    hash: Sha256,
+    /// What of the chunk at hand has been counted.
+    counted: usize,
+}
+
+impl<R: BufRead> Blob<R> {
+    pub(super) fn new(inner: R) -> Self {
+        Self { inner, size: 0, hash: Sha256::new(), counted: 0 }
+    }
+
+    /// Reads what is left; the digest and size of the whole.
+    pub(super) fn finish(mut self) -> io::Result<(Digest, u64)> {
+        loop {
+            let n = self.fill_buf()?.len();
+            if n == 0 {
+                return Ok((digest(self.hash)?, self.size));
+            }
+            self.consume(n);
+        }
+    }
+}
+
+impl<R: BufRead> BufRead for Blob<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        let chunk = self.inner.fill_buf()?;
+        if let Some(fresh) = chunk.get(self.counted..)
+            && !fresh.is_empty()
+        {
+            self.hash.update(fresh);
+            self.size += fresh.len() as u64;
+            self.counted = chunk.len();
+        }
+        Ok(chunk)
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.inner.consume(n);
+        self.counted = self.counted.saturating_sub(n);
+    }
+}
+
+impl<R: BufRead> Read for Blob<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let chunk = self.fill_buf()?;
+        let n = chunk.len().min(into.len());
+        into[..n].copy_from_slice(&chunk[..n]);
+        self.consume(n);
+        Ok(n)
+    }
+}
+
+/// The pieces of a blob as they come from the network. It blocks, and ends with an error where the sender went away
+/// before the end.
 pub(super) struct Incoming {
     pieces: mpsc::Receiver<Piece>,
     piece: Bytes,
     ended: bool,
-    size: u64,
-    hash: Sha256,
 }
 
 impl Incoming {
     pub(super) fn new(pieces: mpsc::Receiver<Piece>) -> Self {
-        Self { pieces, piece: Bytes::new(), ended: false, size: 0, hash: Sha256::new() }
+        Self { pieces, piece: Bytes::new(), ended: false }
     }
+}
 
-    /// Reads what is left; the digest and size of the whole.
-    pub(super) fn finish(mut self) -> io::Result<(String, u64)> {
-        while !self.next_piece()?.is_empty() {
-            self.piece.clear();
-        }
-        Ok((text(self.hash), self.size))
-    }
-
-    /// The piece at hand, or the next one; an empty one at the end.
-    fn next_piece(&mut self) -> io::Result<&mut Bytes> {
+impl BufRead for Incoming {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         while self.piece.is_empty() && !self.ended {
             match self.pieces.blocking_recv() {
-                Some(Piece::Bytes(bytes)) => {
-                    self.hash.update(&bytes);
-                    self.size += bytes.len() as u64;
-                    self.piece = bytes;
-                }
+                Some(Piece::Bytes(bytes)) => self.piece = bytes,
                 Some(Piece::End) => self.ended = true,
                 None => return Err(io::Error::new(ErrorKind::ConnectionAborted, "the download was stopped")),
             }
         }
-        Ok(&mut self.piece)
+        Ok(&self.piece)
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.piece.advance(n.min(self.piece.len()));
     }
 }
 
 impl Read for Incoming {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let piece = self.next_piece()?;
-        let n = piece.len().min(into.len());
-        piece.copy_to_slice(&mut into[..n]);
+        let chunk = self.fill_buf()?;
+        let n = chunk.len().min(into.len());
+        into[..n].copy_from_slice(&chunk[..n]);
+        self.consume(n);
         Ok(n)
     }
 }
@@ -69,7 +118,7 @@ pub(super) fn is_cut(error: &io::Error) -> bool {
 
 /// The archive in a blob. What it is compressed with is told by its first bytes, since media types are often wrong;
 /// the digests decide whether it was right.
-pub(super) fn decompress<'a>(mut blob: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+pub(super) fn decompress<'a>(mut blob: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let mut start = [0; 4];
     let mut filled = 0;
     while filled < start.len() {
@@ -79,7 +128,6 @@ pub(super) fn decompress<'a>(mut blob: impl Read + 'a) -> io::Result<Box<dyn Rea
         }
     }
     let whole = Read::take(Cursor::new(start), filled as u64).chain(blob);
-    let whole = BufReader::with_capacity(BUFFER, whole);
     Ok(match start {
         [0x1f, 0x8b, ..] => Box::new(MultiGzDecoder::new(whole)),
         // A zstd frame, or one that is to be skipped.
@@ -98,31 +146,67 @@ fn zstd<'a>(blob: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
 pub(super) struct Hashing<R> {
     inner: R,
     left: u64,
+    count: u64,
     hash: Sha256,
+    buffer: Box<[u8]>,
+    at: usize,
+    end: usize,
 }
 
 impl<R: Read> Hashing<R> {
     pub(super) fn new(inner: R, max: u64) -> Self {
-        Self { inner, left: max, hash: Sha256::new() }
+        let buffer = vec![0; BUFFER].into_boxed_slice();
+        Self { inner, left: max, count: 0, hash: Sha256::new(), buffer, at: 0, end: 0 }
+    }
+
+    /// How many bytes were read.
+    pub(super) fn count(&self) -> u64 {
+        self.count
     }
 
     /// The digest of what was read.
-    pub(super) fn digest(self) -> String {
-        text(self.hash)
+    pub(super) fn digest(self) -> io::Result<Digest> {
+        digest(self.hash)
+    }
+}
+
+impl<R: Read> BufRead for Hashing<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.at == self.end {
+            (self.at, self.end) = (0, 0);
+            let n = self.inner.read(&mut self.buffer)?;
+            self.left = self.left.checked_sub(n as u64).ok_or_else(|| {
+                io::Error::new(ErrorKind::InvalidData, "it unpacks to more than a layer may have")
+            })?;
+            self.hash.update(&self.buffer[..n]);
+            self.count += n as u64;
+            self.end = n;
+        }
+        Ok(&self.buffer[self.at..self.end])
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.at = self.end.min(self.at + n);
     }
 }
 
 impl<R: Read> Read for Hashing<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(into)?;
-        self.left = self.left.checked_sub(n as u64).ok_or_else(|| {
-            io::Error::new(ErrorKind::InvalidData, "it unpacks to more than a layer may have")
-        })?;
-        self.hash.update(&into[..n]);
+        let chunk = self.fill_buf()?;
+        let n = chunk.len().min(into.len());
+        into[..n].copy_from_slice(&chunk[..n]);
+        self.consume(n);
         Ok(n)
     }
 }
 
-fn text(hash: Sha256) -> String {
-    format!("sha256:{}", hex::encode(hash.finalize()))
+/// Buffers what can only be read.
+#[allow(dead_code, reason = "imports read from files")]
+pub(super) fn buffered<R: Read>(input: R) -> BufReader<R> {
+    BufReader::with_capacity(BUFFER, input)
+}
+
+fn digest(hash: Sha256) -> io::Result<Digest> {
+    let text = format!("sha256:{}", hex::encode(hash.finalize()));
+    text.parse().map_err(io::Error::other)
 }

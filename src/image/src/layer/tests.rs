@@ -4,6 +4,7 @@
 
 mod compare;
 mod hostile;
+mod tapes;
 
 use std::{
     fs,
@@ -96,8 +97,26 @@ pub(super) fn extract_as(root: &Path, style: WhiteoutStyle, bottom: bool, tar: &
 }
 
 fn unpack_blob(root: &Path, style: WhiteoutStyle, bottom: bool, blob: &[u8], tar: &[u8]) -> Outcome<()> {
-    let claim = Claim { digest: Digest::of(blob), size: blob.len() as u64, diff_id: Digest::of(tar) };
-    unpack(pieces(blob, true), &claim, &Target { root, style, bottom })
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("layer.tape");
+    let target = Target { root, style, bottom, tape: Some(&path) };
+    let unpacked = unpack(pieces(blob, true), &claim(blob, tar), &target)?;
+    assert_eq!((unpacked.diff_id, unpacked.unpacked_size), (Digest::of(tar), tar.len() as u64));
+    // Whatever can be extracted can be made again.
+    assert!(rebuilt(&path, root).unwrap() == tar, "the archive is another one");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    Ok(())
+}
+
+/// The archive of a layer, made from its tape and its directory.
+pub(super) fn rebuilt(tape: &Path, root: &Path) -> io::Result<Vec<u8>> {
+    let mut tar = Vec::new();
+    tape::Tape::open(tape)?.over(root)?.read_to_end(&mut tar)?;
+    Ok(tar)
+}
+
+fn claim(blob: &[u8], tar: &[u8]) -> Claim {
+    Claim { digest: Some(Digest::of(blob)), size: Some(blob.len() as u64), diff_id: Some(Digest::of(tar)) }
 }
 
 fn pieces(blob: &[u8], whole: bool) -> mpsc::Receiver<Piece> {
@@ -343,8 +362,8 @@ fn what_follows_the_end_counts_for_the_diff_id() {
 fn a_blob_that_is_damaged_or_cut_is_told_from_a_bad_archive() {
     let dir = tempfile::tempdir().unwrap();
     let tar = Tar::default().file("a", &"y".repeat(5000)).end();
-    let claim = Claim { digest: Digest::of(&tar), size: tar.len() as u64, diff_id: Digest::of(&tar) };
-    let target = Target { root: dir.path(), style: WhiteoutStyle::Overlay, bottom: true };
+    let claim = claim(&tar, &tar);
+    let target = Target { root: dir.path(), style: WhiteoutStyle::Overlay, bottom: true, tape: None };
     let mut damaged = tar.clone();
     damaged[0] ^= 1;
     let outcome = unpack(pieces(&damaged, true), &claim, &target);

@@ -127,7 +127,21 @@ fn what_two_readers_could_see_differently_is_refused() {
         file().pax(&[("uid", b"4294967295")]).file("d", ""),
         file().pax(&[("gid", b"99999999999999")]).file("d", ""),
         file().pax(&[("GNU.sparse.major", b"1")]).file("d", ""),
-        file().raw(EntryType::GNUSparse, b"s", b"", b""),
+        file().pax(&[("GNU.sparse.major", b"2"), ("GNU.sparse.size", b"1")]).file("d", ""),
+        file().pax(&[("GNU.sparse.size", b"1"), ("GNU.sparse.map", b"0,2")]).file("d", "xx"),
+        file().pax(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"0,2")]).file("d", "xxx"),
+        file().pax(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"0,2,1,1")]).file("d", "xxx"),
+        file().pax(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"4,1,2,1")]).file("d", "xx"),
+        file().pax(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"0,1,2")]).file("d", "x"),
+        file()
+            .pax(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"18446744073709551615,2")])
+            .file("d", "xx"),
+        file()
+            .pax(&[("GNU.sparse.size", b"18446744073709551615"), ("GNU.sparse.map", b"0,1")])
+            .file("d", "x"),
+        file().pax(&[("GNU.sparse.size", b"9"), ("GNU.sparse.offset", b"0")]).file("d", ""),
+        file().pax(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"")]).dir("d"),
+        file().raw(EntryType::GNUSparse, b"s", b"", b"x"),
         file().raw(EntryType::new(b'V'), b"volume", b"", b""),
         file().raw(EntryType::Directory, b"d", b"", b"content"),
         file().raw(EntryType::Symlink, b"s", b"", b""),
