@@ -41,6 +41,8 @@ pub struct Config {
     pub cni: CniSettings,
     /// Registries (`host` or `host:port`) that are spoken to without TLS.
     pub plain_http_registries: Vec<String>,
+    /// A directory of registries' `hosts.toml` files and certificates, as containerd's `certs.d`.
+    pub registry_config_dir: Option<PathBuf>,
     /// Docker's `config.json` of the host, whose credentials are tried after those of a pull.
     pub docker_config: Option<PathBuf>,
     /// Layers of one image that come at once.
@@ -65,6 +67,7 @@ impl Default for Config {
             pod_cidr: None,
             cni: CniSettings::default(),
             plain_http_registries: Vec::new(),
+            registry_config_dir: None,
             docker_config: None,
             max_parallel_downloads: 4,
             log_max_bytes: 10 << 20,

@@ -94,6 +94,8 @@ impl Agent {
                 plain_http_hosts: config.plain_http_registries.clone(),
                 max_parallel_downloads: config.max_parallel_downloads,
                 docker_config: config.docker_config.clone(),
+                registry_config_dir: config.registry_config_dir.clone(),
+                ..moxlet_image::Config::default()
             },
             driver.clone(),
         )

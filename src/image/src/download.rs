@@ -2,18 +2,20 @@
 
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
-    Result,
-    error::chain,
+    Error, Result,
     layer::Piece,
     registry::{ATTEMPTS, Session, manifest::Descriptor},
 };
 
 /// Progress after which earlier failures no longer count: a large layer over a bad line gets there.
-const PROGRESS: u64 = 16 << 20;
-const PAUSE: Duration = Duration::from_millis(500);
+const PROGRESS: u64 = 1 << 20;
+/// Whoever sends less than this for a while is taken for stalled, in bytes a second.
+const SLOWEST: u64 = 1 << 10;
+/// After this, a receiver that takes nothing waits for something else, perhaps for another download.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How a stretch of a download ended, other than by a refusal.
 enum Stretch {
@@ -34,14 +36,17 @@ pub(crate) async fn download(
 ) -> Result<()> {
     let (mut sent, mut mark, mut failures) = (0, 0, 0);
     loop {
-        let reason = match stretch(session, blob, part, &mut sent, &out).await? {
-            Stretch::Complete => {
+        let reason = match stretch(session, blob, part, &mut sent, &out).await {
+            Ok(Stretch::Complete) => {
                 // Who went away no longer needs to know.
                 let _ = out.send(Piece::End).await;
                 return Ok(());
             }
-            Stretch::Unwanted => return Ok(()),
-            Stretch::Broken(reason) => reason,
+            Ok(Stretch::Unwanted) => return Ok(()),
+            Ok(Stretch::Broken(reason)) => reason,
+            // A registry that was there and is away comes back, as after an upgrade of it.
+            Err(Error::Unreachable { reason, .. }) if sent > 0 => reason,
+            Err(error) => return Err(error),
         };
         if sent >= mark + PROGRESS {
             (mark, failures) = (sent, 0);
@@ -51,7 +56,7 @@ pub(crate) async fn download(
             return Err(session.unreachable(&format!("{part}: {reason}")));
         }
         tracing::debug!(image = %session.reference, part, reason, sent, "a download broke off and goes on");
-        tokio::time::sleep(PAUSE * 2_u32.pow(failures - 1)).await;
+        tokio::time::sleep(session.pause(failures - 1)).await;
     }
 }
 
@@ -62,20 +67,30 @@ async fn stretch(
     sent: &mut u64,
     out: &mpsc::Sender<Piece>,
 ) -> Result<Stretch> {
-    let (mut response, mut at) = session.blob(&blob.digest, *sent).await?;
+    let mut body = session.blob(&blob.digest, *sent).await?;
+    let mut at = body.begin;
+    let mut pace = Pace::new(body.stall());
     loop {
         if at == blob.size {
             return Ok(Stretch::Complete);
         }
-        let mut bytes = match response.chunk().await {
+        let asked = Instant::now();
+        let mut bytes = match body.chunk().await {
             Ok(Some(bytes)) => bytes,
-            Ok(None) => return Ok(Stretch::Broken(format!("it ended after {at} of {} bytes", blob.size))),
-            Err(error) => return Ok(Stretch::Broken(chain(&error.without_url()))),
+            outcome => {
+                body.broke();
+                let ended = || format!("it ended after {at} of {} bytes", blob.size);
+                return Ok(Stretch::Broken(outcome.err().unwrap_or_else(ended)));
+            }
         };
         if bytes.len() as u64 > blob.size - at {
             return Err(
                 session.bad(part, format!("it is larger than the {} bytes of the manifest", blob.size))
             );
+        }
+        if pace.too_slow(asked.elapsed(), bytes.len() as u64) {
+            body.broke();
+            return Ok(Stretch::Broken(format!("less than {SLOWEST} bytes come in a second")));
         }
         let begin = at;
         at += bytes.len() as u64;
@@ -85,9 +100,57 @@ async fn stretch(
         if fresh.is_empty() {
             continue;
         }
+        let room = match tokio::time::timeout(PATIENCE, out.reserve()).await {
+            Ok(room) => room,
+            Err(_) => {
+                body.rest();
+                let room = out.reserve().await;
+                body.go_on().await;
+                room
+            }
+        };
+        let Ok(room) = room else { return Ok(Stretch::Unwanted) };
         *sent = at;
-        if out.send(Piece::Bytes(fresh)).await.is_err() {
-            return Ok(Stretch::Unwanted);
+        room.send(Piece::Bytes(fresh));
+    }
+}
+
+/// How fast a host sends; time in which the receiver is busy does not count.
+struct Pace {
+    window: Duration,
+    waited: Duration,
+    got: u64,
+}
+
+impl Pace {
+    fn new(stall: Duration) -> Self {
+        Self { window: stall.saturating_mul(2), waited: Duration::ZERO, got: 0 }
+    }
+
+    fn too_slow(&mut self, waited: Duration, got: u64) -> bool {
+        self.waited += waited;
+        self.got += got;
+        if self.waited < self.window {
+            return false;
         }
+        let slow = self.got < SLOWEST.saturating_mul(self.waited.as_secs().max(1));
+        (self.waited, self.got) = (Duration::ZERO, 0);
+        slow
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_drips_is_stalled_and_who_only_pauses_is_not() {
+        let second = Duration::from_secs(1);
+        let mut pace = Pace::new(5 * second);
+        assert!((0..9).all(|_| !pace.too_slow(second, 10)));
+        assert!(pace.too_slow(second, 10));
+        let mut pace = Pace::new(5 * second);
+        assert!(!pace.too_slow(9 * second, 1 << 20));
+        assert!((0..100).all(|_| !pace.too_slow(second / 2, 600)));
     }
 }

@@ -45,6 +45,16 @@ pub enum Error {
     /// A `config.json`, or a pull secret, cannot be read.
     #[error("the registry credentials cannot be read: {0}")]
     BadCredentials(String),
+    /// The settings of a registry cannot be used.
+    #[error("registry settings {}{}: {reason}", path.display(), line.map(|l| format!(", line {l}")).unwrap_or_default())]
+    Settings {
+        /// The file or directory.
+        path: PathBuf,
+        /// Where in it.
+        line: Option<usize>,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// What came is not what was announced.
     #[error("failed to pull image {reference:?}: {part} has digest {actual}, expected {expected}")]
     DigestMismatch {

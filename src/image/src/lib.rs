@@ -19,6 +19,7 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use futures::{
@@ -47,6 +48,14 @@ pub struct Config {
     /// Docker's `config.json` of the host: its credentials are tried after those that a pull comes with. It is read again
     /// when it has changed.
     pub docker_config: Option<PathBuf>,
+    /// A directory of `hosts.toml` files and certificates, as containerd's `certs.d`; they are read at each pull.
+    pub registry_config_dir: Option<PathBuf>,
+    /// How many blobs come from one host at once, over all pulls; at least 1.
+    pub max_parallel_per_host: usize,
+    /// How long a registry may say nothing before a download is taken up anew.
+    pub stall_timeout: Duration,
+    /// The pause before something is tried again; each further one is twice as long.
+    pub retry_pause: Duration,
 }
 
 impl Default for Config {
@@ -56,6 +65,10 @@ impl Default for Config {
             plain_http_hosts: Vec::new(),
             max_parallel_downloads: 4,
             docker_config: None,
+            registry_config_dir: None,
+            max_parallel_per_host: 6,
+            stall_timeout: Duration::from_secs(30),
+            retry_pause: Duration::from_millis(500),
         }
     }
 }

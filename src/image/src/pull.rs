@@ -40,7 +40,7 @@ pub(crate) async fn pull(
     reference: Reference,
     auths: Vec<Credentials>,
 ) -> Result<ImageRecord> {
-    let session = store.registry.session(&reference, &auths)?;
+    let session = store.registry.session(&reference, &auths).await?;
     let outcome = pull_from(&store, &session).await;
     if matches!(outcome, Err(Error::DigestMismatch { .. } | Error::BadImage { .. }))
         && let Err(error) = store.collect().await

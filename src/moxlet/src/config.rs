@@ -63,6 +63,7 @@ pub(crate) struct Config {
     pub(crate) stream_listen: Option<SocketAddr>,
     pub(crate) init_binary: Option<PathBuf>,
     pub(crate) plain_http_registries: Vec<String>,
+    pub(crate) registry_config_dir: Option<PathBuf>,
     pub(crate) docker_config: Option<PathBuf>,
     pub(crate) container_log_max_bytes: u64,
     pub(crate) container_log_max_files: u32,
@@ -99,6 +100,7 @@ impl Default for Config {
             stream_listen: None,
             init_binary: None,
             plain_http_registries: Vec::new(),
+            registry_config_dir: None,
             docker_config: None,
             container_log_max_bytes: 10 << 20,
             container_log_max_files: 5,
@@ -193,6 +195,7 @@ impl Config {
             ("static_pod_dir", &self.static_pod_dir),
             ("init_binary", &self.init_binary),
             ("cni_conf_dir", &self.cni_conf_dir),
+            ("registry_config_dir", &self.registry_config_dir),
             ("docker_config", &self.docker_config),
         ] {
             let Some(path) = path else { continue };
@@ -258,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_file_that_does_not_exist_is_named_with_its_key() {
-        for key in ["client_ca_file", "docker_config"] {
+        for key in ["client_ca_file", "docker_config", "registry_config_dir"] {
             let error = load(&format!("{key} = \"/nonexistent/file\"")).unwrap_err().to_string();
             assert!(error.contains(key) && error.contains("/nonexistent/file"), "{error}");
         }

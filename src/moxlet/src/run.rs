@@ -172,6 +172,7 @@ fn agent_config(config: &Config, with_node: bool) -> moxlet_agent::Config {
             bridge: config.bridge.clone(),
         },
         plain_http_registries: config.plain_http_registries.clone(),
+        registry_config_dir: config.registry_config_dir.clone(),
         docker_config: config.docker_config.clone(),
         log_max_bytes: config.container_log_max_bytes,
         log_max_files: config.container_log_max_files,

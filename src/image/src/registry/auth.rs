@@ -1,24 +1,40 @@
 //! Logging in at a registry: Basic, or a Bearer token from the place that the registry names.
 
 use reqwest::{
-    StatusCode, Url,
-    header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, WWW_AUTHENTICATE},
+    Method, Response, Url,
+    header::{CONTENT_TYPE, HeaderMap, HeaderValue, WWW_AUTHENTICATE},
 };
+use tokio::sync::Mutex;
 
-use super::Session;
-use crate::{Credentials, Result, error::chain};
+use super::{
+    Endpoint, Session, authority,
+    request::{Call, Refusal},
+};
+use crate::{Credentials, Error, Result};
 
 const MAX_TOKEN: usize = 64 << 10;
 
+/// The login at one host.
+#[derive(Debug, Default)]
+pub(super) struct Login(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The header that worked last.
+    header: Option<HeaderValue>,
+    /// The credentials that it came from.
+    with: Option<Credentials>,
+}
+
 /// How a registry wants to be logged in at.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Challenge {
+enum Challenge {
     Basic,
     Bearer { realm: String, service: Option<String>, scope: Option<String> },
 }
 
 /// The challenges that we know; at most a few.
-pub(super) fn challenges(headers: &HeaderMap) -> Vec<Challenge> {
+fn challenges(headers: &HeaderMap) -> Vec<Challenge> {
     let values = headers.get_all(WWW_AUTHENTICATE).iter().take(4);
     values.filter_map(|v| challenge(v.to_str().ok()?)).collect()
 }
@@ -57,9 +73,77 @@ struct Token {
 }
 
 impl Session<'_> {
+    /// Sends a request, logged in where the host wants it. A token that has expired is replaced by a new one.
+    pub(super) async fn authorized(&self, endpoint: &Endpoint, call: &Call) -> Result<Response> {
+        let used = endpoint.login.0.lock().await.header.clone();
+        let (mut headers, mut reason) = match self.send(endpoint, call, used.as_ref()).await {
+            Ok(response) => return Ok(response),
+            Err(Refusal::Unauthorized(headers, reason)) => (headers, reason),
+            Err(Refusal::Other(error)) => return Err(error),
+        };
+        // One logs in for all who wait.
+        let mut login = endpoint.login.0.lock().await;
+        if login.header.is_some() && login.header != used {
+            match self.send(endpoint, call, login.header.as_ref()).await {
+                Ok(response) => return Ok(response),
+                Err(Refusal::Unauthorized(h, r)) => (headers, reason) = (h, r),
+                Err(Refusal::Other(error)) => return Err(error),
+            }
+        }
+        let challenges = challenges(&headers);
+        for credentials in self.candidates(endpoint, login.with.take()).await {
+            let header = match self.log_in(endpoint, call, &challenges, &credentials).await {
+                Ok(Some(header)) => header,
+                Ok(None) => continue,
+                Err(Error::Denied { reason: r, .. }) => {
+                    reason = r;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            match self.send(endpoint, call, Some(&header)).await {
+                Ok(response) => {
+                    (login.header, login.with) = (Some(header), Some(credentials));
+                    return Ok(response);
+                }
+                // That nobody is let in says less than that somebody is not.
+                Err(Refusal::Unauthorized(_, r)) if !credentials.is_empty() => reason = r,
+                Err(Refusal::Unauthorized(..)) => {}
+                Err(Refusal::Other(error)) => return Err(error),
+            }
+        }
+        Err(self.denied(format!("{}: {reason}", endpoint.name())))
+    }
+
+    /// The credentials for a host in the order in which they are tried: those that have worked, those of the caller where
+    /// they are for this host, those that the machine has, nobody's.
+    async fn candidates(&self, endpoint: &Endpoint, worked: Option<Credentials>) -> Vec<Credentials> {
+        let repository = self.reference.repository();
+        let mut named = Vec::new();
+        if endpoint.is_registry {
+            named.extend_from_slice(self.auths);
+            named.extend(self.registry.node.lookup(self.reference.registry(), repository).await);
+        }
+        if endpoint.namespace.is_some() {
+            let host = authority(&endpoint.base);
+            let host = if host == "registry-1.docker.io" { "docker.io" } else { &host };
+            named.extend(self.registry.node.lookup(host, repository).await);
+        }
+        named.retain(|c| !c.is_empty());
+        let mut all: Vec<Credentials> = worked.into_iter().collect();
+        for credentials in named.into_iter().chain([Credentials::default()]) {
+            if !all.contains(&credentials) {
+                all.push(credentials);
+            }
+        }
+        all
+    }
+
     /// The header for some credentials (empty ones are nobody's); none where these do not fit the challenges.
-    pub(super) async fn log_in(
+    async fn log_in(
         &self,
+        endpoint: &Endpoint,
+        call: &Call,
         challenges: &[Challenge],
         credentials: &Credentials,
     ) -> Result<Option<HeaderValue>> {
@@ -74,7 +158,10 @@ impl Session<'_> {
                     }
                 }
                 Challenge::Bearer { realm, service, scope } => {
-                    let token = self.token(realm, service.as_deref(), scope.as_deref(), credentials).await?;
+                    let actions = if call.writes() { "pull,push" } else { "pull" };
+                    let ours = format!("repository:{}:{actions}", self.reference.repository());
+                    let scope = scope.as_deref().unwrap_or(&ours);
+                    let token = self.token(endpoint, realm, service.as_deref(), scope, credentials).await?;
                     return Ok(secret(format!("Bearer {token}")));
                 }
             }
@@ -85,30 +172,30 @@ impl Session<'_> {
     /// A token, by GET with Basic as Docker asks for it, or by POST with a refresh token (RFC 6749, section 6).
     async fn token(
         &self,
+        endpoint: &Endpoint,
         realm: &str,
         service: Option<&str>,
-        scope: Option<&str>,
+        scope: &str,
         credentials: &Credentials,
     ) -> Result<String> {
         let mut url = Url::parse(realm).map_err(|_| self.denied("the token realm is no address"))?;
-        if !self.registry.may_go(&url) {
+        if !self.registry.may_go(&endpoint.base, &url) {
             return Err(self.denied("the token realm is an address without TLS"));
         }
-        let ours = format!("repository:{}:pull", self.reference.repository());
-        let scope = scope.unwrap_or(&ours);
-        let client = self.registry.client(&url);
-        let request = if credentials.identity_token.is_empty() {
+        let mut login = None;
+        let call = if credentials.identity_token.is_empty() {
             {
                 let mut query = url.query_pairs_mut();
                 if let Some(service) = service {
                     query.append_pair("service", service);
                 }
-                query.append_pair("scope", scope);
+                // Several scopes are several parameters.
+                for scope in scope.split(' ').filter(|s| !s.is_empty()) {
+                    query.append_pair("scope", scope);
+                }
             }
-            match basic(credentials) {
-                Some(login) => client.get(url).header(AUTHORIZATION, login),
-                None => client.get(url),
-            }
+            login = basic(credentials);
+            Call::new(Method::GET, url)
         } else {
             let form = [
                 ("grant_type", "refresh_token"),
@@ -121,17 +208,19 @@ impl Session<'_> {
             let mut encoder = url.clone();
             encoder.set_query(None);
             encoder.query_pairs_mut().extend_pairs(form);
-            let body = encoder.query().unwrap_or_default().to_owned();
-            client.post(url).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(body)
+            let form = HeaderValue::from_static("application/x-www-form-urlencoded");
+            let mut call = Call::new(Method::POST, url).header(CONTENT_TYPE, form);
+            call.body = encoder.query().unwrap_or_default().as_bytes().to_vec();
+            call
         };
-        let response = request.send().await.map_err(|e| self.unreachable(&chain(&e.without_url())))?;
-        match response.status() {
-            s if s.is_success() => {}
-            s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => {
-                return Err(self.unreachable(&format!("its token service answers {s}")));
+        let response = match self.send(endpoint, &call, login.as_ref()).await {
+            Ok(response) => response,
+            Err(Refusal::Unauthorized(_, reason)) => return Err(self.denied(reason)),
+            Err(Refusal::Other(Error::NotFound { reason, .. })) => {
+                return Err(self.denied(format!("its token service answers {reason}")));
             }
-            s => return Err(self.denied(super::describe(s, response).await)),
-        }
+            Err(Refusal::Other(error)) => return Err(error),
+        };
         let body = self.body(response, MAX_TOKEN, "token").await?;
         let token: Option<Token> = serde_json::from_slice(&body).ok();
         token

@@ -4,7 +4,7 @@ use moxlet_ids::Digest;
 use serde::Deserialize;
 
 use super::Session;
-use crate::{Error, Result};
+use crate::Result;
 
 /// What we can read.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
@@ -80,18 +80,8 @@ pub(crate) async fn fetch(session: &Session<'_>) -> Result<Manifest> {
     let mut expected = session.reference.digest().cloned();
     let mut top = None;
     for _ in 0..MAX_DEPTH {
-        let (body, announced) = session.manifest(&wanted, MAX_MANIFEST).await?;
+        let body = session.manifest(&wanted, expected.as_ref(), MAX_MANIFEST).await?;
         let actual = Digest::of(&body);
-        if let Some(expected) = expected.or(announced)
-            && expected != actual
-        {
-            return Err(Error::DigestMismatch {
-                reference: session.name(),
-                part: "manifest".into(),
-                expected: expected.to_string(),
-                actual: actual.to_string(),
-            });
-        }
         let top = top.get_or_insert(actual).clone();
         match read(&body).map_err(|reason| session.bad("manifest", reason))? {
             Found::Image(config, layers) => return Ok(Manifest { top, config, layers }),

@@ -1,79 +1,198 @@
 //! A small client of the OCI distribution API, with bounds on all that a registry answers.
+//!
+//! A [`Session`] is what the requests for one image share: the hosts that serve it, in the order in which they are tried
+//! (mirrors, then the registry), each with its login. A host that fails is followed by the next one; what the last one
+//! says is what the caller hears.
 
 mod auth;
+mod hosts;
 pub(crate) mod manifest;
+mod request;
+mod slots;
+mod tls;
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
-use futures::lock::Mutex;
+use bytes::Bytes;
 use moxlet_ids::Digest;
 use reqwest::{
-    Client, Response, StatusCode, Url,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER},
+    Method, Response, StatusCode, Url,
+    header::{ACCEPT, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE},
 };
 
 use crate::{Config, Credentials, Error, Reference, Result, credentials::NodeCredentials, error::chain};
+use hosts::{Capabilities, Hosts};
+pub(crate) use request::ATTEMPTS;
+use request::Call;
+use slots::Slots;
 
 const CONNECT: Duration = Duration::from_secs(10);
-const STALL: Duration = Duration::from_secs(60);
-const MAX_REDIRECTS: usize = 5;
-/// How often a request is sent before the registry counts as unreachable.
-pub(crate) const ATTEMPTS: u32 = 4;
-const MAX_ERROR_BODY: usize = 16 << 10;
+/// How often a host may fail before another one is asked first.
+const MIRROR_PATIENCE: u32 = 2;
 
-/// The HTTP clients, shared by all pulls.
-#[derive(Debug)]
-pub(crate) struct Registry {
-    remote: Client,
-    /// For hosts on loopback, which no proxy could reach.
-    local: Client,
-    plain_hosts: Vec<String>,
-    node: NodeCredentials,
+/// How long is waited.
+#[derive(Debug, Clone, Copy)]
+struct Timing {
+    /// For the head of an answer, and for each piece of its body.
+    stall: Duration,
+    /// Before a second attempt; each further one waits twice as long.
+    pause: Duration,
 }
 
-/// What the pulls of one image share: where it is and how to log in there.
+impl Timing {
+    fn silence(&self) -> String {
+        format!("it said nothing for {:?}", self.stall)
+    }
+}
+
+/// What all pulls share.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    plain_hosts: Vec<String>,
+    config_dir: Option<PathBuf>,
+    node: NodeCredentials,
+    clients: tls::Cache,
+    slots: Slots,
+    timing: Timing,
+}
+
+/// One host that serves an image.
+#[derive(Debug)]
+struct Endpoint {
+    /// The address of the repository in its API, with a slash at the end.
+    base: Url,
+    /// The registry for which it stands, where it is another.
+    namespace: Option<String>,
+    can: Capabilities,
+    headers: HeaderMap,
+    clients: Arc<tls::Clients>,
+    slots: slots::Host,
+    /// Whether it is the registry, for which the credentials of a pull are.
+    is_registry: bool,
+    /// Whether there is none after it.
+    last: bool,
+    login: auth::Login,
+    /// How often it has failed, or a download from it has broken off.
+    broken: AtomicU32,
+    /// Whether it has answered a request for a part of a blob with nonsense.
+    no_ranges: AtomicBool,
+}
+
+/// What the requests for one image share: where it is and how to log in there.
+#[derive(Debug)]
 pub(crate) struct Session<'a> {
     registry: &'a Registry,
     pub(crate) reference: &'a Reference,
     auths: &'a [Credentials],
-    base: Url,
-    /// The header that worked last.
-    login: Mutex<Option<HeaderValue>>,
+    endpoints: Vec<Endpoint>,
+}
+
+/// A blob that is coming.
+#[derive(Debug)]
+pub(crate) struct Blob<'a> {
+    response: Response,
+    /// Where in the blob it begins.
+    pub(crate) begin: u64,
+    endpoint: &'a Endpoint,
+    slot: Option<slots::Slot>,
+    timing: Timing,
+}
+
+/// What a request is about, for the choice of its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// What a tag stands for.
+    Resolve,
+    /// Contents by digest.
+    Pull,
 }
 
 impl Registry {
     pub(crate) fn new(config: &Config) -> Result<Self> {
-        // A second provider is not installed; whichever came first serves.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let builder = || {
-            Client::builder()
-                .user_agent(concat!("moxlet/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(CONNECT)
-                .read_timeout(STALL)
-                .redirect(reqwest::redirect::Policy::none())
-        };
-        let error = |e: reqwest::Error| Error::Client(chain(&e));
         Ok(Self {
-            remote: builder().build().map_err(error)?,
-            local: builder().no_proxy().build().map_err(error)?,
             plain_hosts: config.plain_http_hosts.clone(),
+            config_dir: config.registry_config_dir.clone(),
             node: NodeCredentials::new(config.docker_config.clone()),
+            clients: tls::Cache::default(),
+            slots: Slots::new(config.max_parallel_per_host),
+            timing: Timing { stall: config.stall_timeout, pause: config.retry_pause },
         })
     }
 
-    pub(crate) fn session<'a>(
+    /// Finds out where an image is served from.
+    ///
+    /// # Errors
+    /// [`Error::Settings`]: what the settings of its registry say cannot be used.
+    pub(crate) async fn session<'a>(
         &'a self,
         reference: &'a Reference,
         auths: &'a [Credentials],
     ) -> Result<Session<'a>> {
-        let host = match reference.registry() {
+        let registry = reference.registry();
+        let found = match &self.config_dir {
+            Some(dir) => {
+                let (dir, registry) = (dir.clone(), registry.to_owned());
+                let read = tokio::task::spawn_blocking(move || hosts::load(&dir, &registry));
+                read.await.map_err(|_| Error::Stopped)??
+            }
+            None => None,
+        };
+        let Hosts { mut hosts, for_all } = found.unwrap_or_default();
+        if hosts.is_empty() {
+            hosts.push(hosts::Host::default());
+        }
+        let count = hosts.len();
+        let mut endpoints = Vec::with_capacity(count);
+        for (n, host) in hosts.iter().enumerate() {
+            let last = n + 1 == count;
+            endpoints.push(self.endpoint(reference, host, last, last && !for_all)?);
+        }
+        Ok(Session { registry: self, reference, auths, endpoints })
+    }
+
+    fn endpoint(
+        &self,
+        reference: &Reference,
+        host: &hosts::Host,
+        last: bool,
+        stands_for_registry: bool,
+    ) -> Result<Endpoint> {
+        let own = match reference.registry() {
             "docker.io" => "registry-1.docker.io",
             other => other,
         };
-        let scheme = if self.is_plain(host) { "http" } else { "https" };
-        let base = Url::parse(&format!("{scheme}://{host}/v2/{}/", reference.repository()))
-            .map_err(|e| Error::InvalidName { reference: reference.to_string(), reason: e.to_string() })?;
-        Ok(Session { registry: self, reference, auths, base, login: Mutex::new(None) })
+        let invalid = |reason: String| Error::InvalidName { reference: reference.to_string(), reason };
+        let api = match &host.api {
+            Some(api) => api.clone(),
+            None => {
+                // Who says something about TLS wants it.
+                let scheme = if !host.tls && self.is_plain(own) { "http" } else { "https" };
+                Url::parse(&format!("{scheme}://{own}/v2/")).map_err(|e| invalid(e.to_string()))?
+            }
+        };
+        let base = api.join(&format!("{}/", reference.repository())).map_err(|e| invalid(e.to_string()))?;
+        let is_own = authority(&base) == own || host.api.is_none();
+        Ok(Endpoint {
+            slots: self.slots.host(&base.origin().ascii_serialization()),
+            namespace: (!is_own).then(|| reference.registry().to_owned()),
+            can: host.can,
+            headers: host.headers.clone(),
+            clients: self.clients.clients(host, CONNECT)?,
+            is_registry: is_own || stands_for_registry,
+            last,
+            login: auth::Login::default(),
+            broken: AtomicU32::new(0),
+            no_ranges: AtomicBool::new(false),
+            base,
+        })
     }
 
     /// Whether a host (with or without port) is spoken to without TLS.
@@ -85,20 +204,29 @@ impl Registry {
         is_loopback(host) || self.plain_hosts.iter().any(|h| h == authority || h == host)
     }
 
-    fn client(&self, url: &Url) -> &Client {
-        if url.host_str().is_some_and(is_loopback) { &self.local } else { &self.remote }
-    }
-
-    /// Whether a request may go to an address that a registry has named.
-    fn may_go(&self, url: &Url) -> bool {
-        let Some(host) = url.host_str() else { return false };
-        let authority = url.port().map_or_else(|| host.to_owned(), |p| format!("{host}:{p}"));
-        match url.scheme() {
-            "https" => true,
-            "http" => self.is_plain(&authority),
+    /// Whether a request may go to an address that a host has named: with TLS, or without where the host itself has none
+    /// and the other is the same or may be spoken to like that.
+    fn may_go(&self, from: &Url, to: &Url) -> bool {
+        match to.scheme() {
+            "https" => to.host_str().is_some(),
+            "http" => {
+                from.scheme() == "http" && (from.host_str() == to.host_str() || self.is_plain(&authority(to)))
+            }
             _ => false,
         }
     }
+
+    /// The pause after an attempt, of which the first is 0; not the same for all who wait.
+    pub(crate) fn pause(&self, attempt: u32) -> Duration {
+        let full = self.timing.pause.saturating_mul(2_u32.saturating_pow(attempt.min(10)));
+        full.mul_f64(rand::random_range(0.75..1.25))
+    }
+}
+
+/// `host` or `host:port` of an address.
+fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
 fn is_loopback(host: &str) -> bool {
@@ -106,18 +234,19 @@ fn is_loopback(host: &str) -> bool {
     bare == "localhost" || bare.parse::<IpAddr>().is_ok_and(|a| a.is_loopback())
 }
 
-/// What a request asks for beside the address.
-#[derive(Debug, Clone, Copy)]
-struct Ask {
-    accept: Option<&'static str>,
-    /// Where in the content it is to begin.
-    from: u64,
-}
+impl Endpoint {
+    fn name(&self) -> String {
+        authority(&self.base)
+    }
 
-/// What a request ended in that was answered with no success.
-enum Refusal {
-    Unauthorized(HeaderMap, String),
-    Other(Error),
+    /// An address below the repository.
+    fn url(&self, path: &str) -> std::result::Result<Url, String> {
+        let mut url = self.base.join(path).map_err(|e| e.to_string())?;
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Ok(url)
+    }
 }
 
 impl Session<'_> {
@@ -125,44 +254,142 @@ impl Session<'_> {
         self.reference.to_string()
     }
 
-    /// The body of a manifest (not longer than `max`) and its digest as the registry announces it.
-    pub(crate) async fn manifest(&self, wanted: &str, max: usize) -> Result<(Vec<u8>, Option<Digest>)> {
-        let response =
-            self.get(&format!("manifests/{wanted}"), Ask { accept: Some(manifest::ACCEPT), from: 0 }).await?;
-        let announced = response
-            .headers()
-            .get("docker-content-digest")
-            .and_then(|v| v.to_str().ok())
-            .and_then(|v| v.parse().ok());
-        Ok((self.body(response, max, "manifest").await?, announced))
-    }
-
-    /// The answer to a request for a blob, whose body is still to come, and where in the blob it begins: at `from`, or
-    /// at 0 where the registry cannot do that.
-    pub(crate) async fn blob(&self, digest: &Digest, from: u64) -> Result<(Response, u64)> {
-        let response = self.get(&format!("blobs/{digest}"), Ask { accept: None, from }).await?;
-        if response.status() != StatusCode::PARTIAL_CONTENT {
-            return Ok((response, 0));
-        }
-        let range = response.headers().get(CONTENT_RANGE).and_then(|v| v.to_str().ok());
-        match range.and_then(|r| r.strip_prefix("bytes ")?.split_once('-')?.0.parse::<u64>().ok()) {
-            Some(begin) if begin == from => Ok((response, from)),
-            _ => Err(self.unreachable("it answers with another part of a blob than was asked for")),
-        }
-    }
-
-    /// A whole body, bounded.
-    pub(crate) async fn body(&self, mut response: Response, max: usize, part: &str) -> Result<Vec<u8>> {
-        let mut body = Vec::new();
-        while let Some(chunk) =
-            response.chunk().await.map_err(|e| self.unreachable(&chain(&e.without_url())))?
-        {
-            if body.len() + chunk.len() > max {
-                return Err(self.bad(part, format!("it is larger than {max} bytes")));
+    /// The body of a manifest (not longer than `max`). Where its digest is known, only a host that has this very one is
+    /// heard; of a tag, what the host announces must be what it sends.
+    pub(crate) async fn manifest(
+        &self,
+        wanted: &str,
+        expected: Option<&Digest>,
+        max: usize,
+    ) -> Result<Vec<u8>> {
+        let accept = HeaderValue::from_static(manifest::ACCEPT);
+        let purpose = if expected.is_some() { Purpose::Pull } else { Purpose::Resolve };
+        let mut outcome = None;
+        for endpoint in self.endpoints(purpose)? {
+            let url = endpoint.url(&format!("manifests/{wanted}")).map_err(|e| self.unreachable(&e))?;
+            let call = Call::new(Method::GET, url).header(ACCEPT, accept.clone());
+            match self.manifest_from(endpoint, &call, expected, max).await {
+                Ok(body) => return Ok(body),
+                Err(error) => outcome = self.next(endpoint, error, outcome),
             }
-            body.extend_from_slice(&chunk);
         }
-        Ok(body)
+        Err(outcome.unwrap_or(Error::Stopped))
+    }
+
+    async fn manifest_from(
+        &self,
+        endpoint: &Endpoint,
+        call: &Call,
+        expected: Option<&Digest>,
+        max: usize,
+    ) -> Result<Vec<u8>> {
+        let response = self.authorized(endpoint, call).await?;
+        let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok());
+        let announced = header("docker-content-digest").and_then(|v| v.parse::<Digest>().ok());
+        let encoding = header("content-encoding").unwrap_or("identity").to_owned();
+        let body = self.body(response, max, "manifest").await?;
+        let body = match encoding.as_str() {
+            "identity" => body,
+            "gzip" | "x-gzip" => self.gunzip(&body, max)?,
+            _ => return Err(self.bad("manifest", "the registry encodes it in a way that was not asked for")),
+        };
+        let actual = Digest::of(&body);
+        match expected.or(announced.as_ref()) {
+            Some(expected) if *expected != actual => Err(Error::DigestMismatch {
+                reference: self.name(),
+                part: "manifest".into(),
+                expected: expected.to_string(),
+                actual: actual.to_string(),
+            }),
+            _ => Ok(body),
+        }
+    }
+
+    fn gunzip(&self, bytes: &[u8], max: usize) -> Result<Vec<u8>> {
+        use std::io::Read;
+        let mut plain = Vec::new();
+        flate2::read::MultiGzDecoder::new(bytes)
+            .take(max as u64 + 1)
+            .read_to_end(&mut plain)
+            .map_err(|e| self.bad("manifest", format!("its gzip cannot be read: {e}")))?;
+        if plain.len() > max {
+            return Err(self.bad("manifest", format!("it is larger than {max} bytes")));
+        }
+        Ok(plain)
+    }
+
+    /// A blob from `from` on, or from its beginning where a host cannot do that.
+    pub(crate) async fn blob(&self, digest: &Digest, from: u64) -> Result<Blob<'_>> {
+        let mut endpoints = self.endpoints(Purpose::Pull)?;
+        endpoints.sort_by_key(|e| e.broken.load(Ordering::Relaxed) / MIRROR_PATIENCE);
+        let mut outcome = None;
+        for endpoint in endpoints {
+            match self.blob_from(endpoint, digest, from).await {
+                Ok(blob) => return Ok(blob),
+                Err(error) => outcome = self.next(endpoint, error, outcome),
+            }
+        }
+        Err(outcome.unwrap_or(Error::Stopped))
+    }
+
+    async fn blob_from<'s>(&'s self, endpoint: &'s Endpoint, digest: &Digest, from: u64) -> Result<Blob<'s>> {
+        let slot = endpoint.slots.take().await;
+        let url = endpoint.url(&format!("blobs/{digest}")).map_err(|e| self.unreachable(&e))?;
+        let mut call = Call::new(Method::GET, url);
+        let from = if endpoint.no_ranges.load(Ordering::Relaxed) { 0 } else { from };
+        if from > 0
+            && let Ok(range) = HeaderValue::try_from(format!("bytes={from}-"))
+        {
+            call = call.header(RANGE, range);
+        }
+        let mut response = self.authorized(endpoint, &call).await?;
+        if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+            // It may have the whole.
+            endpoint.no_ranges.store(true, Ordering::Relaxed);
+            call.headers.remove(RANGE);
+            response = self.authorized(endpoint, &call).await?;
+        }
+        let begin = if response.status() == StatusCode::PARTIAL_CONTENT {
+            let range = response.headers().get(CONTENT_RANGE).and_then(|v| v.to_str().ok());
+            let begin = range.and_then(|r| r.strip_prefix("bytes ")?.split_once('-')?.0.parse::<u64>().ok());
+            if begin != Some(from) {
+                endpoint.no_ranges.store(true, Ordering::Relaxed);
+                return Err(self.unreachable("it answers with another part of a blob than was asked for"));
+            }
+            from
+        } else {
+            0
+        };
+        Ok(Blob { response, begin, endpoint, slot: Some(slot), timing: self.registry.timing })
+    }
+
+    /// The hosts for a purpose.
+    fn endpoints(&self, purpose: Purpose) -> Result<Vec<&Endpoint>> {
+        let may = |e: &&Endpoint| match purpose {
+            Purpose::Resolve => e.can.resolve,
+            Purpose::Pull => e.can.pull,
+        };
+        let endpoints: Vec<_> = self.endpoints.iter().filter(may).collect();
+        if endpoints.is_empty() {
+            let what = if purpose == Purpose::Resolve { "resolve" } else { "pull" };
+            return Err(self.unreachable(&format!("hosts.toml names no host with the capability {what:?}")));
+        }
+        Ok(endpoints)
+    }
+
+    /// What is told when a host has failed and `before` is what was to be told until then: the registry's own word.
+    fn next(&self, endpoint: &Endpoint, error: Error, before: Option<Error>) -> Option<Error> {
+        if !matches!(error, Error::NotFound { .. }) {
+            endpoint.broken.fetch_add(1, Ordering::Relaxed);
+        }
+        if !endpoint.last {
+            tracing::info!(image = %self.reference, host = endpoint.name(), %error, "a mirror has failed; the next host is asked");
+        }
+        if endpoint.is_registry || before.is_none() || !matches!(error, Error::NotFound { .. }) {
+            Some(error)
+        } else {
+            before
+        }
     }
 
     pub(crate) fn bad(&self, part: &str, reason: impl Into<String>) -> Error {
@@ -181,154 +408,46 @@ impl Session<'_> {
         Error::Denied { reference: self.name(), reason: reason.into() }
     }
 
-    /// A GET below the repository; logs in where the registry asks for it.
-    async fn get(&self, path: &str, ask: Ask) -> Result<Response> {
-        let url = self.base.join(path).map_err(|e| self.unreachable(&e.to_string()))?;
-        let login = self.login.lock().await.clone();
-        let (challenge, mut reason) = match self.send(&url, ask, login.as_ref()).await {
-            Ok(response) => return Ok(response),
-            Err(Refusal::Unauthorized(headers, reason)) => (headers, reason),
-            Err(Refusal::Other(error)) => return Err(error),
-        };
-        let challenges = auth::challenges(&challenge);
-        let node = self.registry.node.lookup(self.reference.registry(), self.reference.repository()).await;
-        let anonymous = Credentials::default();
-        for credentials in self.auths.iter().chain(&node).chain([&anonymous]) {
-            let header = match self.log_in(&challenges, credentials).await {
-                Ok(Some(header)) => header,
-                Ok(None) => continue,
-                Err(Error::Denied { reason: r, .. }) => {
-                    reason = r;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            match self.send(&url, ask, Some(&header)).await {
-                Ok(response) => {
-                    *self.login.lock().await = Some(header);
-                    return Ok(response);
-                }
-                Err(Refusal::Unauthorized(_, r)) => reason = r,
-                Err(Refusal::Other(error)) => return Err(error),
-            }
-        }
-        Err(self.denied(reason))
-    }
-
-    /// Sends one request, again where the registry is in trouble, along its redirects.
-    async fn send(
-        &self,
-        url: &Url,
-        ask: Ask,
-        login: Option<&HeaderValue>,
-    ) -> std::result::Result<Response, Refusal> {
-        let mut last = String::new();
-        for attempt in 0..ATTEMPTS {
-            let mut pause = Duration::from_millis(500 << attempt);
-            match self.follow(url, ask, login).await.map_err(Refusal::Other)? {
-                Ok(response) if response.status().is_success() => return Ok(response),
-                Ok(response) => {
-                    let status = response.status();
-                    let headers = response.headers().clone();
-                    let reason = describe(status, response).await;
-                    match status {
-                        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                            return Err(Refusal::Unauthorized(headers, reason));
-                        }
-                        StatusCode::NOT_FOUND => {
-                            let reference = self.name();
-                            return Err(Refusal::Other(Error::NotFound { reference, reason }));
-                        }
-                        s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => {
-                            if let Some(seconds) =
-                                headers.get(RETRY_AFTER).and_then(|v| v.to_str().ok()?.parse().ok())
-                            {
-                                pause = pause.max(Duration::from_secs(std::cmp::min(seconds, 30)));
-                            }
-                            last = reason;
-                        }
-                        _ => return Err(Refusal::Other(self.unreachable(&reason))),
-                    }
-                }
-                Err(error) => {
-                    last = chain(&error);
-                    if error.is_connect() || error.is_builder() {
-                        break;
-                    }
-                }
-            }
-            if attempt + 1 < ATTEMPTS {
-                tokio::time::sleep(pause).await;
-            }
-        }
-        Err(Refusal::Other(self.unreachable(&last)))
-    }
-
-    /// One request and its redirects. The login goes to nobody but the host that it is for.
-    async fn follow(
-        &self,
-        url: &Url,
-        ask: Ask,
-        login: Option<&HeaderValue>,
-    ) -> Result<std::result::Result<Response, reqwest::Error>> {
-        let mut at = url.clone();
-        for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.registry.client(&at).get(at.clone());
-            if let Some(accept) = ask.accept {
-                request = request.header(ACCEPT, accept);
-            }
-            if ask.from > 0 {
-                request = request.header(RANGE, format!("bytes={}-", ask.from));
-            }
-            if let Some(login) = login
-                && at.origin() == url.origin()
-            {
-                request = request.header(AUTHORIZATION, login.clone());
-            }
-            let response = match request.send().await {
-                Ok(response) => response,
-                Err(error) => return Ok(Err(error.without_url())),
-            };
-            let location = response.headers().get(LOCATION).and_then(|l| l.to_str().ok());
-            let Some(location) = location.filter(|_| response.status().is_redirection()) else {
-                return Ok(Ok(response));
-            };
-            at = at.join(location).map_err(|_| self.unreachable("it redirects to what is no address"))?;
-            if !self.registry.may_go(&at) || (url.scheme() == "https" && at.scheme() != "https") {
-                return Err(self.unreachable("it redirects to an address without TLS"));
-            }
-        }
-        Err(self.unreachable(&format!("it redirects more than {MAX_REDIRECTS} times")))
+    /// How long is waited after an attempt.
+    pub(crate) fn pause(&self, attempt: u32) -> Duration {
+        self.registry.pause(attempt)
     }
 }
 
-/// What a registry says about a failure, short and printable.
-async fn describe(status: StatusCode, mut response: Response) -> String {
-    #[derive(serde::Deserialize)]
-    struct Body {
-        errors: Vec<Item>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Item {
-        #[serde(default)]
-        code: String,
-        #[serde(default)]
-        message: String,
-    }
-    let mut body = Vec::new();
-    while let Ok(Some(chunk)) = response.chunk().await {
-        body.extend_from_slice(&chunk);
-        if body.len() > MAX_ERROR_BODY {
-            break;
+impl Blob<'_> {
+    /// The next piece; none at the end.
+    ///
+    /// # Errors
+    /// Why the download has broken off.
+    pub(crate) async fn chunk(&mut self) -> std::result::Result<Option<Bytes>, String> {
+        match tokio::time::timeout(self.timing.stall, self.response.chunk()).await {
+            Ok(Ok(piece)) => Ok(piece),
+            Ok(Err(error)) => Err(chain(&error.without_url())),
+            Err(_) => Err(self.timing.silence()),
         }
     }
-    let said = serde_json::from_slice::<Body>(&body)
-        .ok()
-        .and_then(|b| b.errors.into_iter().next())
-        .map(|e| format!(": {}: {}", e.code, e.message))
-        .unwrap_or_default();
-    let said: String = said.chars().filter(|c| !c.is_control()).take(300).collect();
-    format!("{status}{said}")
+
+    /// How long a host may be silent.
+    pub(crate) fn stall(&self) -> Duration {
+        self.timing.stall
+    }
+
+    /// Lets others have our place at the host while nobody takes what comes: those may be what the taker waits for.
+    pub(crate) fn rest(&mut self) {
+        self.slot = None;
+    }
+
+    /// Takes a place again.
+    pub(crate) async fn go_on(&mut self) {
+        if self.slot.is_none() {
+            self.slot = Some(self.endpoint.slots.take().await);
+        }
+    }
+
+    /// Remembers that the host has broken off.
+    pub(crate) fn broke(&self) {
+        self.endpoint.broken.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 #[cfg(test)]
@@ -337,10 +456,14 @@ mod tests {
 
     use super::*;
 
+    fn registry() -> Registry {
+        let plain_http_hosts = vec!["a.b:5000".into(), "c.d".into()];
+        Registry::new(&Config { plain_http_hosts, ..Config::default() }).unwrap()
+    }
+
     #[test]
     fn plain_http_is_for_loopback_and_who_is_named() {
-        let plain_http_hosts = vec!["a.b:5000".into(), "c.d".into()];
-        let registry = Registry::new(&Config { plain_http_hosts, ..Config::default() }).unwrap();
+        let registry = registry();
         for host in
             ["localhost", "localhost:5000", "127.8.9.1:80", "[::1]", "[::1]:5000", "a.b:5000", "c.d:1"]
         {
@@ -349,7 +472,43 @@ mod tests {
         for host in ["a.b", "a.b:5001", "docker.io", "128.0.0.1", "[::2]:5000", "localhost.a"] {
             assert!(!registry.is_plain(host), "{host}");
         }
-        assert!(!registry.may_go(&Url::parse("http://e.f/").unwrap()));
-        assert!(!registry.may_go(&Url::parse("file:///etc/passwd").unwrap()));
+    }
+
+    #[test]
+    fn a_registry_with_tls_sends_nobody_where_there_is_none() {
+        let registry = registry();
+        let url = |text: &str| Url::parse(text).unwrap();
+        for (from, to, want) in [
+            ("https://x.y/", "https://e.f/", true),
+            ("http://c.d/", "https://e.f/", true),
+            ("https://x.y/", "http://x.y/", false),
+            ("https://x.y/", "http://127.0.0.1/", false),
+            ("https://c.d/", "http://c.d/", false),
+            ("http://x.y/", "http://x.y:81/", true),
+            ("http://x.y/", "http://c.d/", true),
+            ("http://x.y/", "http://e.f/", false),
+            ("http://x.y/", "file:///etc/passwd", false),
+        ] {
+            assert_eq!(registry.may_go(&url(from), &url(to)), want, "{from} {to}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_of_docker_hub_is_at_its_registry() {
+        let (registry, reference) = (registry(), Reference::parse("busybox").unwrap());
+        let session = registry.session(&reference, &[]).await.unwrap();
+        let endpoint = &session.endpoints[0];
+        assert_eq!(endpoint.base.as_str(), "https://registry-1.docker.io/v2/library/busybox/");
+        assert!(endpoint.is_registry && endpoint.last && endpoint.namespace.is_none());
+    }
+
+    #[test]
+    fn pauses_grow_and_are_bounded() {
+        let registry = registry();
+        for attempt in 0..40 {
+            let pause = registry.pause(attempt);
+            assert!(pause >= registry.timing.pause.mul_f64(0.75) && pause < Duration::from_secs(700));
+        }
+        assert!(registry.pause(3) > registry.pause(0));
     }
 }

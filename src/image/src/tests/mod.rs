@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod mirrors;
 mod pulls;
 mod registry;
 mod removal;
@@ -30,8 +31,12 @@ impl Place {
     /// One whose settings are changed.
     async fn with(change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut config =
-            Config { dir: dir.path().join("images"), max_parallel_downloads: 3, ..Config::default() };
+        let mut config = Config {
+            dir: dir.path().join("images"),
+            max_parallel_downloads: 3,
+            retry_pause: Duration::from_millis(20),
+            ..Config::default()
+        };
         change(&mut config);
         let (driver, store) = open(dir.path(), config.clone()).await;
         Self { dir, driver, store: store.unwrap(), config }

@@ -15,14 +15,14 @@ fn base() -> Tar {
         .file("old/x", "base")
 }
 
-fn two_layers() -> Image {
+pub(super) fn two_layers() -> Image {
     let top =
         Tar::default().file("etc/a", "top").file(".wh.gone", "").dir("old").file("old/.wh..wh..opq", "");
     Image::new().layer(base()).layer(top)
 }
 
 /// Bytes that no compression shortens, so that a blob comes in many pieces.
-fn noise(seed: u64, length: usize) -> String {
+pub(super) fn noise(seed: u64, length: usize) -> String {
     let mut state = seed;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -31,11 +31,11 @@ fn noise(seed: u64, length: usize) -> String {
     (0..length).map(|_| next()).collect()
 }
 
-fn large(seed: u64) -> Image {
+pub(super) fn large(seed: u64) -> Image {
     Image::new().layer(Tar::default().file("large", &noise(seed, 600_000)))
 }
 
-fn user(name: &str, password: &str) -> Credentials {
+pub(super) fn user(name: &str, password: &str) -> Credentials {
     Credentials { username: name.into(), password: password.into(), ..Credentials::default() }
 }
 

@@ -10,7 +10,7 @@ use axum::{
     Router,
     body::Body,
     extract::{Path, State},
-    http::{HeaderMap, Response, StatusCode, header},
+    http::{HeaderMap, Response, StatusCode, Uri, header},
     routing::get,
 };
 use bytes::Bytes;
@@ -28,6 +28,8 @@ pub(crate) enum Fault {
     Breaks(u32),
     /// As `Breaks`, and the registry cannot send a part.
     BreaksWithoutRanges(u32),
+    /// It ends in the middle as if that were its end, so many times.
+    Cut(u32),
     /// 503, so many times.
     Busy(u32),
     /// Other bytes of the same length.
@@ -48,6 +50,8 @@ struct Content {
     login: Option<(String, String)>,
     /// What was asked for: path, range, and whether credentials came along.
     requests: Vec<(String, Option<String>, bool)>,
+    /// Who asked for tokens.
+    tokens: Vec<String>,
     /// Where we are.
     address: String,
 }
@@ -195,6 +199,18 @@ impl Registry {
         self.content().login = Some((user.to_owned(), password.to_owned()));
     }
 
+    /// Answers a request for this digest with some other manifest.
+    pub(crate) fn lie(&self, digest: &Digest) {
+        let mut content = self.content();
+        let other = content.manifests.values().next().unwrap().clone();
+        content.manifests.insert(("app".to_owned(), digest.to_string()), other);
+    }
+
+    /// Who asked for tokens: the login headers.
+    pub(crate) fn tokens(&self) -> Vec<String> {
+        self.content().tokens.clone()
+    }
+
     /// The requests whose path contains a text: range, and whether credentials came along.
     pub(crate) fn requests(&self, part: &str) -> Vec<(Option<String>, bool)> {
         let content = self.content();
@@ -225,8 +241,9 @@ fn refuse(content: &Content, headers: &HeaderMap) -> Option<Response<Body>> {
 
 async fn token(State(registry): State<Registry>, headers: HeaderMap) -> Response<Body> {
     use base64::{Engine as _, engine::general_purpose::STANDARD};
-    let content = registry.content();
+    let mut content = registry.content();
     let (user, password) = content.login.clone().unwrap();
+    content.tokens.push(text(&headers, header::AUTHORIZATION).unwrap_or_default());
     let wanted = format!("Basic {}", STANDARD.encode(format!("{user}:{password}")));
     match text(&headers, header::AUTHORIZATION) {
         Some(login) if login == wanted => answer(StatusCode::OK, r#"{"token":"good"}"#),
@@ -253,10 +270,11 @@ async fn refresh(State(registry): State<Registry>, body: String) -> Response<Bod
 async fn manifest(
     State(registry): State<Registry>,
     Path((repository, wanted)): Path<(String, String)>,
+    uri: Uri,
     headers: HeaderMap,
 ) -> Response<Body> {
     let mut content = registry.content();
-    content.requests.push((format!("manifests/{wanted}"), None, headers.contains_key(header::AUTHORIZATION)));
+    content.requests.push((uri.to_string(), None, headers.contains_key(header::AUTHORIZATION)));
     if let Some(refusal) = refuse(&content, &headers) {
         return refusal;
     }
@@ -287,12 +305,13 @@ fn halves(bytes: &[u8], then: Option<Arc<Semaphore>>) -> Body {
 async fn blob(
     State(registry): State<Registry>,
     Path((_, digest)): Path<(String, String)>,
+    uri: Uri,
     headers: HeaderMap,
 ) -> Response<Body> {
     let mut content = registry.content();
     let range = text(&headers, header::RANGE);
     let login = headers.contains_key(header::AUTHORIZATION);
-    content.requests.push((format!("blobs/{digest}"), range.clone(), login));
+    content.requests.push((uri.to_string(), range.clone(), login));
     if let Some(refusal) = refuse(&content, &headers) {
         return refusal;
     }
@@ -318,6 +337,10 @@ async fn blob(
             answer(StatusCode::OK, halves(&bytes, None))
         }
         Some(Fault::BreaksWithoutRanges(_)) => answer(StatusCode::OK, bytes),
+        Some(Fault::Cut(times)) if *times > 0 => {
+            *times -= 1;
+            part(&bytes, Body::from(bytes[from..bytes.len().midpoint(from)].to_vec()))
+        }
         Some(Fault::Busy(times)) if *times > 0 => {
             *times -= 1;
             answer(StatusCode::SERVICE_UNAVAILABLE, "")

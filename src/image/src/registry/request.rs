@@ -1,0 +1,233 @@
+//! One request to one host: sent again where the host is in trouble, followed along its redirects, read within bounds.
+
+use std::time::Duration;
+
+use reqwest::{
+    Method, Response, StatusCode, Url,
+    header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER, USER_AGENT},
+};
+
+use super::{Endpoint, Session};
+use crate::{Error, Result, error::chain};
+
+const MAX_REDIRECTS: usize = 5;
+/// How often a request is sent before the registry counts as unreachable.
+pub(crate) const ATTEMPTS: u32 = 4;
+/// A registry that asks for a longer pause is not waited for; whoever wants the image comes again.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+const MAX_ERROR_BODY: usize = 16 << 10;
+/// How long all of a body may take that is read into memory, in times of the wait for one piece.
+const BODY_PATIENCE: u32 = 2;
+
+/// A request that can be sent again.
+#[derive(Debug, Clone)]
+pub(super) struct Call {
+    pub(super) method: Method,
+    pub(super) url: Url,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Vec<u8>,
+}
+
+impl Call {
+    pub(super) fn new(method: Method, url: Url) -> Self {
+        Self { method, url, headers: HeaderMap::new(), body: Vec::new() }
+    }
+
+    pub(super) fn header(mut self, name: reqwest::header::HeaderName, value: HeaderValue) -> Self {
+        self.headers.insert(name, value);
+        self
+    }
+
+    pub(super) fn writes(&self) -> bool {
+        !self.reads()
+    }
+
+    /// Redirects of a request that changes something are not followed.
+    fn reads(&self) -> bool {
+        self.method == Method::GET || self.method == Method::HEAD
+    }
+}
+
+/// What a request ended in that was answered with no success.
+pub(super) enum Refusal {
+    Unauthorized(HeaderMap, String),
+    Other(Error),
+}
+
+impl Session<'_> {
+    /// Sends a request, again where the host is in trouble, along its redirects.
+    pub(super) async fn send(
+        &self,
+        endpoint: &Endpoint,
+        call: &Call,
+        login: Option<&HeaderValue>,
+    ) -> std::result::Result<Response, Refusal> {
+        let attempts = if endpoint.last { ATTEMPTS } else { 1 };
+        let mut last = String::new();
+        for attempt in 0..attempts {
+            let mut pause = self.registry.pause(attempt);
+            match self.follow(endpoint, call, login).await.map_err(Refusal::Other)? {
+                Ok(response) if response.status().is_success() => return Ok(response),
+                // Whoever asks for a part knows what to do.
+                Ok(response)
+                    if response.status() == StatusCode::RANGE_NOT_SATISFIABLE
+                        && call.headers.contains_key(RANGE) =>
+                {
+                    return Ok(response);
+                }
+                Ok(response) => {
+                    let (status, headers) = (response.status(), response.headers().clone());
+                    let reason = self.describe(response).await;
+                    match status {
+                        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                            return Err(Refusal::Unauthorized(headers, reason));
+                        }
+                        StatusCode::NOT_FOUND => {
+                            return Err(Refusal::Other(Error::NotFound { reference: self.name(), reason }));
+                        }
+                        s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => last = reason,
+                        _ => return Err(Refusal::Other(self.unreachable(&reason))),
+                    }
+                    if let Some(wanted) = retry_after(&headers) {
+                        if wanted > MAX_PAUSE {
+                            last = format!("{last} (it wants no request for {} s)", wanted.as_secs());
+                            break;
+                        }
+                        pause = pause.max(wanted);
+                    }
+                }
+                Err((fatal, reason)) => {
+                    last = reason;
+                    if fatal {
+                        break;
+                    }
+                }
+            }
+            if attempt + 1 < attempts {
+                tokio::time::sleep(pause).await;
+            }
+        }
+        Err(Refusal::Other(self.unreachable(&format!("{}: {last}", endpoint.name()))))
+    }
+
+    /// One request and its redirects. Login and headers of a host go to nobody but that host. The inner error says whether
+    /// it is of no use to try again.
+    async fn follow(
+        &self,
+        endpoint: &Endpoint,
+        call: &Call,
+        login: Option<&HeaderValue>,
+    ) -> Result<std::result::Result<Response, (bool, String)>> {
+        let mut at = call.url.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let response = match self.once(endpoint, call, &at, login).await {
+                Ok(response) => response,
+                Err(error) => return Ok(Err(error)),
+            };
+            let location = response.headers().get(LOCATION).and_then(|l| l.to_str().ok());
+            let Some(location) = location.filter(|_| call.reads() && response.status().is_redirection())
+            else {
+                return Ok(Ok(response));
+            };
+            at = at.join(location).map_err(|_| self.unreachable("it redirects to what is no address"))?;
+            if !self.registry.may_go(&endpoint.base, &at) {
+                return Err(self.unreachable("it redirects to an address without TLS"));
+            }
+        }
+        Err(self.unreachable(&format!("it redirects more than {MAX_REDIRECTS} times")))
+    }
+
+    async fn once(
+        &self,
+        endpoint: &Endpoint,
+        call: &Call,
+        at: &Url,
+        login: Option<&HeaderValue>,
+    ) -> std::result::Result<Response, (bool, String)> {
+        let mut headers = HeaderMap::new();
+        if at.origin() == call.url.origin() {
+            if at.origin() == endpoint.base.origin() {
+                headers.clone_from(&endpoint.headers);
+            }
+            headers.extend(call.headers.clone());
+            if let Some(login) = login {
+                headers.insert(AUTHORIZATION, login.clone());
+            }
+        } else {
+            for name in [ACCEPT, RANGE, USER_AGENT] {
+                if let Some(value) = call.headers.get(&name) {
+                    headers.insert(name, value.clone());
+                }
+            }
+        }
+        let request = endpoint.clients.of(at).request(call.method.clone(), at.clone()).headers(headers);
+        let request = if call.body.is_empty() { request } else { request.body(call.body.clone()) };
+        match tokio::time::timeout(self.registry.timing.stall, request.send()).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => {
+                let fatal = error.is_connect() || error.is_builder();
+                Err((fatal, chain(&error.without_url())))
+            }
+            Err(_) => Err((false, self.registry.timing.silence())),
+        }
+    }
+
+    /// A whole body, bounded.
+    pub(crate) async fn body(&self, mut response: Response, max: usize, part: &str) -> Result<Vec<u8>> {
+        let read = async {
+            let mut body = Vec::new();
+            while let Some(chunk) =
+                response.chunk().await.map_err(|e| self.unreachable(&chain(&e.without_url())))?
+            {
+                if body.len() + chunk.len() > max {
+                    return Err(self.bad(part, format!("it is larger than {max} bytes")));
+                }
+                body.extend_from_slice(&chunk);
+            }
+            Ok(body)
+        };
+        let patience = self.registry.timing.stall.saturating_mul(BODY_PATIENCE);
+        tokio::time::timeout(patience, read)
+            .await
+            .unwrap_or_else(|_| Err(self.unreachable(&format!("{part}: it comes too slowly"))))
+    }
+
+    /// What a registry says about a failure, short and printable.
+    pub(super) async fn describe(&self, mut response: Response) -> String {
+        #[derive(serde::Deserialize)]
+        struct Body {
+            errors: Vec<Item>,
+        }
+        #[derive(serde::Deserialize)]
+        struct Item {
+            #[serde(default)]
+            code: String,
+            #[serde(default)]
+            message: String,
+        }
+        let status = response.status();
+        let mut body = Vec::new();
+        let read = async {
+            while let Ok(Some(chunk)) = response.chunk().await {
+                body.extend_from_slice(&chunk);
+                if body.len() > MAX_ERROR_BODY {
+                    break;
+                }
+            }
+        };
+        // What came by then is what it says.
+        let _ = tokio::time::timeout(self.registry.timing.stall, read).await;
+        let said = serde_json::from_slice::<Body>(&body)
+            .ok()
+            .and_then(|b| b.errors.into_iter().next())
+            .map(|e| format!(": {}: {}", e.code, e.message))
+            .unwrap_or_default();
+        let said: String = said.chars().filter(|c| !c.is_control()).take(300).collect();
+        format!("{status}{said}")
+    }
+}
+
+/// The pause that a registry asks for; only in seconds, since its clock need not be ours.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
+}
