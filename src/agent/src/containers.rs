@@ -61,11 +61,11 @@ pub(crate) async fn create(core: &Arc<Core>, request: v1::CreateContainerRequest
             if sandbox.phase() != Phase::Ready {
                 return Err(Error::State(format!("sandbox {} is not ready", sandbox.id)));
             }
-            let (record, image) = prepare::record(&core, &sandbox, &config).await?;
+            let (record, hold) = prepare::record(&core, &sandbox, &config).await?;
             let container = Container::new(record);
             core.change_container(&container, |_| {}).await?;
             core.insert_container(container.clone());
-            match prepare::make(&core, &sandbox, &container, &config, &of_pod, &image).await {
+            match prepare::make(&core, &sandbox, &container, &config, &of_pod, hold.record()).await {
                 Ok(()) => {
                     core.say(container.id.as_str(), &sandbox, v1::ContainerEventType::ContainerCreatedEvent);
                     Ok(container.id.clone())
@@ -329,6 +329,7 @@ pub(crate) async fn remove_parts(
     let shared = sandboxes::shared_dir(core, &sandbox.id);
     let target = shared.join("ctr").join(id.as_str());
     core.driver.unmount_root(&id, &target.join("rootfs")).await?;
+    core.images.used(&container.record().image_id).await?;
     core.driver.remove_root(&id).await?;
     let (cgroups, of, record) = (core.cgroups.clone(), sandbox.id.clone(), container.record());
     blocking("removing a container", move || {

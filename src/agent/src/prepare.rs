@@ -12,7 +12,7 @@ use std::{
 
 use moxlet_cri::{annotations, v1};
 use moxlet_ids::ContainerId;
-use moxlet_image::{ImageConfiguration, ImageRecord};
+use moxlet_image::{ImageConfiguration, ImageHold, ImageRecord};
 use moxlet_init_proto::CreateRequest;
 use moxlet_sandbox::{Limits, POD_DIR_IN_CT, cgroup::ContainerCgroups};
 use moxlet_storage::IdMap;
@@ -40,7 +40,7 @@ pub(crate) struct Pending {
     pub(crate) oom_score_adj: Option<i32>,
 }
 
-/// The record of a new container and its image.
+/// The record of a new container and its image, which is held until the container's root stands on it.
 ///
 /// # Errors
 /// The image is not here, or the name with this attempt is taken.
@@ -48,12 +48,13 @@ pub(crate) async fn record(
     core: &Core,
     sandbox: &Sandbox,
     config: &v1::ContainerConfig,
-) -> Result<(ContainerRecord, ImageRecord)> {
+) -> Result<(ContainerRecord, ImageHold)> {
     let meta =
         config.metadata.clone().ok_or_else(|| Error::Invalid("the container has no metadata".into()))?;
     let wanted = config.image.clone().unwrap_or_default();
-    let image = core.images.resolve(&wanted.image).await?;
-    let image = image.ok_or_else(|| Error::NotFound(format!("image {:?}", wanted.image)))?;
+    let hold = core.images.hold(&wanted.image).await?;
+    let hold = hold.ok_or_else(|| Error::NotFound(format!("image {:?}", wanted.image)))?;
+    let image = hold.record();
     let of_sandbox = core.containers_of(&sandbox.id);
     if let Some(other) =
         of_sandbox.iter().map(|c| c.record()).find(|c| c.name == meta.name && c.attempt == meta.attempt)
@@ -96,7 +97,7 @@ pub(crate) async fn record(
             read_only: m.readonly,
         })
         .collect();
-    Ok((record, image))
+    Ok((record, hold))
 }
 
 /// The request's stop signal, else the image's, else SIGTERM.

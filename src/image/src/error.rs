@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
+use crate::User;
+
 /// The result of an image operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -99,6 +101,43 @@ pub enum Error {
     /// The beginning of an id that several images share.
     #[error("image id {0:?} is ambiguous: give more digits")]
     Ambiguous(String),
+    /// The image is not here.
+    #[error("image {0:?} is not in the store (`moxlet image list` shows what is)")]
+    Missing(String),
+    /// It cannot be removed.
+    #[error("image {image} is in use by {}: remove these first", list(by))]
+    InUse {
+        /// The image.
+        image: String,
+        /// Who uses it.
+        by: Vec<User>,
+    },
+    /// What the store has of an image is not what it should be.
+    #[error(
+        "image {image} is damaged: {reason}; `moxlet image verify --repair` removes it, the next pull brings it again"
+    )]
+    Damaged {
+        /// The image.
+        image: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The store is open elsewhere.
+    #[error("the image store {} is in use by {holder}: work through it with --socket, or stop it first", dir.display())]
+    Locked {
+        /// Its directory.
+        dir: PathBuf,
+        /// Who holds it.
+        holder: String,
+    },
+    /// Nothing can be mounted or unmounted there.
+    #[error("{}: {reason}", path.display())]
+    MountPoint {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        reason: &'static str,
+    },
     /// No TLS in this process.
     #[error("could not set up the registry client: {0}")]
     Client(String),
@@ -114,6 +153,14 @@ impl From<moxlet_storage::Error> for Error {
     fn from(error: moxlet_storage::Error) -> Self {
         Self::Storage(Arc::new(error))
     }
+}
+
+/// A list for a message, not longer than people read.
+fn list(users: &[User]) -> String {
+    let shown: Vec<String> = users.iter().take(5).map(ToString::to_string).collect();
+    let more = users.len().saturating_sub(shown.len());
+    let shown = shown.join(", ");
+    if more > 0 { format!("{shown} and {more} more") } else { shown }
 }
 
 /// Adds what was attempted on what to a system error.

@@ -7,7 +7,10 @@
 mod credentials;
 mod download;
 mod error;
+mod garbage;
+mod inspect;
 mod layer;
+mod mount;
 mod pull;
 mod reference;
 mod registry;
@@ -31,9 +34,13 @@ use moxlet_storage::Driver;
 
 pub use credentials::{Credentials, Keyring};
 pub use error::{Error, Result};
+pub use garbage::{Garbage, GarbagePolicy};
+pub use inspect::{InspectedLayer, InspectedManifest, Inspection, ListedImage};
 pub use oci_spec::image::ImageConfiguration;
 pub use reference::Reference;
+pub use store::{ImageHold, User};
 
+use serde::{Deserialize, Serialize};
 use store::Store;
 
 /// How a store is set up.
@@ -86,8 +93,46 @@ pub struct ImageRecord {
     pub size_bytes: u64,
     /// Its layers, the bottom one first.
     pub layers: Vec<ChainId>,
+    /// Whether garbage collection passes it by.
+    pub pinned: bool,
     /// Its config.
     pub config: ImageConfiguration,
+}
+
+/// A layer as it lies in a registry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LayerBlob {
+    /// The digest of the blob.
+    pub digest: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Its media type.
+    pub media_type: String,
+}
+
+/// Where an image of the store is from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// It came with a version that did not note it.
+    #[default]
+    Unknown,
+    /// From a registry.
+    Pulled,
+    /// From an archive, or from a root file system.
+    Imported,
+}
+
+/// What a removal has taken away.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Removed {
+    /// There is no such image.
+    Nothing,
+    /// A name; the image has others.
+    Name(String),
+    /// The image.
+    Image(Box<ImageRecord>),
 }
 
 /// Who pulls what. Credentials are part of it: one caller must not get what only another one may have.
@@ -99,17 +144,20 @@ pub struct ImageStore {
     store: Arc<Store>,
     /// The pulls that somebody waits for; the last one who goes takes the pull along.
     pulls: Mutex<HashMap<Wanted, WeakShared<Pull>>>,
+    /// One garbage collection at a time.
+    collecting: tokio::sync::Mutex<()>,
 }
 
 impl ImageStore {
     /// Opens the store; its layers lie in `driver`, which holds no others. What a crash left half-made is removed.
     ///
     /// # Errors
-    /// The directory or the driver cannot be read, or a record was written by a newer version ([`Error::TooNew`]).
-    /// Images that turn out to be damaged are reported in the log and forgotten.
+    /// Another process has it open ([`Error::Locked`]), the directory or the driver cannot be read, or a record was
+    /// written by a newer version ([`Error::TooNew`]). Images that turn out to be damaged are reported in the log and
+    /// forgotten.
     pub async fn open(config: Config, driver: Arc<dyn Driver>) -> Result<Arc<Self>> {
         let store = Store::open(config, driver).await?;
-        Ok(Arc::new(Self { store, pulls: Mutex::default() }))
+        Ok(Arc::new(Self { store, pulls: Mutex::default(), collecting: tokio::sync::Mutex::default() }))
     }
 
     /// Brings an image from its registry. Pulls of one image with the same credentials at the same time become one,
@@ -135,6 +183,51 @@ impl ImageStore {
         self.store.resolve(reference)
     }
 
+    /// The same for somebody who is going to use the image: until the hold is dropped none of its layers goes. It counts
+    /// as a use.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub async fn hold(&self, reference: &str) -> Result<Option<ImageHold>> {
+        let hold = self.store.hold(reference).await?;
+        if let Some(hold) = &hold {
+            self.used(&hold.record().id).await?;
+        }
+        Ok(hold)
+    }
+
+    /// Says that an image was in use until now. One that is not here is nobody's concern.
+    ///
+    /// # Errors
+    /// The runtime ends.
+    pub async fn used(&self, id: &Digest) -> Result<()> {
+        let (store, id) = (Arc::clone(&self.store), id.clone());
+        store::blocking(move || {
+            store.touch(&id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Gives an image a further tag, which goes from whoever had it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`] where the tag is none, [`Error::Missing`] where the image is not here.
+    pub async fn tag(&self, reference: &str, tag: &str) -> Result<ImageRecord> {
+        self.store.tag(reference, &Reference::parse(tag)?).await
+    }
+
+    /// Has garbage collection pass an image by, or not any more.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] where the image is not here.
+    pub async fn set_pinned(&self, reference: &str, pinned: bool) -> Result<ImageRecord> {
+        let missing = || Error::Missing(reference.to_owned());
+        let image = self.store.resolve(reference)?.ok_or_else(missing)?;
+        let changed = self.store.change(&image.id, move |record, _| record.pinned = pinned).await?;
+        changed.ok_or_else(missing)
+    }
+
     /// All images.
     ///
     /// # Errors
@@ -151,6 +244,14 @@ impl ImageStore {
     /// removal or opening.
     pub async fn remove(&self, reference: &str) -> Result<()> {
         self.store.remove(reference).await
+    }
+
+    /// As [`Self::remove`], but an image that a container or a mount stands on does not lose its last name.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] with who uses it; else as [`Self::remove`].
+    pub async fn remove_unused(&self, reference: &str) -> Result<Removed> {
+        self.store.remove_unused(reference).await
     }
 
     fn pulls(&self) -> MutexGuard<'_, HashMap<Wanted, WeakShared<Pull>>> {

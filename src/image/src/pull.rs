@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Credentials, Error, ImageRecord, Reference, Result,
+    Credentials, Error, ImageRecord, Origin, Reference, Result,
     download::download,
     layer::{self, Claim, Fault, Piece, Target},
     registry::{
@@ -91,12 +91,16 @@ async fn pull_from(store: &Arc<Store>, session: &Session<'_>) -> Result<ImageRec
     let reference = session.reference;
     let image = NewImage {
         id: manifest.config.digest.clone(),
-        tag: reference.repo_tag(),
-        digest: format!("{}@{}", reference.name(), manifest.top),
+        tags: reference.repo_tag().into_iter().collect(),
+        digests: vec![format!("{}@{}", reference.name(), manifest.top)],
         size_bytes: manifest.layers.iter().fold(manifest.config.size, |sum, l| sum.saturating_add(l.size)),
         layers,
         config,
         blob,
+        blobs: manifest.layers.into_iter().map(Into::into).collect(),
+        manifest: Some(manifest.raw),
+        origin: Origin::Pulled,
+        access: None,
     };
     let record = store.add(image, pins).await?;
     tracing::info!(image = %reference, id = %record.id, layers = record.layers.len(), fetched, "image pulled");

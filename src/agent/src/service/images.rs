@@ -1,5 +1,7 @@
 //! CRI's ImageService.
 
+use std::collections::HashMap;
+
 use base64::Engine as _;
 use moxlet_cri::v1::{self, image_service_server::ImageService};
 use moxlet_image::{Credentials, ImageRecord};
@@ -10,6 +12,9 @@ use crate::{
     core::now_ns,
     error::{Error, Result},
 };
+
+/// `ErrRegistryUnavailable` of k8s.io/cri-api's `pkg/errors`.
+const REGISTRY_UNAVAILABLE: &str = "RegistryUnavailable";
 
 type Answer<T> = std::result::Result<Response<T>, Status>;
 
@@ -26,6 +31,7 @@ fn shown(image: ImageRecord) -> v1::Image {
         size: image.size_bytes,
         uid: uid.map(|value| v1::Int64Value { value }),
         username,
+        pinned: image.pinned,
         ..v1::Image::default()
     }
 }
@@ -50,6 +56,17 @@ fn credentials(auth: v1::AuthConfig) -> Result<Credentials> {
     Ok(all)
 }
 
+/// A failed pull as a kubelet wants it: it knows its own errors by the beginnings of their texts, of code Unknown.
+pub(super) fn pull_status(error: moxlet_image::Error) -> Status {
+    let unavailable = matches!(error, moxlet_image::Error::Unreachable { .. });
+    let status = Status::from(Error::from(error));
+    if unavailable {
+        Status::unknown(format!("{REGISTRY_UNAVAILABLE}: {}", status.message()))
+    } else {
+        status
+    }
+}
+
 impl Service {
     async fn all_images(&self, filter: Option<v1::ImageFilter>) -> Result<Vec<v1::Image>> {
         let wanted = filter.and_then(|f| f.image).map(|i| i.image).filter(|i| !i.is_empty());
@@ -58,6 +75,24 @@ impl Service {
             None => self.core.images.list().await?,
         };
         Ok(images.into_iter().map(shown).collect())
+    }
+
+    /// What `crictl inspecti` shows beside the image: containerd's `info`, and where the image is from.
+    async fn verbose(&self, image: &ImageRecord) -> Result<HashMap<String, String>> {
+        let Some(inspection) = self.core.images.inspect(image.id.as_str()).await? else {
+            return Ok(HashMap::new());
+        };
+        let info = serde_json::json!({
+            "chainID": image.layers.last().map(ToString::to_string),
+            "imageSpec": inspection.config,
+            "origin": inspection.origin,
+            "addedAt": inspection.added_at,
+            "lastUsedAt": inspection.last_used_at,
+            "inUseBy": inspection.in_use_by,
+            "layers": inspection.layers,
+            "manifest": inspection.manifest,
+        });
+        Ok(HashMap::from([("info".to_owned(), info.to_string())]))
     }
 }
 
@@ -82,19 +117,21 @@ impl ImageService for Service {
         &self,
         request: Request<v1::ImageStatusRequest>,
     ) -> Answer<v1::ImageStatusResponse> {
-        let name = request.into_inner().image.unwrap_or_default().image;
+        let request = request.into_inner();
+        let name = request.image.unwrap_or_default().image;
         let image = self.core.images.resolve(&name).await.map_err(Error::from)?;
-        Ok(Response::new(v1::ImageStatusResponse {
-            image: image.map(shown),
-            ..v1::ImageStatusResponse::default()
-        }))
+        let info = match &image {
+            Some(image) if request.verbose => self.verbose(image).await?,
+            _ => HashMap::new(),
+        };
+        Ok(Response::new(v1::ImageStatusResponse { image: image.map(shown), info }))
     }
 
     async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<v1::PullImageResponse> {
         let request = request.into_inner();
         let name = request.image.unwrap_or_default().image;
         let auths = request.auth.map(credentials).transpose()?;
-        let image = self.core.images.pull(&name, auths.as_slice()).await.map_err(Error::from)?;
+        let image = self.core.images.pull(&name, auths.as_slice()).await.map_err(pull_status)?;
         Ok(Response::new(v1::PullImageResponse { image_ref: image.id.to_string() }))
     }
 

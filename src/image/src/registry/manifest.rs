@@ -4,7 +4,7 @@ use moxlet_ids::Digest;
 use serde::Deserialize;
 
 use super::Session;
-use crate::Result;
+use crate::{LayerBlob, Result, store::RawManifest};
 
 /// What we can read.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
@@ -24,6 +24,12 @@ pub(crate) struct Descriptor {
     pub(crate) media_type: String,
     pub(crate) digest: Digest,
     pub(crate) size: u64,
+}
+
+impl From<Descriptor> for LayerBlob {
+    fn from(blob: Descriptor) -> Self {
+        Self { digest: blob.digest, size: blob.size, media_type: blob.media_type }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -62,6 +68,8 @@ pub(crate) struct Manifest {
     pub(crate) top: Digest,
     pub(crate) config: Descriptor,
     pub(crate) layers: Vec<Descriptor>,
+    /// What it was read from.
+    pub(crate) raw: RawManifest,
 }
 
 /// Go's name of the host's architecture.
@@ -84,7 +92,11 @@ pub(crate) async fn fetch(session: &Session<'_>) -> Result<Manifest> {
         let actual = Digest::of(&body);
         let top = top.get_or_insert(actual).clone();
         match read(&body).map_err(|reason| session.bad("manifest", reason))? {
-            Found::Image(config, layers) => return Ok(Manifest { top, config, layers }),
+            Found::Image(config, layers) => {
+                let media_type = media_type(&body, &config);
+                let raw = RawManifest { media_type, bytes: body };
+                return Ok(Manifest { top, config, layers, raw });
+            }
             Found::Next(digest) => {
                 wanted = digest.to_string();
                 expected = Some(digest);
@@ -92,6 +104,25 @@ pub(crate) async fn fetch(session: &Session<'_>) -> Result<Manifest> {
         }
     }
     Err(session.bad("manifest", "indexes are nested too deep"))
+}
+
+/// The media type of a manifest: what it says itself, else what its config's type belongs to. An OCI manifest need not
+/// say it (image-spec 1.1, manifest.md).
+pub(crate) fn media_type(body: &[u8], config: &Descriptor) -> String {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Said {
+        #[serde(default)]
+        media_type: String,
+    }
+    let said = serde_json::from_slice::<Said>(body).map(|s| s.media_type).unwrap_or_default();
+    match said.as_str() {
+        "" if config.media_type.starts_with("application/vnd.docker.") => {
+            "application/vnd.docker.distribution.manifest.v2+json".to_owned()
+        }
+        "" => "application/vnd.oci.image.manifest.v1+json".to_owned(),
+        _ => said,
+    }
 }
 
 enum Found {

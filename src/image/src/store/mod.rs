@@ -2,23 +2,31 @@
 //!
 //! A pull *pins* its layers before it looks which of them are there, and keeps them pinned until its record names
 //! them; [`Store::collect`] removes what is neither named nor pinned. Both hold the gate while they do that, so that
-//! no layer goes between the look and the pin.
+//! no layer goes between the look and the pin. A container that is being made holds its image in the same way.
 
+mod change;
+mod lock;
 mod names;
 mod records;
+mod users;
+mod views;
 
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
+use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::Driver;
 use oci_spec::image::ImageConfiguration;
 
 use crate::{Config, Error, ImageRecord, Result, registry::Registry};
-use names::Named;
-use records::{Images, Records, Stored};
+pub(crate) use change::{NewImage, RawManifest};
+pub(crate) use records::{Access, Details, Records};
+use records::{Images, Stored};
+pub use users::User;
+pub(crate) use views::View;
 
 /// One at a time for each layer.
 type Turn = tokio::sync::Mutex<()>;
@@ -28,27 +36,16 @@ pub(crate) struct Store {
     pub(crate) settings: Config,
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) registry: Registry,
-    records: Records,
+    pub(crate) records: Records,
     images: Mutex<Images>,
     /// Held while records are changed, on disk and then in `images`.
     writer: Mutex<()>,
-    /// How many pulls need a layer.
+    /// How many pulls and holds need a layer.
     pinned: Mutex<HashMap<ChainId, usize>>,
+    /// How many holds an image has.
+    held: Mutex<HashMap<Digest, usize>>,
     gate: tokio::sync::Mutex<()>,
     turns: Mutex<HashMap<ChainId, Weak<Turn>>>,
-}
-
-/// What a pull has brought.
-pub(crate) struct NewImage {
-    pub(crate) id: Digest,
-    pub(crate) tag: Option<String>,
-    /// `docker.io/library/busybox@sha256:…`.
-    pub(crate) digest: String,
-    pub(crate) size_bytes: u64,
-    pub(crate) layers: Vec<ChainId>,
-    pub(crate) config: ImageConfiguration,
-    /// The bytes of the config, where they are not here yet.
-    pub(crate) blob: Option<Vec<u8>>,
 }
 
 /// Keeps layers from being collected.
@@ -61,17 +58,41 @@ impl Drop for Pins {
     fn drop(&mut self) {
         let mut pinned = lock(&self.store.pinned);
         for layer in &self.layers {
-            if let Some(count) = pinned.get_mut(layer) {
-                *count -= 1;
-                if *count == 0 {
-                    pinned.remove(layer);
-                }
-            }
+            uncount(&mut pinned, layer);
         }
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// An image that is about to be used: as long as this is held none of its layers goes, whatever becomes of its names.
+pub struct ImageHold {
+    record: ImageRecord,
+    pins: Pins,
+}
+
+impl ImageHold {
+    /// The image.
+    #[must_use]
+    pub fn record(&self) -> &ImageRecord {
+        &self.record
+    }
+}
+
+impl Drop for ImageHold {
+    fn drop(&mut self) {
+        uncount(&mut lock(&self.pins.store.held), &self.record.id);
+    }
+}
+
+fn uncount<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -94,6 +115,7 @@ impl Store {
             images: Mutex::new(images),
             writer: Mutex::default(),
             pinned: Mutex::default(),
+            held: Mutex::default(),
             gate: tokio::sync::Mutex::default(),
             turns: Mutex::default(),
         });
@@ -118,19 +140,52 @@ impl Store {
 
     /// The image that a name or id stands for.
     pub(crate) fn resolve(&self, text: &str) -> Result<Option<ImageRecord>> {
+        Ok(self.look_up(text)?.map(|(record, _)| record))
+    }
+
+    /// The same with all that is known of it.
+    pub(crate) fn look_up(&self, text: &str) -> Result<Option<(ImageRecord, Details)>> {
         let images = lock(&self.images);
         let named = names::find(&images, text)?;
-        Ok(named.and_then(|n| images.get(n.id())).map(|s| s.record.clone()))
+        Ok(named.and_then(|n| images.get(n.id())).map(|s| (s.record.clone(), s.details.clone())))
+    }
+
+    /// When an image was used last: by a container, or by a pull.
+    pub(crate) fn last_used(&self, id: &Digest) -> Option<Timestamp> {
+        self.records.last_used(id)
+    }
+
+    /// Says that an image is used now. It looks at a disk.
+    pub(crate) fn touch(&self, id: &Digest) {
+        self.records.touch(id);
     }
 
     /// Keeps layers, whether they are here yet or not.
     pub(crate) async fn pin(self: &Arc<Self>, layers: &[ChainId]) -> Pins {
         let _gate = self.gate.lock().await;
+        self.pin_now(layers)
+    }
+
+    fn pin_now(self: &Arc<Self>, layers: &[ChainId]) -> Pins {
         let mut pinned = lock(&self.pinned);
         for layer in layers {
             *pinned.entry(layer.clone()).or_default() += 1;
         }
         Pins { store: Arc::clone(self), layers: layers.to_vec() }
+    }
+
+    /// Finds an image and keeps its layers.
+    pub(crate) async fn hold(self: &Arc<Self>, text: &str) -> Result<Option<ImageHold>> {
+        let _gate = self.gate.lock().await;
+        let Some(record) = self.resolve(text)? else { return Ok(None) };
+        let pins = self.pin_now(&record.layers);
+        *lock(&self.held).entry(record.id.clone()).or_default() += 1;
+        Ok(Some(ImageHold { record, pins }))
+    }
+
+    /// Whether somebody holds an image.
+    pub(crate) fn is_held(&self, id: &Digest) -> bool {
+        lock(&self.held).contains_key(id)
     }
 
     /// The lock of a layer that is being made.
@@ -145,122 +200,58 @@ impl Store {
         turn
     }
 
-    /// Records an image whose layers are all here and pinned. It is done even if the caller goes away.
-    pub(crate) async fn add(self: &Arc<Self>, image: NewImage, pins: Pins) -> Result<ImageRecord> {
-        let store = Arc::clone(self);
-        blocking(move || {
-            let record = store.add_now(image);
-            drop(pins);
-            record
-        })
-        .await
-    }
-
-    fn add_now(&self, image: NewImage) -> Result<ImageRecord> {
-        let _writer = lock(&self.writer);
-        let (known, serial, losers) = {
-            let images = lock(&self.images);
-            let serial = images.values().map(|s| s.serial).max().map_or(1, |s| s + 1);
-            let loses = |s: &&Stored| {
-                s.record.id != image.id && image.tag.as_ref().is_some_and(|t| s.record.repo_tags.contains(t))
-            };
-            let losers: Vec<Stored> = images.values().filter(loses).cloned().collect();
-            (images.get(&image.id).map(|s| s.record.clone()), serial, losers)
-        };
-        let mut record = known.unwrap_or_else(|| ImageRecord {
-            id: image.id,
-            repo_tags: Vec::new(),
-            repo_digests: Vec::new(),
-            size_bytes: 0,
-            layers: Vec::new(),
-            config: image.config,
-        });
-        if let Some(tag) = &image.tag
-            && !record.repo_tags.contains(tag)
-        {
-            record.repo_tags.push(tag.clone());
-        }
-        if !record.repo_digests.contains(&image.digest) {
-            record.repo_digests.push(image.digest);
-        }
-        (record.size_bytes, record.layers) = (image.size_bytes, image.layers);
-        if let Some(blob) = &image.blob {
-            self.records.write_config(&record.id, blob)?;
-        }
-        let stored = Stored { record: record.clone(), serial };
-        self.records.write(&stored)?;
-        lock(&self.images).insert(record.id.clone(), stored);
-        for mut loser in losers {
-            loser.record.repo_tags.retain(|t| Some(t) != image.tag.as_ref());
-            self.records.write(&loser)?;
-            lock(&self.images).insert(loser.record.id.clone(), loser);
-        }
-        Ok(record)
-    }
-
-    /// Takes a name from its image, or removes the image; then the layers that nothing needs any more.
-    pub(crate) async fn remove(self: &Arc<Self>, text: &str) -> Result<()> {
-        let (store, text) = (Arc::clone(self), text.to_owned());
-        // A task of its own, since half a removal would leave layers that only the next one finds.
-        let work = async move {
-            let changing = Arc::clone(&store);
-            if blocking(move || changing.remove_now(&text)).await? {
-                store.collect().await?;
-            }
-            Ok(())
-        };
-        tokio::spawn(work).await.map_err(|_| Error::Stopped)?
-    }
-
-    /// Whether an image went.
-    fn remove_now(&self, text: &str) -> Result<bool> {
-        let _writer = lock(&self.writer);
-        let (mut stored, named) = {
-            let images = lock(&self.images);
-            let Some(named) = names::find(&images, text)? else { return Ok(false) };
-            let Some(stored) = images.get(named.id()) else { return Ok(false) };
-            (stored.clone(), named)
-        };
-        let id = stored.record.id.clone();
-        let nameless = match named {
-            Named::Id(_) => true,
-            Named::Tag(_, tag) => names::drop_tag(&mut stored.record, &tag),
-            Named::Digest(_, digest) => names::drop_digest(&mut stored.record, &digest),
-        };
-        if nameless {
-            self.records.remove(&id)?;
-            lock(&self.images).remove(&id);
-        } else {
-            self.records.write(&stored)?;
-            lock(&self.images).insert(id, stored);
-        }
-        Ok(nameless)
-    }
-
-    /// Removes the layers that no image names and no pull needs. One that a container's root stands on stays until
-    /// the next time.
-    pub(crate) async fn collect(&self) -> Result<()> {
-        let _gate = self.gate.lock().await;
-        let mut needed: HashSet<ChainId> = lock(&self.pinned).keys().cloned().collect();
-        needed.extend(lock(&self.images).values().flat_map(|s| s.record.layers.iter().cloned()));
+    /// Removes the layers that no image names, no mount shows and no pull needs. One that a container's root stands on
+    /// stays until the next time.
+    pub(crate) async fn collect(self: &Arc<Self>) -> Result<()> {
         let mut outcome = Ok(());
+        let mut left = Vec::new();
         for layer in self.driver.layers().await? {
-            if needed.contains(&layer) {
-                continue;
-            }
-            match self.driver.remove_layer(&layer).await {
-                Ok(()) => tracing::debug!(%layer, "layer removed"),
-                Err(moxlet_storage::Error::LayerInUse { by, .. }) => {
-                    tracing::debug!(%layer, container = %by, "a layer without an image is in use");
-                }
-                Err(error) if outcome.is_ok() => outcome = Err(error.into()),
+            match self.remove_unneeded(&layer).await {
+                Ok(true) => {}
+                Ok(false) => left.push(layer),
+                Err(error) if outcome.is_ok() => outcome = Err(error),
                 Err(error) => tracing::warn!(%layer, %error, "a layer could not be removed"),
             }
         }
-        outcome
+        let store = Arc::clone(self);
+        let tapes = blocking(move || {
+            for layer in store.records.tapes()? {
+                if !left.contains(&layer) && !lock(&store.pinned).contains_key(&layer) {
+                    store.records.remove_tape(&layer)?;
+                }
+            }
+            Ok(())
+        })
+        .await;
+        outcome.and(tapes)
+    }
+
+    /// Whether a layer is gone. The gate is held for one at a time, so that a large store keeps nobody waiting.
+    async fn remove_unneeded(&self, layer: &ChainId) -> Result<bool> {
+        let _gate = self.gate.lock().await;
+        let named = |s: &Stored| s.record.layers.contains(layer);
+        if lock(&self.pinned).contains_key(layer) || lock(&self.images).values().any(named) {
+            return Ok(false);
+        }
+        if self.records.views()?.iter().any(|v| v.layers.contains(layer)) {
+            return Ok(false);
+        }
+        match self.driver.remove_layer(layer).await {
+            Ok(()) => {
+                tracing::debug!(%layer, "layer removed");
+                Ok(true)
+            }
+            Err(moxlet_storage::Error::LayerInUse { by, .. }) => {
+                tracing::debug!(%layer, container = %by, "a layer without an image is in use");
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopped)?
 }

@@ -92,7 +92,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::records::Stored;
+    use crate::store::records::{Details, Stored};
 
     fn id(start: &str) -> Digest {
         format!("sha256:{start:0<64}").parse().unwrap()
@@ -106,9 +106,10 @@ mod tests {
                 repo_digests: digests.to_vec(),
                 size_bytes: 0,
                 layers: Vec::new(),
+                pinned: false,
                 config: crate::ImageConfiguration::default(),
             };
-            (id(start), Stored { record, serial: 1 })
+            (id(start), Stored { record, serial: 1, details: Details::default() })
         };
         let digests = [format!("a.b/c@{}", id("1"))];
         Images::from([

@@ -2,30 +2,38 @@
 //!
 //! ```text
 //! <dir>/images/<hex of the id>.json    version, names, layers
-//! <dir>/configs/<hex of the id>        the image's config, byte by byte as it came
+//! <dir>/configs/<hex of the id>        the image's config, byte by byte as it came; its time is the image's last use
+//! <dir>/manifests/<hex of the id>      the manifest that it came with, likewise
+//! <dir>/layers/<hex of the chain>.tape what it takes to make the layer's archive again, byte by byte
+//! <dir>/views/                         see `views`
+//! <dir>/lock                           see `lock`
 //! <dir>/tmp/                           what is being written; emptied by open
 //! ```
 //!
 //! An image is there once its record is. A tag that moves is written to its new image before it is taken from the old
-//! one; where both have it after a crash, the record with the higher serial has it.
+//! one; where both have it after a crash, the record with the higher serial has it. Records of version 1 know neither
+//! manifest nor blobs; the next pull of their image adds them.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs, io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::SystemTime,
 };
 
+use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
 use serde::{Deserialize, Serialize};
 
+use super::lock::DirLock;
 use crate::{
-    Error, ImageRecord, Result,
+    Error, ImageRecord, LayerBlob, Origin, Result,
     error::{Attempt, chain},
 };
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Far more than the longest list of names that anybody has.
 const MAX_FILE: u64 = 16 << 20;
 
@@ -35,6 +43,47 @@ pub(super) struct Stored {
     pub(super) record: ImageRecord,
     /// Grows with every pull.
     pub(super) serial: u64,
+    pub(super) details: Details,
+}
+
+/// What is known of an image beside what every caller wants.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Details {
+    /// Its layers as they lie in a registry, the bottom one first; empty where nobody knows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) blobs: Vec<LayerBlob>,
+    /// The manifest that it came with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) manifest: Option<ManifestNote>,
+    /// When it was pulled or imported, the last time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) added_at: Option<Timestamp>,
+    #[serde(default)]
+    pub(crate) origin: Origin,
+    /// Who has shown that he may have it, by the repository that it was pulled from; empty for what was not pulled.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) access: BTreeMap<String, Access>,
+    /// The blobs that our own pushes have made of layers, by chain.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) pushed: BTreeMap<String, LayerBlob>,
+}
+
+/// The manifest of an image; its bytes lie in a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ManifestNote {
+    pub(crate) digest: Digest,
+    pub(crate) media_type: String,
+}
+
+/// Who may have an image of a repository.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Access {
+    /// It was pulled without credentials, or with the host's own.
+    #[serde(default)]
+    pub(crate) anyone: bool,
+    /// Salted digests of the credentials that it was pulled with.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) credentials: BTreeSet<String>,
 }
 
 /// The images by their ids.
@@ -50,20 +99,26 @@ struct Written {
     repo_digests: Vec<String>,
     size_bytes: u64,
     layers: Vec<ChainId>,
+    #[serde(default)]
+    pinned: bool,
+    #[serde(flatten)]
+    details: Details,
 }
 
 /// The directory of the records.
 #[derive(Debug)]
-pub(super) struct Records {
-    dir: PathBuf,
+pub(crate) struct Records {
+    pub(super) dir: PathBuf,
+    _lock: DirLock,
 }
 
 impl Records {
     /// Opens the directory, which is made if missing. What was left half-written goes.
     pub(super) fn open(dir: PathBuf) -> Result<Self> {
         fs::create_dir_all(&dir).attempt("create", &dir)?;
-        let records = Self { dir };
-        for name in ["images", "configs", "tmp"] {
+        let lock = DirLock::take(&dir)?;
+        let records = Self { dir, _lock: lock };
+        for name in ["images", "configs", "manifests", "layers", "views", "tmp"] {
             let path = records.dir.join(name);
             match fs::DirBuilder::new().mode(0o700).create(&path) {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e).attempt("create", path),
@@ -71,7 +126,10 @@ impl Records {
             }
         }
         for path in files(&records.dir.join("tmp"))? {
-            remove(&path)?;
+            match fs::remove_dir_all(&path) {
+                Err(e) if e.kind() == io::ErrorKind::NotADirectory => remove(&path)?,
+                done => done.attempt("remove", path)?,
+            }
         }
         Ok(records)
     }
@@ -91,7 +149,7 @@ impl Records {
                 }
             }
         }
-        for path in files(&self.dir.join("configs"))? {
+        for path in files(&self.dir.join("configs"))?.into_iter().chain(files(&self.dir.join("manifests"))?) {
             if !images.keys().any(|id| path.file_name().is_some_and(|n| n == id.hex())) {
                 remove(&path)?;
             }
@@ -166,9 +224,15 @@ impl Records {
             repo_digests: written.repo_digests,
             size_bytes: written.size_bytes,
             layers: written.layers,
+            pinned: written.pinned,
             config,
         };
-        Ok(Ok(Stored { record, serial: written.serial }))
+        let mut details = written.details;
+        // A blob that belongs to no layer would be pushed as another one.
+        if details.blobs.len() != record.layers.len() {
+            details.blobs.clear();
+        }
+        Ok(Ok(Stored { record, serial: written.serial, details }))
     }
 
     /// Writes a record; its config must be there.
@@ -183,6 +247,8 @@ impl Records {
             repo_digests: record.repo_digests.clone(),
             size_bytes: record.size_bytes,
             layers: record.layers.clone(),
+            pinned: record.pinned,
+            details: stored.details.clone(),
         };
         let text = serde_json::to_vec_pretty(&written).map_err(io::Error::from).attempt("write", &path)?;
         self.put(&path, &text)
@@ -193,12 +259,82 @@ impl Records {
         self.put(&self.config_path(id), blob)
     }
 
+    /// The config of an image, byte by byte.
+    pub(crate) fn config_blob(&self, id: &Digest) -> Result<Vec<u8>> {
+        let path = self.config_path(id);
+        match bounded(&path)? {
+            Ok(blob) => Ok(blob),
+            Err(reason) => Err(io::Error::other(reason)).attempt("read", path),
+        }
+    }
+
+    /// Writes the manifest of an image; its record, which names the digest, comes after.
+    pub(super) fn write_manifest(&self, id: &Digest, bytes: &[u8]) -> Result<()> {
+        self.put(&self.manifest_path(id), bytes)
+    }
+
+    /// The bytes of the manifest that a record names; none where they are not those.
+    pub(crate) fn manifest_blob(&self, id: &Digest, note: &ManifestNote) -> Result<Option<Vec<u8>>> {
+        let path = self.manifest_path(id);
+        if !path.exists() {
+            return Ok(None);
+        }
+        Ok(bounded(&path)?.ok().filter(|bytes| Digest::of(bytes) == note.digest))
+    }
+
+    /// Says that an image is used now. A failure costs only a better choice of what is removed for want of space.
+    pub(super) fn touch(&self, id: &Digest) {
+        let path = self.config_path(id);
+        let touched =
+            fs::File::options().append(true).open(&path).and_then(|f| f.set_modified(SystemTime::now()));
+        if let Err(error) = touched {
+            tracing::debug!(path = %path.display(), %error, "an image's last use is not noted");
+        }
+    }
+
+    /// When an image was used last.
+    pub(super) fn last_used(&self, id: &Digest) -> Option<Timestamp> {
+        let modified = fs::metadata(self.config_path(id)).and_then(|m| m.modified()).ok()?;
+        Timestamp::try_from(modified).ok()
+    }
+
+    /// Where the tape of a layer is.
+    pub(crate) fn tape_path(&self, layer: &ChainId) -> PathBuf {
+        self.dir.join("layers").join(format!("{}.tape", layer.digest().hex()))
+    }
+
+    /// Removes the tape of a layer. Idempotent.
+    pub(super) fn remove_tape(&self, layer: &ChainId) -> Result<()> {
+        remove(&self.tape_path(layer))
+    }
+
+    /// The layers that have a tape.
+    pub(super) fn tapes(&self) -> Result<Vec<ChainId>> {
+        let chain = |path: PathBuf| {
+            let name = path.file_name()?.to_str()?.strip_suffix(".tape")?;
+            format!("sha256:{name}").parse().ok()
+        };
+        Ok(files(&self.dir.join("layers"))?.into_iter().filter_map(chain).collect())
+    }
+
+    /// A path for something that is being written; [`Self::open`] removes what is left there.
+    pub(crate) fn draft_path(&self) -> PathBuf {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let name = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        self.dir.join("tmp").join(name)
+    }
+
     /// Removes an image's files, the record first. Idempotent.
     pub(super) fn remove(&self, id: &Digest) -> Result<()> {
         let images = self.dir.join("images");
         remove(&images.join(record_name(id)))?;
         sync_dir(&images)?;
-        remove(&self.config_path(id))
+        remove(&self.config_path(id))?;
+        remove(&self.manifest_path(id))
+    }
+
+    fn manifest_path(&self, id: &Digest) -> PathBuf {
+        self.dir.join("manifests").join(id.hex())
     }
 
     fn config_path(&self, id: &Digest) -> PathBuf {
@@ -206,10 +342,8 @@ impl Records {
     }
 
     /// All of a file or nothing of it.
-    fn put(&self, path: &Path, content: &[u8]) -> Result<()> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let name = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let draft = self.dir.join("tmp").join(name);
+    pub(super) fn put(&self, path: &Path, content: &[u8]) -> Result<()> {
+        let draft = self.draft_path();
         let write = || {
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
             io::Write::write_all(&mut file, content)?;
@@ -246,7 +380,7 @@ fn bounded(path: &Path) -> Result<std::result::Result<Vec<u8>, String>> {
     }
 }
 
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(dir).attempt("list", dir)? {
         paths.push(entry.attempt("list", dir)?.path());
@@ -254,7 +388,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-fn remove(path: &Path) -> Result<()> {
+pub(super) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         done => done.attempt("remove", path),

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod mirrors;
+mod operations;
 mod pulls;
 mod registry;
 mod removal;
@@ -43,10 +44,11 @@ impl Place {
     }
 
     /// As after a restart.
-    async fn reopen(mut self) -> Self {
-        let (driver, store) = open(self.dir.path(), self.config.clone()).await;
-        (self.driver, self.store) = (driver, store.unwrap());
-        self
+    async fn reopen(self) -> Self {
+        let Self { dir, config, driver, store } = self;
+        drop((driver, store));
+        let (driver, store) = open(dir.path(), config.clone()).await;
+        Self { dir, config, driver, store: store.unwrap() }
     }
 
     async fn layers(&self) -> usize {

@@ -156,7 +156,9 @@ async fn a_record_of_a_newer_version_stops_the_opening() {
     let record = place.store.pull(&registry.name("a:1"), &[]).await.unwrap();
     let path = place.dir.path().join("images/images").join(format!("{}.json", record.id.hex()));
     fs::write(&path, r#"{"version": 99, "new": true}"#).unwrap();
-    let (driver, store) = open(place.dir.path(), place.config.clone()).await;
+    let Place { dir, config, driver, store } = place;
+    drop((driver, store));
+    let (driver, store) = open(dir.path(), config).await;
     assert!(matches!(store.map(|_| ()), Err(Error::TooNew { version: 99, .. })));
     assert_eq!(driver.layers().await.unwrap().len(), 1, "nothing of it is removed");
 }

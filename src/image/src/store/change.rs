@@ -1,0 +1,246 @@
+//! Changes of records: an image comes, gets or loses a name, is pinned, goes.
+//!
+//! Each is made under the writer's lock, on disk first and then in memory, and to its end even if the caller goes away.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use moxlet_ids::{ChainId, Digest};
+use oci_spec::image::ImageConfiguration;
+
+use super::{
+    Access, Pins, Store, blocking, lock,
+    names::{self, Named},
+    records::{Details, ManifestNote, Stored},
+};
+use crate::{Error, ImageRecord, LayerBlob, Origin, Reference, Removed, Result, User};
+
+/// The manifest of an image, byte by byte as it came.
+#[derive(Debug, Clone)]
+pub(crate) struct RawManifest {
+    pub(crate) media_type: String,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// What a pull or an import has brought.
+pub(crate) struct NewImage {
+    pub(crate) id: Digest,
+    /// `docker.io/library/busybox:latest`.
+    pub(crate) tags: Vec<String>,
+    /// `docker.io/library/busybox@sha256:…`.
+    pub(crate) digests: Vec<String>,
+    pub(crate) size_bytes: u64,
+    pub(crate) layers: Vec<ChainId>,
+    pub(crate) config: ImageConfiguration,
+    /// The bytes of the config, where they are not here yet.
+    pub(crate) blob: Option<Vec<u8>>,
+    pub(crate) manifest: Option<RawManifest>,
+    /// Its layers as they lie in a registry, as many as `layers`; empty where there are none.
+    pub(crate) blobs: Vec<LayerBlob>,
+    pub(crate) origin: Origin,
+    /// The repository that it was pulled from, and who has shown that he may have it.
+    pub(crate) access: Option<(String, Access)>,
+}
+
+impl Store {
+    /// Records an image whose layers are all here and pinned. It is done even if the caller goes away.
+    pub(crate) async fn add(self: &Arc<Self>, image: NewImage, pins: Pins) -> Result<ImageRecord> {
+        let store = Arc::clone(self);
+        blocking(move || {
+            let record = store.add_now(image);
+            drop(pins);
+            record
+        })
+        .await
+    }
+
+    fn add_now(&self, image: NewImage) -> Result<ImageRecord> {
+        let _writer = lock(&self.writer);
+        let known = lock(&self.images).get(&image.id).cloned();
+        let mut stored = known.unwrap_or_else(|| Stored {
+            record: ImageRecord {
+                id: image.id,
+                repo_tags: Vec::new(),
+                repo_digests: Vec::new(),
+                size_bytes: 0,
+                layers: Vec::new(),
+                pinned: false,
+                config: image.config,
+            },
+            serial: 0,
+            details: Details::default(),
+        });
+        let record = &mut stored.record;
+        for (names, new) in [(&mut record.repo_tags, &image.tags), (&mut record.repo_digests, &image.digests)]
+        {
+            for name in new {
+                if !names.contains(name) {
+                    names.push(name.clone());
+                }
+            }
+        }
+        (record.size_bytes, record.layers) = (image.size_bytes, image.layers);
+        let id = record.id.clone();
+        let details = &mut stored.details;
+        details.added_at = Some(Timestamp::now());
+        details.origin = image.origin;
+        if !image.blobs.is_empty() {
+            details.blobs = image.blobs;
+        }
+        if let Some((repository, access)) = image.access {
+            let known = details.access.entry(repository).or_default();
+            known.anyone |= access.anyone;
+            known.credentials.extend(access.credentials);
+        }
+        if let Some(blob) = &image.blob {
+            self.records.write_config(&id, blob)?;
+        }
+        if let Some(manifest) = image.manifest {
+            self.records.write_manifest(&id, &manifest.bytes)?;
+            let digest = Digest::of(&manifest.bytes);
+            details.manifest = Some(ManifestNote { digest, media_type: manifest.media_type });
+        }
+        self.put_named(stored, &image.tags)
+    }
+
+    /// Writes an image that has got tags, then takes these from whoever had them.
+    fn put_named(&self, mut stored: Stored, tags: &[String]) -> Result<ImageRecord> {
+        let id = stored.record.id.clone();
+        let losers: Vec<Stored> = {
+            let images = lock(&self.images);
+            stored.serial = images.values().map(|s| s.serial).max().map_or(1, |s| s + 1);
+            let loses =
+                |s: &&Stored| s.record.id != id && s.record.repo_tags.iter().any(|t| tags.contains(t));
+            images.values().filter(loses).cloned().collect()
+        };
+        self.put(stored.clone())?;
+        self.records.touch(&id);
+        for mut loser in losers {
+            loser.record.repo_tags.retain(|t| !tags.contains(t));
+            self.put(loser)?;
+        }
+        Ok(stored.record)
+    }
+
+    fn put(&self, stored: Stored) -> Result<()> {
+        self.records.write(&stored)?;
+        lock(&self.images).insert(stored.record.id.clone(), stored);
+        Ok(())
+    }
+
+    /// Changes what is known of an image; nothing where it is gone.
+    pub(crate) async fn change(
+        self: &Arc<Self>,
+        id: &Digest,
+        change: impl FnOnce(&mut ImageRecord, &mut Details) + Send + 'static,
+    ) -> Result<Option<ImageRecord>> {
+        let (store, id) = (Arc::clone(self), id.clone());
+        blocking(move || {
+            let _writer = lock(&store.writer);
+            let Some(mut stored) = lock(&store.images).get(&id).cloned() else { return Ok(None) };
+            change(&mut stored.record, &mut stored.details);
+            store.put(stored.clone())?;
+            Ok(Some(stored.record))
+        })
+        .await
+    }
+
+    /// Gives an image a further tag, which goes from whoever had it.
+    pub(crate) async fn tag(self: &Arc<Self>, text: &str, tag: &Reference) -> Result<ImageRecord> {
+        let Some(name) = tag.repo_tag() else {
+            let reason = "a digest cannot be given to an image, only a tag".to_owned();
+            return Err(Error::InvalidName { reference: tag.to_string(), reason });
+        };
+        let (store, text) = (Arc::clone(self), text.to_owned());
+        blocking(move || {
+            let _writer = lock(&store.writer);
+            let found = {
+                let images = lock(&store.images);
+                names::find(&images, &text)?.and_then(|n| images.get(n.id()).cloned())
+            };
+            let Some(mut stored) = found else { return Err(Error::Missing(text)) };
+            if stored.record.repo_tags.contains(&name) {
+                return Ok(stored.record);
+            }
+            stored.record.repo_tags.push(name.clone());
+            store.put_named(stored, &[name])
+        })
+        .await
+    }
+
+    /// Takes a name from its image, or removes the image; then the layers that nothing needs any more.
+    pub(crate) async fn remove(self: &Arc<Self>, text: &str) -> Result<()> {
+        self.remove_unless(text, |_| Ok(())).await.map(drop)
+    }
+
+    /// The same, unless somebody uses an image that would go.
+    pub(crate) async fn remove_unused(self: &Arc<Self>, text: &str) -> Result<Removed> {
+        let users = self.users().await?;
+        let store = Arc::clone(self);
+        let unless_used = move |image: &ImageRecord| match users.of(&store, image).as_slice() {
+            [] => Ok(()),
+            all => {
+                let image = image.repo_tags.first().cloned().unwrap_or_else(|| image.id.to_string());
+                Err(Error::InUse { image, by: all.to_vec() })
+            }
+        };
+        self.remove_unless(text, unless_used).await
+    }
+
+    /// Removes an image with all its names unless somebody is about to use it or has pinned it; whether it went.
+    pub(crate) async fn remove_idle(self: &Arc<Self>, id: &Digest) -> Result<bool> {
+        let store = Arc::clone(self);
+        let veto = move |image: &ImageRecord| match store.is_held(&image.id) || image.pinned {
+            true => Err(Error::InUse { image: image.id.to_string(), by: vec![User::Starting] }),
+            false => Ok(()),
+        };
+        match self.remove_unless(id.as_str(), veto).await {
+            Ok(removed) => Ok(matches!(removed, Removed::Image(_))),
+            Err(Error::InUse { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn remove_unless(
+        self: &Arc<Self>,
+        text: &str,
+        veto: impl FnOnce(&ImageRecord) -> Result<()> + Send + 'static,
+    ) -> Result<Removed> {
+        let (store, text) = (Arc::clone(self), text.to_owned());
+        // A task of its own, since half a removal would leave layers that only the next one finds.
+        let work = async move {
+            let changing = Arc::clone(&store);
+            let removed = blocking(move || changing.remove_now(&text, veto)).await?;
+            if matches!(removed, Removed::Image(_)) {
+                store.collect().await?;
+            }
+            Ok(removed)
+        };
+        tokio::spawn(work).await.map_err(|_| Error::Stopped)?
+    }
+
+    fn remove_now(&self, text: &str, veto: impl FnOnce(&ImageRecord) -> Result<()>) -> Result<Removed> {
+        let _writer = lock(&self.writer);
+        let (mut stored, named) = {
+            let images = lock(&self.images);
+            let Some(named) = names::find(&images, text)? else { return Ok(Removed::Nothing) };
+            let Some(stored) = images.get(named.id()) else { return Ok(Removed::Nothing) };
+            (stored.clone(), named)
+        };
+        let before = stored.record.clone();
+        let (nameless, name) = match named {
+            Named::Id(id) => (true, id.to_string()),
+            Named::Tag(_, tag) => (names::drop_tag(&mut stored.record, &tag), tag),
+            Named::Digest(_, digest) => (names::drop_digest(&mut stored.record, &digest), digest),
+        };
+        if nameless {
+            veto(&before)?;
+            self.records.remove(&before.id)?;
+            lock(&self.images).remove(&before.id);
+            Ok(Removed::Image(Box::new(before)))
+        } else {
+            self.put(stored)?;
+            Ok(Removed::Name(name))
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The lock of an image directory: two programs on one directory would undo each other's work.
+
+use std::{
+    fs::{self, File, TryLockError},
+    io::{Read, Seek, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use crate::{Error, Result, error::Attempt};
+
+/// How long a holder that is about to end is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(50);
+/// Bytes of what a holder says of itself.
+const MAX_WORDS: u64 = 200;
+
+/// Held for as long as a store is open; the kernel gives it back however the process ends.
+#[derive(Debug)]
+pub(super) struct DirLock {
+    _file: File,
+}
+
+impl DirLock {
+    /// Takes the lock of a directory and writes who holds it.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] with the holder.
+    pub(super) fn take(dir: &Path) -> Result<Self> {
+        let path = dir.join("lock");
+        let mut file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .attempt("open", &path)?;
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if begun.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Locked { dir: dir.to_owned(), holder: words(&file) });
+                }
+                Err(TryLockError::Error(e)) => return Err(e).attempt("lock", path),
+            }
+        }
+        let mut write = || -> std::io::Result<()> {
+            file.set_len(0)?;
+            file.rewind()?;
+            file.write_all(own_words().as_bytes())
+        };
+        // Only words for people: a full disk must not keep a store from being opened and emptied.
+        if let Err(error) = write() {
+            tracing::debug!(path = %path.display(), %error, "the lock does not say who holds it");
+        }
+        Ok(Self { _file: file })
+    }
+}
+
+/// What the holder wrote.
+fn words(mut file: &File) -> String {
+    let mut text = Vec::new();
+    if file.rewind().is_ok() {
+        let _ = file.take(MAX_WORDS).read_to_end(&mut text);
+    }
+    let text: String = String::from_utf8_lossy(&text).chars().filter(|c| !c.is_control()).collect();
+    if text.is_empty() { "another program".to_owned() } else { text }
+}
+
+/// This process, as another one shall name it. Arguments are left out, since they might hold a secret.
+fn own_words() -> String {
+    let name = std::env::args_os().next().unwrap_or_default();
+    let name = Path::new(&name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    format!("process {} ({name})", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+
+    #[test]
+    fn a_second_opener_is_told_who_holds_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = DirLock::take(dir.path()).unwrap();
+        let error = DirLock::take(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        drop(first);
+        DirLock::take(dir.path()).unwrap();
+    }
+}
