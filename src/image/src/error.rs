@@ -47,6 +47,16 @@ pub enum Error {
     /// A `config.json`, or a pull secret, cannot be read.
     #[error("the registry credentials cannot be read: {0}")]
     BadCredentials(String),
+    /// An image could not be brought into a registry.
+    #[error("failed to push image {reference:?}: {reason}")]
+    Push {
+        /// The image.
+        reference: String,
+        /// The registry's word, or the cause.
+        reason: String,
+        /// Whether the registry does not let us.
+        denied: bool,
+    },
     /// The settings of a registry cannot be used.
     #[error("registry settings {}{}: {reason}", path.display(), line.map(|l| format!(", line {l}")).unwrap_or_default())]
     Settings {

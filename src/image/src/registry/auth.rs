@@ -18,6 +18,13 @@ const MAX_TOKEN: usize = 64 << 10;
 #[derive(Debug, Default)]
 pub(super) struct Login(Mutex<State>);
 
+impl Login {
+    /// The header that worked last.
+    pub(super) async fn header(&self) -> Option<HeaderValue> {
+        self.0.lock().await.header.clone()
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// The header that worked last.
@@ -75,7 +82,10 @@ struct Token {
 impl Session<'_> {
     /// Sends a request, logged in where the host wants it. A token that has expired is replaced by a new one.
     pub(super) async fn authorized(&self, endpoint: &Endpoint, call: &Call) -> Result<Response> {
-        let used = endpoint.login.0.lock().await.header.clone();
+        if call.url.origin() != endpoint.base.origin() {
+            return self.unauthorized(endpoint, call).await;
+        }
+        let used = endpoint.login.header().await;
         let (mut headers, mut reason) = match self.send(endpoint, call, used.as_ref()).await {
             Ok(response) => return Ok(response),
             Err(Refusal::Unauthorized(headers, reason)) => (headers, reason),

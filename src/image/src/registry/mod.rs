@@ -10,6 +10,8 @@ pub(crate) mod manifest;
 mod request;
 mod slots;
 mod tls;
+#[cfg_attr(not(test), allow(dead_code, reason = "pushes are to come"))]
+pub(crate) mod upload;
 
 use std::{
     net::IpAddr,
@@ -113,6 +115,8 @@ enum Purpose {
     Resolve,
     /// Contents by digest.
     Pull,
+    #[cfg_attr(not(test), allow(dead_code, reason = "pushes are to come"))]
+    Push,
 }
 
 impl Registry {
@@ -368,10 +372,15 @@ impl Session<'_> {
         let may = |e: &&Endpoint| match purpose {
             Purpose::Resolve => e.can.resolve,
             Purpose::Pull => e.can.pull,
+            Purpose::Push => e.can.push,
         };
         let endpoints: Vec<_> = self.endpoints.iter().filter(may).collect();
         if endpoints.is_empty() {
-            let what = if purpose == Purpose::Resolve { "resolve" } else { "pull" };
+            let what = match purpose {
+                Purpose::Resolve => "resolve",
+                Purpose::Pull => "pull",
+                Purpose::Push => "push",
+            };
             return Err(self.unreachable(&format!("hosts.toml names no host with the capability {what:?}")));
         }
         Ok(endpoints)

@@ -7,6 +7,7 @@ mod operations;
 mod pulls;
 mod registry;
 mod removal;
+mod uploads;
 
 use std::{future::Future, path::Path, sync::Arc, time::Duration};
 

@@ -113,6 +113,32 @@ impl Image {
         serde_json::to_vec(&config).unwrap()
     }
 
+    /// Its config and first layer.
+    pub(crate) fn blobs(&self) -> (Vec<u8>, Vec<u8>) {
+        (self.config(), self.layers[0].1.clone())
+    }
+
+    /// Its manifest.
+    pub(crate) fn manifest(&self) -> Vec<u8> {
+        let describe = |kind: &str, bytes: &[u8]| {
+            json!({
+                "mediaType": format!("application/vnd.oci.image.{kind}"),
+                "digest": Digest::of(bytes),
+                "size": bytes.len(),
+            })
+        };
+        let layers: Vec<_> =
+            self.layers.iter().map(|(_, blob)| describe("layer.v1.tar+gzip", blob)).collect();
+        let config = describe("config.v1+json", &self.config());
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": config,
+            "layers": layers,
+        });
+        serde_json::to_vec(&manifest).unwrap()
+    }
+
     /// The image's id.
     pub(crate) fn id(&self) -> Digest {
         Digest::of(&self.config())
