@@ -127,6 +127,31 @@ install_packages() (
   step "apt-get install" apt-get install -qy --no-install-recommends "$@"
 )
 
+# debian_mirror: the Debian mirror that this machine's apt uses.
+debian_mirror() {
+  local mirror
+  mirror=$(apt-get indextargets --format '$(REPO_URI) $(LABEL)' 'Created-By: Packages' | awk '$2 == "Debian" { print $1; exit }')
+  [ -n "$mirror" ] && printf '%s\n' "${mirror%/}"
+}
+
+# install_qemu: from the machine's own suite; where that one's cannot be installed (what is there of QEMU may come from elsewhere
+# and be newer), from the mirror's backports. Fails if there is none.
+install_qemu() (
+  if command -v qemu-system-x86_64 >/dev/null; then say "QEMU: there ($(qemu-system-x86_64 --version | sed -n '1s/.*version //p'))"; return 0; fi
+  installable() { apt-get install --simulate -qq --no-install-recommends "$@" qemu-system-x86 >/dev/null 2>&1; }
+  if installable || { apt-get update -qq && installable; }; then install_packages qemu-system-x86; return; fi
+  mirror=$(debian_mirror) || return 1
+  suite=$(. /etc/os-release && printf '%s-backports\n' "${VERSION_CODENAME:-none}")
+  parts=$(mktemp -d)
+  trap 'rm -rf "$parts"' EXIT
+  cp -a /etc/apt/sources.list.d/. "$parts"
+  printf 'deb %s %s main\n' "$mirror" "$suite" >"$parts/moxlet-backports.list"
+  export APT_CONFIG=$parts/apt.conf
+  printf 'Dir::Etc::sourceparts "%s";\n' "$parts" >"$APT_CONFIG"
+  say "QEMU is taken from $suite: that of this machine's suite cannot be installed beside what is there"
+  apt-get update -qq && installable -t "$suite" && install_packages -t "$suite" qemu-system-x86
+)
+
 # port_free PORT WHAT KEY: a clear word before something fails to listen.
 port_free() {
   if ss -Hltn "sport = :$1" | grep -q .; then

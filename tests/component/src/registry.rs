@@ -25,8 +25,12 @@ echo ready
 read -r _ || true
 "#;
 
-/// `127.0.0.1:<port>` of the registry.
+/// `host:port` of the registry: the one that `MOXLET_TEST_REGISTRY` names (with the images in it), or one made here.
 pub fn address() -> &'static str {
+    static GIVEN: OnceLock<Option<String>> = OnceLock::new();
+    if let Some(address) = GIVEN.get_or_init(|| std::env::var("MOXLET_TEST_REGISTRY").ok()) {
+        return address;
+    }
     static STARTED: OnceLock<(String, Child)> = OnceLock::new();
     &STARTED.get_or_init(start).0
 }
