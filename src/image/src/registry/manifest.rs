@@ -1,5 +1,7 @@
 //! Manifests and indexes of OCI and of Docker's schema 2; the choice of the host's platform.
 
+use std::collections::HashMap;
+
 use moxlet_ids::Digest;
 use serde::Deserialize;
 
@@ -39,6 +41,8 @@ struct IndexEntry {
     #[serde(default)]
     size: u64,
     platform: Option<Platform>,
+    #[serde(default)]
+    annotations: Option<HashMap<String, String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -56,6 +60,7 @@ struct Platform {
 struct Document {
     #[serde(default)]
     schema_version: u32,
+    artifact_type: Option<String>,
     manifests: Option<Vec<IndexEntry>>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
@@ -132,30 +137,26 @@ enum Found {
 
 fn read(body: &[u8]) -> std::result::Result<Found, String> {
     let document: Document = serde_json::from_slice(body).map_err(|e| format!("it cannot be read: {e}"))?;
-    if document.schema_version != 2 {
-        return Err("it is not of schema version 2: push the image again with a newer tool".into());
+    match document.schema_version {
+        2 => {}
+        1 => {
+            return Err("it is of Docker's schema version 1, which is no longer supported: push the image again with a \
+                        newer tool"
+                .into());
+        }
+        _ => return Err("it is not of schema version 2".into()),
     }
     match (document.manifests, document.config, document.layers) {
-        (Some(entries), None, None) => choose(&entries, host_architecture()).map(Found::Next),
+        (Some(entries), None, None) => choose(&entries, host_architecture(), host_variant()).map(Found::Next),
         (None, Some(config), Some(layers)) => {
             if layers.len() > MAX_LAYERS {
                 return Err(format!("it has {} layers, more than {MAX_LAYERS}", layers.len()));
             }
-            let known = [
-                "",
-                "application/vnd.oci.image.config.v1+json",
-                "application/vnd.docker.container.image.v1+json",
-            ];
-            if !known.contains(&config.media_type.as_str()) {
-                return Err(format!(
-                    "it is not a container image: its config is of type {:?}",
-                    config.media_type
-                ));
-            }
+            check_kind(&config, document.artifact_type.as_deref())?;
             for layer in &layers {
                 let kind = layer.media_type.as_str();
                 if kind.ends_with("+encrypted") || !(kind.is_empty() || kind.contains("tar")) {
-                    return Err(format!("a layer has the unsupported media type {kind:?}"));
+                    return Err(format!("a layer has the unsupported media type {:?}", short(kind)));
                 }
             }
             Ok(Found::Image(config, layers))
@@ -164,20 +165,78 @@ fn read(body: &[u8]) -> std::result::Result<Found, String> {
     }
 }
 
-fn choose(entries: &[IndexEntry], architecture: &str) -> std::result::Result<Digest, String> {
+/// Registries hold more than images, told apart by the type of the config.
+fn check_kind(config: &Descriptor, artifact: Option<&str>) -> std::result::Result<(), String> {
+    let known =
+        ["", "application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+    let kind = config.media_type.as_str();
+    if known.contains(&kind) {
+        return Ok(());
+    }
+    Err(match kind {
+        "application/vnd.cncf.helm.config.v1+json" => "it is a Helm chart, not a container image".to_owned(),
+        "application/vnd.docker.plugin.v1+json" => "it is a Docker plugin, not a container image".to_owned(),
+        _ => {
+            let kind = artifact.filter(|a| !a.is_empty()).unwrap_or(kind);
+            format!("it is an artefact of type {:?}, not a container image", short(kind))
+        }
+    })
+}
+
+/// What a registry says, for an error.
+fn short(text: &str) -> String {
+    text.chars().take(200).collect()
+}
+
+/// The newest variant of its architecture that a host can run, of those that Go numbers; none where there is one only.
+fn host_variant() -> Option<u8> {
+    match std::env::consts::ARCH {
+        // What Rust calls arm is hard-float, v7 on all that run a kernel of these days.
+        "arm" => Some(7),
+        "aarch64" => Some(8),
+        "x86_64" => Some(1),
+        _ => None,
+    }
+}
+
+/// The number of a variant. What says none is the one that its architecture means without (containerd's normalisation).
+fn variant(architecture: &str, said: &str) -> Option<u8> {
+    match (architecture, said) {
+        ("arm", "") => Some(7),
+        ("arm64", "") => Some(8),
+        ("amd64", "") => Some(1),
+        (_, said) => said.strip_prefix('v').unwrap_or(said).parse().ok(),
+    }
+}
+
+/// The entry for a platform: the newest variant that is not too new; else one that says nothing of its platform.
+fn choose(
+    entries: &[IndexEntry],
+    architecture: &str,
+    newest: Option<u8>,
+) -> std::result::Result<Digest, String> {
+    let attestation = |entry: &IndexEntry| {
+        let kind = entry.annotations.as_ref().and_then(|a| a.get("vnd.docker.reference.type"));
+        kind.is_some_and(|k| k == "attestation-manifest")
+    };
     let rank = |entry: &&IndexEntry| match &entry.platform {
+        _ if attestation(entry) => None,
         Some(p) if p.os == "linux" && p.architecture == architecture => {
-            match (architecture, p.variant.as_str()) {
-                (_, "") | ("arm64", "v8") | ("amd64", "v1") => Some(0),
-                ("amd64", _) => None,
-                _ => Some(1),
+            match (newest, variant(architecture, &p.variant)) {
+                (Some(newest), Some(this)) => newest.checked_sub(this),
+                (None, _) if p.variant.is_empty() => Some(0),
+                (None, _) => Some(1),
+                (Some(_), None) => None,
             }
         }
         Some(_) => None,
-        None => Some(2),
+        None => Some(u8::MAX),
     };
     let best = entries.iter().filter_map(|e| Some((rank(&e)?, e))).min_by_key(|(rank, _)| *rank);
     let Some((_, entry)) = best else {
+        if !entries.is_empty() && entries.iter().all(attestation) {
+            return Err("it has attestations only, no container image".into());
+        }
         return Err(format!("no match for platform in manifest: not found (linux/{architecture})"));
     };
     if entry.size > MAX_MANIFEST as u64 {
@@ -196,26 +255,77 @@ mod tests {
         format!("sha256:{}", String::from(c).repeat(64))
     }
 
+    fn entry(c: char, arch: &str, variant: &str) -> IndexEntry {
+        let platform = Platform { architecture: arch.into(), os: "linux".into(), variant: variant.into() };
+        IndexEntry { digest: digest(c), size: 1, platform: Some(platform), annotations: None }
+    }
+
     #[test]
     fn the_hosts_platform_is_chosen() {
-        let entry = |c, arch: &str, variant: &str| IndexEntry {
-            digest: digest(c),
-            size: 1,
-            platform: Some(Platform {
-                architecture: arch.into(),
-                os: "linux".into(),
-                variant: variant.into(),
-            }),
-        };
         let all = [
             entry('a', "unknown", ""),
             entry('b', "amd64", "v3"),
             entry('c', "arm64", "v8"),
             entry('d', "amd64", ""),
+            entry('e', "arm", "v6"),
+            entry('f', "arm", "v7"),
+            entry('0', "arm64", "v9"),
+            entry('1', "s390x", ""),
         ];
-        assert_eq!(choose(&all, "amd64").unwrap().as_str(), digest('d'));
-        assert_eq!(choose(&all, "arm64").unwrap().as_str(), digest('c'));
-        assert!(choose(&all, "riscv64").unwrap_err().contains("no match for platform"));
+        for (architecture, newest, want) in [
+            ("amd64", Some(1), 'd'),
+            ("arm64", Some(8), 'c'),
+            ("arm64", Some(9), '0'),
+            ("arm", Some(7), 'f'),
+            ("arm", Some(6), 'e'),
+            ("s390x", None, '1'),
+        ] {
+            let chosen = choose(&all, architecture, newest).unwrap();
+            assert_eq!(chosen.as_str(), digest(want), "{architecture} {newest:?}");
+        }
+        for (architecture, newest) in [("riscv64", None), ("arm", Some(5))] {
+            assert!(choose(&all, architecture, newest).unwrap_err().contains("no match for platform"));
+        }
+        let mut unsaid = entry('b', "", "");
+        unsaid.platform = None;
+        assert_eq!(choose(&[unsaid], "amd64", Some(1)).unwrap().as_str(), digest('b'));
+        let newer_only = [entry('b', "amd64", "v3")];
+        assert!(choose(&newer_only, "amd64", Some(1)).is_err(), "the host may not have its instructions");
+    }
+
+    #[test]
+    fn attestations_are_no_images() {
+        let mut attestation = entry('a', "unknown", "");
+        let kind = ("vnd.docker.reference.type".to_owned(), "attestation-manifest".to_owned());
+        attestation.annotations = Some([kind].into());
+        let mut all = vec![attestation];
+        assert!(choose(&all, "amd64", Some(1)).unwrap_err().contains("attestations only"));
+        all.push(entry('b', "amd64", ""));
+        assert_eq!(choose(&all, "amd64", Some(1)).unwrap().as_str(), digest('b'));
+    }
+
+    #[test]
+    fn what_is_no_image_is_called_what_it_is() {
+        let d = digest('a');
+        let of = |kind: &str, more: &str| {
+            format!(
+                r#"{{"schemaVersion":2,{more}"config":{{"mediaType":"{kind}","digest":"{d}","size":2}},"layers":[]}}"#
+            )
+        };
+        for (text, said) in [
+            (of("application/vnd.cncf.helm.config.v1+json", ""), "Helm chart"),
+            (of("application/vnd.docker.plugin.v1+json", ""), "Docker plugin"),
+            (
+                of("application/vnd.oci.empty.v1+json", r#""artifactType":"application/x.sbom","#),
+                "artefact of type \"application/x.sbom\"",
+            ),
+            (of("application/vnd.unknown.config.v1+json", ""), "application/vnd.unknown.config.v1+json"),
+            (r#"{"schemaVersion":1,"name":"a","fsLayers":[]}"#.to_owned(), "schema version 1"),
+        ] {
+            let error = read(text.as_bytes()).err().unwrap();
+            assert!(error.contains(said), "{error}");
+        }
+        assert!(read(of("application/vnd.oci.image.config.v1+json", "").as_bytes()).is_ok());
     }
 
     #[test]

@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod bad_registry;
 mod mirrors;
 mod operations;
 mod pulls;
+mod raw;
 mod registry;
 mod removal;
 mod uploads;
