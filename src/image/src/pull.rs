@@ -195,8 +195,8 @@ async fn fetch_layer(
     let (claim, style, bottom) = (job.claim, store.driver.whiteouts(), job.parent.is_none());
     // The draft goes with the worker: it is not removed while something is still written in it.
     let worker = tokio::task::spawn_blocking(move || {
-        let target = Target { root: draft.path(), style, bottom, tape: None };
-        layer::unpack(pieces, &claim, &target).map(|unpacked| (draft, unpacked))
+        let target = Target { root: draft.path(), style, bottom, tape: None, below: None };
+        layer::unpack(pieces, &claim, target).map(|unpacked| (draft, unpacked))
     });
     let downloaded = stop.run_until_cancelled(download(session, &job.blob, &job.part, out)).await;
     let unpacked = worker.await.map_err(|_| Error::Stopped)?;

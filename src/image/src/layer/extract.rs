@@ -4,8 +4,18 @@
 //! brings, in whatever order it comes. With [`WhiteoutStyle::Overlay`] the draft holds nothing else, and a directory
 //! that takes the place of something else hides what lies below it. With [`WhiteoutStyle::Apply`] the draft holds the
 //! layers below as well, so what the layer has brought is kept in mind.
+//!
+//! An entry whose directory is a symbolic link goes to where the link leads, with the layer's directory as the root of
+//! all paths, as in containerd. The link is followed here, name by name; files are still made beneath the root and without
+//! links.
 
-use std::{fs::File, io::BufRead, os::fd::OwnedFd, os::unix::fs::FileExt, rc::Rc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::BufRead,
+    os::{fd::OwnedFd, unix::fs::FileExt},
+    rc::Rc,
+};
 
 use moxlet_storage::{Usage, WhiteoutStyle};
 use rustix::fs::{
@@ -13,9 +23,11 @@ use rustix::fs::{
 };
 
 use super::{
-    Fault, Outcome, Target,
+    Below, Fault, Outcome, Target,
     archive::{Archive, Entry, Kind, MAX_ENTRIES},
+    below::lies_in,
     root::{Leaving, Obstacle, Ours, Root, base, clean, is_dir, is_whiteout, parent},
+    settle::{link_fault, modified, no_target},
     shown,
     tape::Recorder,
 };
@@ -30,46 +42,68 @@ const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// Extracts an archive, which is read up to its end; what it takes on disk.
-pub(super) fn extract<R: BufRead>(input: R, target: &Target<'_>) -> Outcome<(R, Usage)> {
+pub(super) fn extract<R: BufRead>(input: R, target: Target<'_>) -> Outcome<(R, Usage)> {
     let tape = target.tape.map(|path| {
         Recorder::create(path).map_err(|source| Fault::System { what: "create", path: path.into(), source })
     });
     let mut archive = Archive::new(input, tape.transpose()?);
-    let mut extraction = Extraction {
-        root: Root::open(target)?,
-        style: target.style,
-        bottom: target.bottom,
-        ours: Ours::default(),
-        dirs: Vec::new(),
-        kept: 0,
-        implied: 0,
-        usage: Usage::default(),
-    };
+    let mut extraction = Extraction::new(target)?;
     while let Some(entry) = archive.next()? {
         extraction.entry(&entry, &mut archive)?;
     }
     let (input, tape) = archive.rest()?;
-    let usage = extraction.finish()?;
+    extraction.settle()?;
     if let Some(tape) = tape {
         let path = tape.path().to_owned();
         tape.finish().map_err(|source| Fault::System { what: "write", path, source })?;
     }
-    Ok((input, usage))
+    Ok((input, extraction.usage))
 }
 
-struct Extraction {
-    root: Root,
-    style: WhiteoutStyle,
+pub(super) struct Extraction<'a> {
+    pub(super) root: Root,
+    pub(super) style: WhiteoutStyle,
     bottom: bool,
+    pub(super) below: Option<Below<'a>>,
     ours: Ours,
+    /// Directories of the layers below whose times were noted.
+    noted: Ours,
     /// The times of directories, which change with every entry in them.
-    dirs: Vec<(Vec<u8>, Timespec)>,
+    pub(super) dirs: Vec<(Vec<u8>, Timespec)>,
+    /// Directories that have entries in them but none of their own: they are as in the layers below.
+    pub(super) implied: BTreeSet<Vec<u8>>,
+    /// Directories that hide what the layers below have in them.
+    pub(super) hidden: BTreeSet<Vec<u8>>,
+    /// Hard links to files of the layers below, and their targets; place-holders are where they will be.
+    pub(super) deferred: BTreeMap<Vec<u8>, Vec<u8>>,
     kept: usize,
-    implied: u64,
-    usage: Usage,
+    made: u64,
+    pub(super) usage: Usage,
 }
 
-impl Extraction {
+impl<'a> Extraction<'a> {
+    fn new(target: Target<'a>) -> Outcome<Self> {
+        let mut implied = BTreeSet::new();
+        if target.style == WhiteoutStyle::Overlay && !target.bottom {
+            implied.insert(Vec::new());
+        }
+        Ok(Self {
+            root: Root::open(&target)?,
+            style: target.style,
+            bottom: target.bottom,
+            below: target.below,
+            ours: Ours::default(),
+            noted: Ours::default(),
+            dirs: Vec::new(),
+            implied,
+            hidden: BTreeSet::new(),
+            deferred: BTreeMap::new(),
+            kept: 0,
+            made: 0,
+            usage: Usage::default(),
+        })
+    }
+
     fn entry<R: BufRead>(&mut self, entry: &Entry, archive: &mut Archive<R>) -> Outcome<()> {
         let path = clean(&entry.path)?;
         if path.is_empty() {
@@ -95,16 +129,40 @@ impl Extraction {
             if matches!(name, b"" | b"." | b"..") {
                 return Err(Fault::Bad(format!("the whiteout {} names no file", shown(&path))));
             }
-            let mut removed = parent(&path).to_vec();
-            if !removed.is_empty() {
-                removed.push(b'/');
-            }
-            removed.extend_from_slice(name);
-            return self.whiteout(&removed);
+            return self.whiteout(&joined(parent(&path), name));
         }
+        let path = self.located(path)?;
+        self.forget(&path, entry.kind);
         self.make(entry, &path, archive)?;
         if self.style == WhiteoutStyle::Apply {
             self.ours.insert(&path);
+        }
+        Ok(())
+    }
+
+    /// Where an entry belongs: its name, unless it leads through symbolic links.
+    fn located(&mut self, path: Vec<u8>) -> Outcome<Vec<u8>> {
+        match self.root.dir(parent(&path))? {
+            Ok(_) | Err(Obstacle::Missing) => Ok(path),
+            Err(Obstacle::NotADirectory) => Ok(joined(&self.root.resolve(parent(&path))?, base(&path))),
+        }
+    }
+
+    /// What was noted of a path does not hold any more once an entry takes it.
+    fn forget(&mut self, path: &[u8], kind: Kind) {
+        let below = |name: &[u8]| name.starts_with(path) && name.get(path.len()) == Some(&b'/');
+        self.implied.remove(path);
+        self.deferred.remove(path);
+        if kind != Kind::Directory && !self.deferred.is_empty() {
+            self.deferred.retain(|name, _| !below(name));
+        }
+    }
+
+    /// Notes something that is looked at once more at the end.
+    fn keep(&mut self, bytes: usize) -> Outcome<()> {
+        self.kept += bytes + size_of::<(Vec<u8>, Timespec)>();
+        if self.kept > MAX_KEPT {
+            return Err(Fault::Bad("the names that have to be kept in mind are too long in all".into()));
         }
         Ok(())
     }
@@ -130,7 +188,9 @@ impl Extraction {
                 let make = |name: &[u8]| rustix::fs::symlinkat(&entry.link[..], &*dir, name);
                 self.replacing(&dir, path, "make the symbolic link", archive, make)?;
             }
-            Kind::Fifo => self.replacing(&dir, path, "make the FIFO", archive, node(FileType::Fifo, 0))?,
+            Kind::Fifo => {
+                self.replacing(&dir, path, "make the FIFO", archive, node(FileType::Fifo, 0))?;
+            }
             Kind::BlockDevice | Kind::CharDevice => {
                 let kind = match entry.kind {
                     Kind::BlockDevice => FileType::BlockDevice,
@@ -197,16 +257,14 @@ impl Extraction {
         self.root.make_dir(dir, path, mode)?;
         if self.style == WhiteoutStyle::Overlay && !self.bottom {
             let fd = self.root.open_dir(dir, path)?;
-            self.hide_below(&fd, path)?;
+            self.hide(&fd, path)?;
         }
         Ok(())
     }
 
     fn directory_attributes(&mut self, fd: &OwnedFd, path: &[u8], entry: &Entry) -> Outcome<()> {
-        self.kept += path.len() + size_of::<(Vec<u8>, Timespec)>();
-        if self.kept > MAX_KEPT {
-            return Err(Fault::Bad("the names of its directories are too long in all".into()));
-        }
+        self.implied.remove(path);
+        self.keep(path.len())?;
         self.dirs.push((path.to_vec(), entry.mtime));
         self.attributes(fd, path, entry)
     }
@@ -277,7 +335,7 @@ impl Extraction {
         Ok(())
     }
 
-    /// A further name of a file of this layer. Owner, mode and times are the file's.
+    /// A further name of a file. Owner, mode and times are the file's.
     fn hard_link<R: BufRead>(
         &mut self,
         dir: &OwnedFd,
@@ -285,24 +343,39 @@ impl Extraction {
         entry: &Entry,
         archive: &mut Archive<R>,
     ) -> Outcome<()> {
-        let refuse =
-            |why: &str| Fault::Bad(format!("the hard link {} to {} {why}", shown(path), shown(&entry.link)));
         let from = clean(&entry.link)?;
-        let missing = match self.style {
-            WhiteoutStyle::Overlay => "has no target in its own layer",
-            WhiteoutStyle::Apply => "has no target",
-        };
-        let Ok(from_dir) = self.root.dir(parent(&from))? else { return Err(refuse(missing)) };
-        match self.root.look(&from_dir, &from)? {
-            None => return Err(refuse(missing)),
-            Some(stat) if is_whiteout(&stat) => return Err(refuse(missing)),
-            Some(stat) if is_dir(&stat) => return Err(refuse("is one to a directory")),
-            Some(_) if from == path => return Err(refuse("is one to itself")),
-            Some(_) if from.starts_with(path) && from.get(path.len()) == Some(&b'/') => {
-                return Err(refuse("takes the place of its target's directory"));
-            }
-            Some(_) => {}
+        if from.is_empty() {
+            return Err(link_fault(path, &entry.link, "is one to the root directory"));
         }
+        let from = self.located(from)?;
+        if from == path {
+            return Err(link_fault(path, &from, "is one to itself"));
+        }
+        if from.starts_with(path) && from.get(path.len()) == Some(&b'/') {
+            return Err(link_fault(path, &from, "takes the place of its target's directory"));
+        }
+        if let Some(target) = self.deferred.get(&from).cloned() {
+            return self.defer(dir, path, target, archive);
+        }
+        let found = match self.root.dir(parent(&from))? {
+            Ok(from_dir) => self.root.look(&from_dir, &from)?.map(|stat| (from_dir, stat)),
+            Err(Obstacle::Missing) => None,
+            Err(Obstacle::NotADirectory) => return Err(no_target(path, &from)),
+        };
+        let from_dir = match found {
+            // It may be in a layer below.
+            None if self.style == WhiteoutStyle::Overlay
+                && !self.bottom
+                && self.below.is_some()
+                && !lies_in(&from, |dir| self.hidden.contains(dir)) =>
+            {
+                return self.defer(dir, path, from, archive);
+            }
+            None => return Err(no_target(path, &from)),
+            Some((_, stat)) if is_whiteout(&stat) => return Err(no_target(path, &from)),
+            Some((_, stat)) if is_dir(&stat) => return Err(link_fault(path, &from, "is one to a directory")),
+            Some((from_dir, _)) => from_dir,
+        };
         let make = |name: &[u8]| rustix::fs::linkat(&*from_dir, base(&from), dir, name, AtFlags::empty());
         self.replacing(dir, path, "make the hard link", archive, make)?;
         if let Some(tape) = archive.tape() {
@@ -311,10 +384,30 @@ impl Extraction {
         Ok(())
     }
 
+    /// Leaves a place-holder for a hard link to a file of the layers below, which may not be there yet.
+    fn defer<R: BufRead>(
+        &mut self,
+        dir: &OwnedFd,
+        path: &[u8],
+        target: Vec<u8>,
+        archive: &mut Archive<R>,
+    ) -> Outcome<()> {
+        self.keep(path.len() + target.len())?;
+        let make =
+            |name: &[u8]| rustix::fs::mknodat(dir, name, FileType::RegularFile, Mode::RUSR | Mode::WUSR, 0);
+        self.replacing(dir, path, "make a place for the hard link", archive, make)?;
+        if let Some(tape) = archive.tape() {
+            tape.link(path);
+        }
+        self.deferred.insert(path.to_vec(), target);
+        Ok(())
+    }
+
     /// The directory that a path lies in; what is missing of it is made.
     fn parent_dir(&mut self, path: &[u8]) -> Outcome<Rc<OwnedFd>> {
         let wanted = parent(path);
         if let Ok(dir) = self.root.dir(wanted)? {
+            self.note_below(&dir, wanted)?;
             return Ok(dir);
         }
         let mut at = self.root.open_top()?;
@@ -325,6 +418,7 @@ impl Extraction {
             at = match self.root.step(&at, part)? {
                 Ok(next) => next,
                 Err(obstacle) => {
+                    self.note_below(&at, parent(part))?;
                     self.implied_dir(&at, part, obstacle)?;
                     self.root.open_dir(&at, part)?
                 }
@@ -333,14 +427,37 @@ impl Extraction {
         Ok(self.root.remember(wanted, at))
     }
 
+    /// Notes the time of a directory of the layers below before the layer makes something in it: that is no change of
+    /// the directory itself.
+    fn note_below(&mut self, dir: &OwnedFd, path: &[u8]) -> Outcome<()> {
+        if self.style == WhiteoutStyle::Overlay || self.bottom || self.noted.contains(path) {
+            return Ok(());
+        }
+        self.noted.insert_one(path);
+        if self.ours.contains(path) {
+            return Ok(());
+        }
+        let stat = rustix::fs::fstat(dir).map_err(|e| self.root.fault("look at", path, e))?;
+        self.keep(path.len())?;
+        self.dirs.push((path.to_vec(), modified(&stat)));
+        Ok(())
+    }
+
     /// Makes a directory that the layer has no entry for, but entries in.
     fn implied_dir(&mut self, at: &OwnedFd, path: &[u8], obstacle: Obstacle) -> Outcome<()> {
-        self.implied += 1;
-        if self.implied > MAX_ENTRIES {
+        self.made += 1;
+        if self.made > MAX_ENTRIES {
             return Err(Fault::Bad(format!("it has more than {MAX_ENTRIES} directories without an entry")));
         }
         match obstacle {
-            Obstacle::Missing => self.root.make_dir(at, path, 0o755),
+            Obstacle::Missing => {
+                self.root.make_dir(at, path, 0o755)?;
+                if self.style == WhiteoutStyle::Overlay && !self.bottom {
+                    self.keep(path.len())?;
+                    self.implied.insert(path.to_vec());
+                }
+                Ok(())
+            }
             Obstacle::NotADirectory => {
                 let stat = self.root.look(at, path)?;
                 if self.may_give_way(path, stat.as_ref()) {
@@ -354,7 +471,7 @@ impl Extraction {
     }
 
     /// Whether something that is no directory makes room for one that an entry lies in: if it is of a layer below, or
-    /// the mark that it has been removed. A link of this layer is neither followed nor replaced.
+    /// the mark that it has been removed.
     fn may_give_way(&self, path: &[u8], stat: Option<&Stat>) -> bool {
         match self.style {
             WhiteoutStyle::Overlay => stat.is_some_and(is_whiteout),
@@ -362,8 +479,20 @@ impl Extraction {
         }
     }
 
+    /// Refuses a mark that lies behind a symbolic link: it would remove what is elsewhere.
+    fn refuse_link(&mut self, mark: &[u8]) -> Outcome<()> {
+        let dir = parent(mark);
+        if let Err(Obstacle::NotADirectory) = self.root.dir(dir)?
+            && self.root.resolve(dir)? != dir
+        {
+            return Err(Fault::Bad(format!("the whiteout of {} leads through a symbolic link", shown(mark))));
+        }
+        Ok(())
+    }
+
     /// Removes what the layers below have at a path.
     fn whiteout(&mut self, path: &[u8]) -> Outcome<()> {
+        self.refuse_link(path)?;
         if self.bottom {
             return Ok(());
         }
@@ -379,35 +508,44 @@ impl Extraction {
         match self.root.look(&dir, path)? {
             Some(stat) if is_dir(&stat) => {
                 let fd = self.root.open_dir(&dir, path)?;
-                self.hide_below(&fd, path)
+                // The directory of the layers below is gone, its attributes with it.
+                self.implied.remove(path);
+                self.hide(&fd, path)
             }
             // It hides what is below already.
             Some(_) => Ok(()),
-            None => rustix::fs::mknodat(&*dir, base(path), FileType::CharacterDevice, Mode::empty(), 0)
-                .map_err(|e| self.root.fault("mark as removed", path, e)),
+            None => self.root.mark_removed(&dir, path),
         }
     }
 
     /// Removes what the layers below have in the directory of a mark.
     fn opaque(&mut self, mark: &[u8]) -> Outcome<()> {
         let path = parent(mark);
+        self.refuse_link(mark)?;
         if self.bottom {
             return Ok(());
-        }
-        // The kernel does not look for the attribute at the top of a layer (fs/overlayfs/super.c).
-        if path.is_empty() && self.style == WhiteoutStyle::Overlay {
-            return Err(Fault::Bad("its root directory is opaque, which OverlayFS cannot express".into()));
         }
         let dir = self.parent_dir(mark)?;
         if self.style == WhiteoutStyle::Apply {
             self.ours.insert(path);
             return self.purge(path);
         }
+        if path.is_empty() {
+            // Done at the end, name by name.
+            self.hidden.insert(Vec::new());
+            return Ok(());
+        }
         let fd = self.root.reopen(&dir, path)?;
-        self.hide_below(&fd, path)
+        self.hide(&fd, path)
     }
 
-    fn hide_below(&self, fd: &OwnedFd, path: &[u8]) -> Outcome<()> {
+    fn hide(&mut self, fd: &OwnedFd, path: &[u8]) -> Outcome<()> {
+        self.keep(path.len())?;
+        self.hidden.insert(path.to_vec());
+        self.hide_below(fd, path)
+    }
+
+    pub(super) fn hide_below(&self, fd: &OwnedFd, path: &[u8]) -> Outcome<()> {
         rustix::fs::fsetxattr(fd, "trusted.overlay.opaque", b"y", XattrFlags::empty())
             .map_err(|e| self.root.fault("make opaque", path, e))
     }
@@ -419,11 +557,7 @@ impl Extraction {
             let Ok(dir) = self.root.dir(&path)? else { continue };
             let list = self.root.reopen(&dir, &path)?;
             for name in self.root.names(&list, &path)? {
-                let mut child = path.clone();
-                if !child.is_empty() {
-                    child.push(b'/');
-                }
-                child.extend_from_slice(&name);
+                let child = joined(&path, &name);
                 if self.ours.contains(&child) {
                     waiting.push(child);
                 } else {
@@ -433,17 +567,10 @@ impl Extraction {
         }
         Ok(())
     }
+}
 
-    /// Sets the times of directories, now that nothing is made in them any more.
-    fn finish(mut self) -> Outcome<Usage> {
-        for (path, mtime) in std::mem::take(&mut self.dirs) {
-            // It may have been replaced since.
-            let Ok(dir) = self.root.dir(&path)? else { continue };
-            rustix::fs::utimensat(&*dir, ".", &times(mtime), AtFlags::empty())
-                .map_err(|e| self.root.fault("set the times of", &path, e))?;
-        }
-        Ok(self.usage)
-    }
+fn joined(dir: &[u8], name: &[u8]) -> Vec<u8> {
+    if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() }
 }
 
 fn uid(entry: &Entry) -> Option<Uid> {
@@ -454,6 +581,6 @@ fn gid(entry: &Entry) -> Option<Gid> {
     Some(Gid::from_raw(entry.gid))
 }
 
-fn times(mtime: Timespec) -> Timestamps {
+pub(super) fn times(mtime: Timespec) -> Timestamps {
     Timestamps { last_access: mtime, last_modification: mtime }
 }

@@ -1,9 +1,11 @@
 //! One layer: from the bytes of its blob to a tree on disk, with every claim about it checked on the way.
 
 mod archive;
+mod below;
 mod extract;
 mod pax;
 mod root;
+mod settle;
 mod sparse;
 mod stream;
 #[allow(dead_code, unused_imports, reason = "push, export and verification read tapes")]
@@ -21,6 +23,7 @@ use moxlet_ids::Digest;
 use moxlet_storage::{Usage, WhiteoutStyle};
 use tokio::sync::mpsc;
 
+pub(crate) use below::Lower;
 use stream::{Blob, Hashing, Incoming};
 
 /// How many pieces of a blob wait for the extraction; a piece is what came with one read from the network.
@@ -48,8 +51,11 @@ pub(crate) struct Claim {
     pub(crate) diff_id: Option<Digest>,
 }
 
+/// Gives the layers below, when all of them are there; it may wait for that. Called at most once, at the end of an
+/// extraction, and only where something of them is needed.
+pub(crate) type Below<'a> = Box<dyn FnOnce() -> Outcome<Lower> + Send + 'a>;
+
 /// Where and how a layer is extracted.
-#[derive(Debug)]
 pub(crate) struct Target<'a> {
     /// An empty directory, or a copy of the layer below ([`WhiteoutStyle::Apply`]).
     pub(crate) root: &'a Path,
@@ -59,6 +65,8 @@ pub(crate) struct Target<'a> {
     pub(crate) bottom: bool,
     /// A new file for the layer's [tape]; none is no tape.
     pub(crate) tape: Option<&'a Path>,
+    /// What lies below, for [`WhiteoutStyle::Overlay`]; none where it is not known, and then what needs it is refused.
+    pub(crate) below: Option<Below<'a>>,
 }
 
 /// What a layer has turned out to be.
@@ -99,17 +107,17 @@ type Outcome<T> = std::result::Result<T, Fault>;
 
 /// Extracts a layer from its pieces. Returns when all of it is read and checked; what was extracted before a fault, and
 /// the tape, stay for the caller to remove. It blocks.
-pub(crate) fn unpack(pieces: mpsc::Receiver<Piece>, claim: &Claim, target: &Target<'_>) -> Outcome<Unpacked> {
+pub(crate) fn unpack(pieces: mpsc::Receiver<Piece>, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
     unpack_blob(Incoming::new(pieces), claim, target)
 }
 
 /// The same from anything that can be read.
 #[allow(dead_code, reason = "imports read from files")]
-pub(crate) fn unpack_reader(input: impl Read, claim: &Claim, target: &Target<'_>) -> Outcome<Unpacked> {
+pub(crate) fn unpack_reader(input: impl Read, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
     unpack_blob(stream::buffered(input), claim, target)
 }
 
-fn unpack_blob(input: impl BufRead, claim: &Claim, target: &Target<'_>) -> Outcome<Unpacked> {
+fn unpack_blob(input: impl BufRead, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
     let mut blob = Blob::new(input);
     let unpacked = unpack_from(&mut blob, target);
     if let Err(fault @ (Fault::System { .. } | Fault::Cut)) = unpacked {
@@ -131,7 +139,7 @@ fn unpack_blob(input: impl BufRead, claim: &Claim, target: &Target<'_>) -> Outco
     Ok(Unpacked { digest, size, diff_id, unpacked_size, usage })
 }
 
-fn unpack_from(blob: &mut impl BufRead, target: &Target<'_>) -> Outcome<(Digest, u64, Usage)> {
+fn unpack_from(blob: &mut impl BufRead, target: Target<'_>) -> Outcome<(Digest, u64, Usage)> {
     let plain = stream::decompress(blob).map_err(|e| read_fault(&e))?;
     let plain = Hashing::new(plain, MAX_UNPACKED);
     let (plain, usage) = extract::extract(plain, target)?;

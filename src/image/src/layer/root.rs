@@ -21,9 +21,13 @@ use super::{Fault, Outcome, Target, shown, tape::Recorder};
 /// `PATH_MAX` and `NAME_MAX`, without the final zero.
 const MAX_PATH: usize = 4095;
 const MAX_NAME: usize = 255;
+/// As many links as the kernel follows in one path (path_resolution(7)).
+const MAX_LINKS: usize = 40;
+/// Names that are looked at in one layer in order to follow links.
+const MAX_STEPS: u64 = 4 << 20;
 
 const PATH_DIR: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
-const READ_DIR: OFlags =
+pub(super) const READ_DIR: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 const BENEATH: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
@@ -87,6 +91,11 @@ impl Ours {
         self.paths.contains(&self.state.hash_one(path))
     }
 
+    /// A path alone.
+    pub(super) fn insert_one(&mut self, path: &[u8]) {
+        self.paths.insert(self.state.hash_one(path));
+    }
+
     /// A path and the directories on the way to it.
     pub(super) fn insert(&mut self, mut path: &[u8]) {
         while !path.is_empty() && self.paths.insert(self.state.hash_one(path)) {
@@ -101,6 +110,7 @@ pub(super) struct Root {
     path: PathBuf,
     /// The directory that was used last: entries of one directory mostly follow each other.
     last: Option<(Vec<u8>, Rc<OwnedFd>)>,
+    steps: u64,
 }
 
 impl Root {
@@ -108,7 +118,7 @@ impl Root {
         let path = target.root.to_owned();
         let fd = rustix::fs::openat(CWD, &path, READ_DIR, Mode::empty());
         let fd = fd.map_err(|e| Fault::System { what: "open", path: path.clone(), source: e.into() })?;
-        Ok(Self { fd, path, last: None })
+        Ok(Self { fd, path, last: None, steps: 0 })
     }
 
     /// A failure of the system at a path of the layer.
@@ -275,19 +285,74 @@ impl Root {
 
     /// The names in a directory.
     pub(super) fn names(&self, dir: &OwnedFd, path: &[u8]) -> Outcome<Vec<Vec<u8>>> {
-        let list = || -> rustix::io::Result<Vec<Vec<u8>>> {
-            let mut names = Vec::new();
-            for entry in Dir::read_from(dir)? {
-                let entry = entry?;
-                let name = entry.file_name();
-                if name != c"." && name != c".." {
-                    names.push(name.to_bytes().to_vec());
-                }
-            }
-            Ok(names)
-        };
-        list().map_err(|e| self.fault("list", path, e))
+        list(dir).map_err(|e| self.fault("list", path, e))
     }
+
+    /// Marks a name as removed from the layers below.
+    pub(super) fn mark_removed(&self, dir: &OwnedFd, path: &[u8]) -> Outcome<()> {
+        rustix::fs::mknodat(dir, base(path), FileType::CharacterDevice, Mode::empty(), 0)
+            .map_err(|e| self.fault("mark as removed", path, e))
+    }
+
+    /// Where a directory is once all symbolic links on the way to it are followed, with our root as theirs. What is
+    /// missing of it is taken as it stands.
+    pub(super) fn resolve(&mut self, path: &[u8]) -> Outcome<Vec<u8>> {
+        let refuse = |why: &str| Err(Fault::Bad(format!("the directory {} {why}", shown(path))));
+        let parts = |path: &[u8]| -> Vec<Vec<u8>> {
+            path.split(|b| *b == b'/')
+                .rev()
+                .filter(|p| !p.is_empty() && *p != b".")
+                .map(<[u8]>::to_vec)
+                .collect()
+        };
+        let (mut at, mut rest, mut links) = (Vec::new(), parts(path), 0);
+        while let Some(part) = rest.pop() {
+            self.steps += 1;
+            if self.steps > MAX_STEPS {
+                return refuse("leads through more symbolic links than a layer may");
+            }
+            if part == b".." {
+                at.truncate(parent(&at).len());
+                continue;
+            }
+            let child = if at.is_empty() { part } else { [&at[..], b"/", &part].concat() };
+            if base(&child).len() > MAX_NAME || child.len() > MAX_PATH {
+                return refuse("leads to a name that is too long");
+            }
+            // Where nothing is, or no directory, there is no link to follow.
+            if let Ok(dir) = self.dir(&at)?
+                && let Some(stat) = self.look(&dir, &child)?
+                && FileType::from_raw_mode(stat.st_mode) == FileType::Symlink
+            {
+                links += 1;
+                if links > MAX_LINKS {
+                    return refuse("leads through too many symbolic links");
+                }
+                let to = rustix::fs::readlinkat(&*dir, base(&child), Vec::new());
+                let to = to.map_err(|e| self.fault("read", &child, e))?;
+                if to.to_bytes().starts_with(b"/") {
+                    at.clear();
+                }
+                rest.extend(parts(to.to_bytes()));
+                continue;
+            }
+            at = child;
+        }
+        Ok(at)
+    }
+}
+
+/// The names in a directory, but for itself and its parent.
+pub(super) fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Vec<u8>>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name != c"." && name != c".." {
+            names.push(name.to_bytes().to_vec());
+        }
+    }
+    Ok(names)
 }
 
 pub(super) fn is_dir(stat: &Stat) -> bool {

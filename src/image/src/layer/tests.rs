@@ -4,6 +4,7 @@
 
 mod compare;
 mod hostile;
+mod lower;
 mod tapes;
 
 use std::{
@@ -99,8 +100,8 @@ pub(super) fn extract_as(root: &Path, style: WhiteoutStyle, bottom: bool, tar: &
 fn unpack_blob(root: &Path, style: WhiteoutStyle, bottom: bool, blob: &[u8], tar: &[u8]) -> Outcome<()> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("layer.tape");
-    let target = Target { root, style, bottom, tape: Some(&path) };
-    let unpacked = unpack(pieces(blob, true), &claim(blob, tar), &target)?;
+    let target = Target { root, style, bottom, tape: Some(&path), below: None };
+    let unpacked = unpack(pieces(blob, true), &claim(blob, tar), target)?;
     assert_eq!((unpacked.diff_id, unpacked.unpacked_size), (Digest::of(tar), tar.len() as u64));
     // Whatever can be extracted can be made again.
     assert!(rebuilt(&path, root).unwrap() == tar, "the archive is another one");
@@ -316,8 +317,9 @@ fn whiteouts_remove_what_lies_below_and_nothing_else() {
     for gone in ["a/x", "a/y/z", "b", "c/d/old", "no/such/thing"] {
         assert!(!root.join(gone).exists(), "{gone}");
     }
-    assert!(fs::symlink_metadata(root.join("s")).unwrap().is_dir(), "a link below gives way to a directory");
-    apply(root, Tar::default().file("t/.wh.d", "")).unwrap();
+    assert!(root.join("c/in").exists(), "a link below is followed");
+    let through = apply(root, Tar::default().file("t/.wh.d", ""));
+    assert!(matches!(through, Err(Fault::Bad(reason)) if reason.contains("symbolic link")));
     assert!(root.join("c/d/new").exists(), "a whiteout is not led on by a link");
 }
 
@@ -363,15 +365,16 @@ fn a_blob_that_is_damaged_or_cut_is_told_from_a_bad_archive() {
     let dir = tempfile::tempdir().unwrap();
     let tar = Tar::default().file("a", &"y".repeat(5000)).end();
     let claim = claim(&tar, &tar);
-    let target = Target { root: dir.path(), style: WhiteoutStyle::Overlay, bottom: true, tape: None };
+    let target =
+        || Target { root: dir.path(), style: WhiteoutStyle::Overlay, bottom: true, tape: None, below: None };
     let mut damaged = tar.clone();
     damaged[0] ^= 1;
-    let outcome = unpack(pieces(&damaged, true), &claim, &target);
+    let outcome = unpack(pieces(&damaged, true), &claim, target());
     assert!(matches!(outcome, Err(Fault::Mismatch { what: "", .. })), "{outcome:?}");
-    let outcome = unpack(pieces(&tar[..3000], true), &claim, &target);
+    let outcome = unpack(pieces(&tar[..3000], true), &claim, target());
     assert!(matches!(outcome, Err(Fault::Mismatch { what: "", .. })), "{outcome:?}");
-    let outcome = unpack(pieces(&tar[..3000], false), &claim, &target);
+    let outcome = unpack(pieces(&tar[..3000], false), &claim, target());
     assert!(matches!(outcome, Err(Fault::Cut)), "{outcome:?}");
-    let outcome = unpack(pieces(&tar, false), &claim, &target);
+    let outcome = unpack(pieces(&tar, false), &claim, target());
     assert!(matches!(outcome, Err(Fault::Cut)), "{outcome:?}");
 }

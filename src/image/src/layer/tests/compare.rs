@@ -12,8 +12,9 @@ use super::*;
 #[derive(Debug, Clone)]
 enum Step {
     File(String),
-    Dir(String),
+    Dir(String, u32),
     Link(String),
+    HardLink(String, String),
     Whiteout(String),
     Opaque(String),
 }
@@ -25,8 +26,9 @@ fn path() -> impl Strategy<Value = String> {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => path().prop_map(Step::File),
-        2 => path().prop_map(Step::Dir),
+        2 => (path(), prop::sample::select(vec![0o700, 0o1777, 0o755])).prop_map(|(p, m)| Step::Dir(p, m)),
         1 => path().prop_map(Step::Link),
+        1 => (path(), path()).prop_map(|(p, t)| Step::HardLink(p, t)),
         2 => path().prop_map(Step::Whiteout),
         1 => path().prop_map(Step::Opaque),
     ]
@@ -37,7 +39,13 @@ fn archive(layer: usize, steps: &[Step]) -> Vec<u8> {
     for (n, step) in steps.iter().enumerate() {
         tar = match step {
             Step::File(path) => tar.file(path, &format!("{layer}.{n}")),
-            Step::Dir(path) => tar.dir(path),
+            Step::Dir(path, mode) => {
+                let mut header = header(EntryType::Directory, path.as_bytes(), 0);
+                header.set_mode(*mode);
+                header.set_uid(layer as u64);
+                tar.header(header, b"")
+            }
+            Step::HardLink(path, target) => tar.link(path, target),
             Step::Link(path) => tar.symlink(path, "nowhere"),
             Step::Whiteout(path) => {
                 let (dir, name) = path.rsplit_once('/').unwrap_or((".", path));
@@ -49,7 +57,7 @@ fn archive(layer: usize, steps: &[Step]) -> Vec<u8> {
     tar.end()
 }
 
-/// Paths and what is there; directories apart from their attributes.
+/// Paths and what is there.
 fn tree(root: &Path) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let mut waiting = vec![root.to_owned()];
@@ -60,11 +68,11 @@ fn tree(root: &Path) -> BTreeMap<String, String> {
             let Ok(meta) = fs::symlink_metadata(&path) else { continue };
             let what = if meta.is_dir() {
                 waiting.push(path.clone());
-                "directory".to_owned()
+                format!("directory {:o} of {}", meta.mode(), meta.uid() % 100_000)
             } else if meta.is_symlink() {
                 "link".to_owned()
             } else {
-                fs::read_to_string(&path).unwrap()
+                format!("{} with {} names", fs::read_to_string(&path).unwrap(), meta.nlink())
             };
             found.insert(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned(), what);
         }
@@ -80,7 +88,20 @@ async fn stacked(dir: &Path, layers: &[Vec<u8>]) -> Option<BTreeMap<String, Stri
         let chain = chains.last().map_or_else(|| ChainId::base(&diff_id), |c| c.push(&diff_id));
         let draft = driver.begin_layer(chains.last()).await.unwrap();
         let tar = tar.clone();
-        let work = move || extract_as(draft.path(), WhiteoutStyle::Overlay, n == 0, &tar).map(|()| draft);
+        let mut views = Vec::new();
+        for chain in chains.iter().rev() {
+            views.push(driver.open_layer(chain).await.unwrap());
+        }
+        let work = move || {
+            let target = Target {
+                root: draft.path(),
+                style: WhiteoutStyle::Overlay,
+                bottom: n == 0,
+                tape: None,
+                below: Some(Box::new(move || Ok(Lower::from(views)))),
+            };
+            unpack(pieces(&tar, true), &claim(&tar, &tar), target).map(|_| draft)
+        };
         match tokio::task::spawn_blocking(work).await.unwrap() {
             Ok(draft) => driver.commit_layer(draft, &chain, moxlet_storage::Usage::default()).await.unwrap(),
             Err(Fault::Bad(_)) => {

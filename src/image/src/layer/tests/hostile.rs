@@ -39,46 +39,97 @@ fn names_from_the_root_are_beneath_it() {
     );
 }
 
+/// Two files in a directory that links lead to.
+struct Outside(tempfile::TempDir);
+
+impl Outside {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("secret"), "s").unwrap();
+        fs::create_dir(dir.path().join("sub")).unwrap();
+        fs::write(dir.path().join("sub/secret"), "s").unwrap();
+        Self(dir)
+    }
+
+    fn path(&self) -> &str {
+        self.0.path().to_str().unwrap()
+    }
+
+    fn is_untouched(&self) {
+        assert_eq!(fs::read_dir(self.0.path()).unwrap().count(), 2);
+        assert_eq!(fs::read_dir(self.0.path().join("sub")).unwrap().count(), 1);
+        for name in ["secret", "sub/secret"] {
+            let file = self.0.path().join(name);
+            assert_eq!((fs::read(&file).unwrap(), fs::metadata(&file).unwrap().nlink()), (b"s".to_vec(), 1));
+        }
+    }
+}
+
 #[test]
-fn links_are_not_followed() {
-    let outside = tempfile::tempdir().unwrap();
-    fs::write(outside.path().join("secret"), "s").unwrap();
-    fs::create_dir(outside.path().join("sub")).unwrap();
-    fs::write(outside.path().join("sub/secret"), "s").unwrap();
-    let to = outside.path().to_str().unwrap();
+fn links_are_followed_beneath_the_root_only() {
+    let outside = Outside::new();
+    let to = outside.path();
     let link = || Tar::default().symlink("l", to).dir("d").symlink("d/l", to);
-    for tar in [
-        link().file("l/x", ""),
-        link().file("d/l/x", ""),
-        link().file("l/x/y", ""),
-        link().dir("l/sub"),
-        link().file("l/sub/x", ""),
-        link().file("d/l/sub/x", ""),
-        link().link("x", "l/sub/secret"),
-        link().file("l/sub/.wh.secret", ""),
-        link().file("l/sub/.wh..wh..opq", ""),
-        link().link("x", "l/secret"),
-        link().link("l/x", "d"),
-        link().file("l/.wh.secret", ""),
-        link().file("l/.wh..wh..opq", ""),
-        Tar::default().symlink("a", "..").file("a/x", ""),
-        Tar::default().symlink("a", ".").file("a/x", ""),
-        Tar::default().symlink("a", "b").symlink("b", "a").file("a/x", ""),
+    for (name, tar) in [
+        ("x", link().file("l/x", "")),
+        ("x", link().file("d/l/x", "")),
+        ("x/y", link().file("l/x/y", "")),
+        ("sub/x", link().dir("l/sub").file("l/sub/x", "")),
+        ("sub/x", link().file("d/l/sub/x", "")),
     ] {
-        refused(tar);
-        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 2);
-        assert_eq!(fs::read_dir(outside.path().join("sub")).unwrap().count(), 1);
+        let dir = tempfile::tempdir().unwrap();
+        overlay(dir.path(), tar).unwrap();
+        assert!(dir.path().join(&to[1..]).join(name).exists(), "{name}");
+        outside.is_untouched();
     }
     let dir = tempfile::tempdir().unwrap();
-    let over = link().file("l", "instead").dir("d/l").file("d/l/x", "");
-    overlay(dir.path(), over.link("x", "l")).unwrap();
-    assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"s");
+    let tar = Tar::default()
+        .dir("usr/bin")
+        .symlink("bin", "usr/bin")
+        .symlink("up", "../../../usr/../bin/../..")
+        .file("bin/a", "a")
+        .link("bin/b", "bin/a")
+        .file("up/etc", "e");
+    overlay(dir.path(), tar).unwrap();
+    assert_eq!(fs::metadata(dir.path().join("usr/bin/b")).unwrap().nlink(), 2);
+    assert!(dir.path().join("etc").exists());
+    let over = link().file("l", "instead").dir("d/l").file("d/l/x", "").link("x", "l");
+    let dir = tempfile::tempdir().unwrap();
+    overlay(dir.path(), over).unwrap();
+    outside.is_untouched();
     // A link that the layer below has brought.
     symlink(to, dir.path().join("below")).unwrap();
     apply(dir.path(), Tar::default().file("below/sub/x", "").file("below/secret", "")).unwrap();
-    assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"s");
-    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 2);
-    assert_eq!(fs::read_dir(outside.path().join("sub")).unwrap().count(), 1);
+    assert!(dir.path().join(&to[1..]).join("sub/x").exists());
+    outside.is_untouched();
+}
+
+#[test]
+fn what_would_be_removed_or_found_behind_a_link_is_refused() {
+    let outside = Outside::new();
+    let to = outside.path();
+    let link = || Tar::default().symlink("l", to).dir("d").symlink("d/l", to);
+    for tar in [
+        link().file("l/sub/.wh.secret", ""),
+        link().file("l/sub/.wh..wh..opq", ""),
+        link().file("l/.wh.secret", ""),
+        link().file("l/.wh..wh..opq", ""),
+        link().link("x", "l/sub/secret"),
+        link().link("x", "l/secret"),
+        link().link("l/x", "d"),
+        Tar::default().symlink("a", "b").symlink("b", "a").file("a/x", ""),
+        Tar::default().symlink("a", &format!("{}/b", "x/".repeat(30))).file("a/.wh.y", ""),
+    ] {
+        refused(tar);
+        outside.is_untouched();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    symlink(to, dir.path().join("below")).unwrap();
+    for name in ["below/.wh.secret", "below/sub/.wh.secret", "below/.wh..wh..opq"] {
+        let through = apply(dir.path(), Tar::default().file(name, ""));
+        assert!(matches!(through, Err(Fault::Bad(reason)) if reason.contains("symbolic link")));
+    }
+    outside.is_untouched();
 }
 
 #[test]

@@ -17,8 +17,8 @@ impl Layer {
         fs::create_dir(dir.path().join("root")).unwrap();
         let layer = Self { dir, tar };
         let (root, tape) = (layer.root(), layer.tape());
-        let target = Target { root: &root, style, bottom: false, tape: Some(&tape) };
-        unpack(pieces(&layer.tar, true), &claim(&layer.tar, &layer.tar), &target).unwrap();
+        let target = Target { root: &root, style, bottom: false, tape: Some(&tape), below: None };
+        unpack(pieces(&layer.tar, true), &claim(&layer.tar, &layer.tar), target).unwrap();
         layer
     }
 
