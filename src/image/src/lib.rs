@@ -7,10 +7,12 @@
 mod credentials;
 mod download;
 mod error;
+mod fetch;
 mod garbage;
 mod inspect;
 mod layer;
 mod mount;
+mod progress;
 mod pull;
 mod reference;
 mod registry;
@@ -20,8 +22,9 @@ mod tests;
 
 use std::{
     collections::HashMap,
+    future::Future,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -37,11 +40,14 @@ pub use error::{Error, Result};
 pub use garbage::{Garbage, GarbagePolicy};
 pub use inspect::{InspectedLayer, InspectedManifest, Inspection, ListedImage};
 pub use oci_spec::image::ImageConfiguration;
+pub use progress::{LayerProgress, LayerState, PullProgress};
 pub use reference::Reference;
 pub use store::{ImageHold, User};
 
+use progress::Reporter;
 use serde::{Deserialize, Serialize};
 use store::Store;
+use tokio::sync::watch;
 
 /// How a store is set up.
 #[derive(Debug, Clone)]
@@ -139,11 +145,17 @@ pub enum Removed {
 type Wanted = (Reference, Vec<Credentials>);
 type Pull = BoxFuture<'static, Result<ImageRecord>>;
 
+/// A pull that is under way.
+struct Under {
+    pull: WeakShared<Pull>,
+    progress: watch::Receiver<PullProgress>,
+}
+
 /// The images of a host.
 pub struct ImageStore {
     store: Arc<Store>,
     /// The pulls that somebody waits for; the last one who goes takes the pull along.
-    pulls: Mutex<HashMap<Wanted, WeakShared<Pull>>>,
+    pulls: Mutex<HashMap<Wanted, Under>>,
     /// One garbage collection at a time.
     collecting: tokio::sync::Mutex<()>,
 }
@@ -168,10 +180,22 @@ impl ImageStore {
     /// [`Error::Unreachable`]); what is wrong with the image ([`Error::DigestMismatch`], [`Error::BadImage`]); a failure
     /// of the store.
     pub async fn pull(&self, reference: &str, auths: &[Credentials]) -> Result<ImageRecord> {
+        let (_, pull) = self.pull_with_progress(reference, auths)?;
+        pull.await
+    }
+
+    /// The same, and how far it has come; several who wait for one pull see the same.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`]; the future's are those of [`Self::pull`].
+    pub fn pull_with_progress(
+        &self,
+        reference: &str,
+        auths: &[Credentials],
+    ) -> Result<(watch::Receiver<PullProgress>, impl Future<Output = Result<ImageRecord>> + Send + 'static)>
+    {
         let wanted = (Reference::parse(reference)?, auths.to_vec());
-        let outcome = self.join(wanted).await;
-        self.pulls().retain(|_, p| p.upgrade().is_some_and(|p| p.peek().is_none()));
-        outcome
+        Ok(self.join(wanted))
     }
 
     /// The image of a reference, an id (or three or more of its hexadecimal digits) or a digest reference.
@@ -254,23 +278,21 @@ impl ImageStore {
         self.store.remove_unused(reference).await
     }
 
-    fn pulls(&self) -> MutexGuard<'_, HashMap<Wanted, WeakShared<Pull>>> {
-        self.pulls.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The pull that is under way, or a new one.
-    fn join(&self, wanted: Wanted) -> Shared<Pull> {
-        let mut pulls = self.pulls();
-        if let Some(pull) = pulls.get(&wanted).and_then(WeakShared::upgrade)
-            && pull.peek().is_none()
+    fn join(&self, wanted: Wanted) -> (watch::Receiver<PullProgress>, Shared<Pull>) {
+        let mut pulls = self.pulls.lock().unwrap_or_else(PoisonError::into_inner);
+        pulls.retain(|_, under| under.pull.upgrade().is_some_and(|p| p.peek().is_none()));
+        if let Some(under) = pulls.get(&wanted)
+            && let Some(pull) = under.pull.upgrade()
         {
-            return pull;
+            return (under.progress.clone(), pull);
         }
         let (reference, auths) = wanted.clone();
-        let pull = pull::pull(Arc::clone(&self.store), reference, auths).boxed().shared();
+        let (reporter, progress) = Reporter::new();
+        let pull = pull::pull(Arc::clone(&self.store), reference, auths, reporter).boxed().shared();
         if let Some(weak) = pull.downgrade() {
-            pulls.insert(wanted, weak);
+            pulls.insert(wanted, Under { pull: weak, progress: progress.clone() });
         }
-        pull
+        (progress, pull)
     }
 }

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use futures::{StreamExt, stream};
 use moxlet_ids::{ChainId, Digest};
-use moxlet_storage::WhiteoutStyle;
 use oci_spec::image::ImageConfiguration;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     Credentials, Error, ImageRecord, Origin, Reference, Result,
     download::download,
-    layer::{self, Claim, Fault, Piece, Target},
+    fetch::{self, Job},
+    layer::{self, Claim, Piece},
+    progress::Reporter,
     registry::{
         Session,
         manifest::{self, Descriptor, Manifest},
@@ -24,24 +23,17 @@ const MAX_CONFIG: u64 = 8 << 20;
 /// Bytes of a layer's blob.
 const MAX_LAYER: u64 = 64 << 30;
 
-/// A layer of the image, with all that its extraction needs to know.
-struct Job {
-    part: String,
-    blob: Descriptor,
-    claim: Claim,
-    chain: ChainId,
-    parent: Option<ChainId>,
-}
-
 /// Brings an image. Dropping the future stops it; layers that are complete by then stay for the next pull, until
 /// something is removed.
 pub(crate) async fn pull(
     store: Arc<Store>,
     reference: Reference,
     auths: Vec<Credentials>,
+    progress: Reporter,
 ) -> Result<ImageRecord> {
     let session = store.registry.session(&reference, &auths).await?;
-    let outcome = pull_from(&store, &session).await;
+    let outcome = pull_from(&store, &session, &progress).await;
+    progress.publish();
     if matches!(outcome, Err(Error::DigestMismatch { .. } | Error::BadImage { .. }))
         && let Err(error) = store.collect().await
     {
@@ -50,7 +42,7 @@ pub(crate) async fn pull(
     outcome
 }
 
-async fn pull_from(store: &Arc<Store>, session: &Session<'_>) -> Result<ImageRecord> {
+async fn pull_from(store: &Arc<Store>, session: &Session<'_>, progress: &Reporter) -> Result<ImageRecord> {
     let manifest = manifest::fetch(session).await?;
     check_sizes(session, &manifest)?;
     let (config, blob) = match store.config(&manifest.config.digest) {
@@ -64,29 +56,7 @@ async fn pull_from(store: &Arc<Store>, session: &Session<'_>) -> Result<ImageRec
     let layers: Vec<ChainId> = jobs.iter().map(|j| j.chain.clone()).collect();
     let pins = store.pin(&layers).await;
 
-    let at_once = match store.driver.whiteouts() {
-        WhiteoutStyle::Overlay => store.settings.max_parallel_downloads.max(1),
-        // Each begins as a copy of the one below.
-        WhiteoutStyle::Apply => 1,
-    };
-    // After a failure the others are stopped and waited for, so that nothing appears once the pull has ended.
-    let stop = CancellationToken::new();
-    let fetches = jobs.into_iter().map(|job| Box::pin(fetch_layer(store, session, job, &stop)));
-    let mut fetches = stream::iter(fetches).buffer_unordered(at_once);
-    let (mut fetched, mut failed) = (0_u64, None);
-    while let Some(outcome) = fetches.next().await {
-        match outcome {
-            Ok(bytes) => fetched += bytes,
-            Err(error) => {
-                stop.cancel();
-                failed.get_or_insert(error);
-            }
-        }
-    }
-    drop(fetches);
-    if let Some(error) = failed {
-        return Err(error);
-    }
+    let fetched = fetch::layers(store, session, jobs, progress).await?;
 
     let reference = session.reference;
     let image = NewImage {
@@ -142,7 +112,7 @@ async fn small_blob(session: &Session<'_>, blob: &Descriptor, part: &str) -> Res
     Ok(bytes)
 }
 
-fn mismatch(session: &Session<'_>, part: &str, expected: String, actual: String) -> Error {
+pub(crate) fn mismatch(session: &Session<'_>, part: &str, expected: String, actual: String) -> Error {
     Error::DigestMismatch { reference: session.name(), part: part.to_owned(), expected, actual }
 }
 
@@ -175,40 +145,4 @@ fn jobs(session: &Session<'_>, manifest: &Manifest, config: &ImageConfiguration)
         jobs.push(Job { part: part(n, blob), blob: blob.clone(), claim, chain, parent });
     }
     Ok(jobs)
-}
-
-/// Makes sure that a layer is in the store; how many bytes that took.
-async fn fetch_layer(
-    store: &Store,
-    session: &Session<'_>,
-    job: Job,
-    stop: &CancellationToken,
-) -> Result<u64> {
-    // Images that share a layer are often pulled at the same time; the second one finds it.
-    let turn = store.turn(&job.chain);
-    let Some(_turn) = stop.run_until_cancelled(turn.lock()).await else { return Err(Error::Stopped) };
-    if store.driver.has_layer(&job.chain).await? {
-        return Ok(0);
-    }
-    let draft = store.driver.begin_layer(job.parent.as_ref()).await?;
-    let (out, pieces) = mpsc::channel(layer::WAITING);
-    let (claim, style, bottom) = (job.claim, store.driver.whiteouts(), job.parent.is_none());
-    // The draft goes with the worker: it is not removed while something is still written in it.
-    let worker = tokio::task::spawn_blocking(move || {
-        let target = Target { root: draft.path(), style, bottom, tape: None, below: None };
-        layer::unpack(pieces, &claim, target).map(|unpacked| (draft, unpacked))
-    });
-    let downloaded = stop.run_until_cancelled(download(session, &job.blob, &job.part, out)).await;
-    let unpacked = worker.await.map_err(|_| Error::Stopped)?;
-    downloaded.unwrap_or(Err(Error::Stopped))?;
-    let (draft, unpacked) = unpacked.map_err(|fault| match fault {
-        Fault::Bad(reason) => session.bad(&job.part, reason),
-        Fault::Mismatch { what, expected, actual } => {
-            mismatch(session, &format!("{}{what}", job.part), expected, actual)
-        }
-        Fault::System { what, path, source } => Error::Io { what, path, source: Arc::new(source) },
-        Fault::Cut => Error::Stopped,
-    })?;
-    store.driver.commit_layer(draft, &job.chain, unpacked.usage).await?;
-    Ok(job.blob.size)
 }

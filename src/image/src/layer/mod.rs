@@ -6,6 +6,7 @@ mod extract;
 mod pax;
 mod root;
 mod settle;
+mod source;
 mod sparse;
 mod stream;
 #[allow(dead_code, unused_imports, reason = "push, export and verification read tapes")]
@@ -21,10 +22,11 @@ use std::{
 use bytes::Bytes;
 use moxlet_ids::Digest;
 use moxlet_storage::{Usage, WhiteoutStyle};
-use tokio::sync::mpsc;
 
 pub(crate) use below::Lower;
-use stream::{Blob, Hashing, Incoming};
+pub(crate) use source::Source;
+pub(crate) use stream::is_cut;
+use stream::{Blob, Hashing};
 
 /// How many pieces of a blob wait for the extraction; a piece is what came with one read from the network.
 pub(crate) const WAITING: usize = 16;
@@ -105,10 +107,10 @@ pub(crate) enum Fault {
 /// What a fault within an archive is; reading on is the caller's.
 type Outcome<T> = std::result::Result<T, Fault>;
 
-/// Extracts a layer from its pieces. Returns when all of it is read and checked; what was extracted before a fault, and
+/// Extracts a layer from its blob. Returns when all of it is read and checked; what was extracted before a fault, and
 /// the tape, stay for the caller to remove. It blocks.
-pub(crate) fn unpack(pieces: mpsc::Receiver<Piece>, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
-    unpack_blob(Incoming::new(pieces), claim, target)
+pub(crate) fn unpack(source: Source, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
+    unpack_blob(source, claim, target)
 }
 
 /// The same from anything that can be read.

@@ -2,13 +2,9 @@
 
 use std::io::{self, BufRead, BufReader, Cursor, ErrorKind, Read};
 
-use bytes::{Buf, Bytes};
 use flate2::bufread::MultiGzDecoder;
 use moxlet_ids::Digest;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::mpsc;
-
-use super::Piece;
 
 /// Bytes that are decompressed and hashed at a time: they stay in the processor's cache until they are written.
 const BUFFER: usize = 128 << 10;
@@ -70,49 +66,8 @@ impl<R: BufRead> Read for Blob<R> {
     }
 }
 
-/// The pieces of a blob as they come from the network. It blocks, and ends with an error where the sender went away
-/// before the end.
-pub(super) struct Incoming {
-    pieces: mpsc::Receiver<Piece>,
-    piece: Bytes,
-    ended: bool,
-}
-
-impl Incoming {
-    pub(super) fn new(pieces: mpsc::Receiver<Piece>) -> Self {
-        Self { pieces, piece: Bytes::new(), ended: false }
-    }
-}
-
-impl BufRead for Incoming {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        while self.piece.is_empty() && !self.ended {
-            match self.pieces.blocking_recv() {
-                Some(Piece::Bytes(bytes)) => self.piece = bytes,
-                Some(Piece::End) => self.ended = true,
-                None => return Err(io::Error::new(ErrorKind::ConnectionAborted, "the download was stopped")),
-            }
-        }
-        Ok(&self.piece)
-    }
-
-    fn consume(&mut self, n: usize) {
-        self.piece.advance(n.min(self.piece.len()));
-    }
-}
-
-impl Read for Incoming {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let chunk = self.fill_buf()?;
-        let n = chunk.len().min(into.len());
-        into[..n].copy_from_slice(&chunk[..n]);
-        self.consume(n);
-        Ok(n)
-    }
-}
-
 /// Whether an error says that the rest of the blob does not come.
-pub(super) fn is_cut(error: &io::Error) -> bool {
+pub(crate) fn is_cut(error: &io::Error) -> bool {
     error.kind() == ErrorKind::ConnectionAborted
 }
 

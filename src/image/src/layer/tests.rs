@@ -120,16 +120,16 @@ fn claim(blob: &[u8], tar: &[u8]) -> Claim {
     Claim { digest: Some(Digest::of(blob)), size: Some(blob.len() as u64), diff_id: Some(Digest::of(tar)) }
 }
 
-fn pieces(blob: &[u8], whole: bool) -> mpsc::Receiver<Piece> {
+fn pieces(blob: &[u8], whole: bool) -> Source {
     let chunks: Vec<_> = blob.chunks(1000).collect();
-    let (out, pieces) = mpsc::channel(chunks.len() + 1);
+    let (out, pieces) = tokio::sync::mpsc::channel(chunks.len() + 1);
     for chunk in chunks {
         out.try_send(Piece::Bytes(Bytes::copy_from_slice(chunk))).unwrap();
     }
     if whole {
         out.try_send(Piece::End).unwrap();
     }
-    pieces
+    Source::new(pieces, None)
 }
 
 fn overlay(root: &Path, tar: Tar) -> Outcome<()> {

@@ -5,6 +5,7 @@
 mod bad_registry;
 mod mirrors;
 mod operations;
+mod pipeline;
 mod pulls;
 mod raw;
 mod registry;

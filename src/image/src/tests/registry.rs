@@ -144,6 +144,10 @@ impl Image {
         Digest::of(&self.config())
     }
 
+    pub(crate) fn config_size(&self) -> u64 {
+        self.config().len() as u64
+    }
+
     pub(crate) fn size(&self) -> u64 {
         (self.config().len() + self.layers.iter().map(|(_, blob)| blob.len()).sum::<usize>()) as u64
     }

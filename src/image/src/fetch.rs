@@ -1,0 +1,238 @@
+//! The layers of an image: several come at once, each is extracted while it comes.
+//!
+//! A layer begins after those below it have begun, so that whoever waits waits for something further down. On a driver
+//! with [`WhiteoutStyle::Overlay`] layers are extracted side by side; what one needs of those below is looked up at its
+//! end. With [`WhiteoutStyle::Apply`] a layer is extracted when the one below is there, and fetched ahead before.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use futures::{StreamExt, stream::FuturesUnordered};
+use moxlet_ids::ChainId;
+use moxlet_storage::{Driver, LayerDraft, WhiteoutStyle};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Error, Result,
+    download::download,
+    layer::{self, Claim, Fault, Lower, Source, Target, Unpacked},
+    progress::{Counter, LayerState, Reporter},
+    pull::mismatch,
+    registry::{Session, manifest::Descriptor},
+    store::Store,
+};
+
+/// Bytes of one pull that may be fetched ahead, on disk, in units of 4 KiB.
+const AHEAD: usize = (512 << 20) / 4096;
+
+/// A layer of the image, with all that its extraction needs to know.
+pub(crate) struct Job {
+    pub(crate) part: String,
+    pub(crate) blob: Descriptor,
+    pub(crate) claim: Claim,
+    pub(crate) chain: ChainId,
+    pub(crate) parent: Option<ChainId>,
+}
+
+/// What the layers of one pull share.
+struct Pull<'a> {
+    store: &'a Store,
+    session: &'a Session<'a>,
+    chains: Vec<ChainId>,
+    /// After a failure the others are stopped and waited for, so that nothing appears once the pull has ended.
+    stop: CancellationToken,
+    /// How many layers have begun, from the bottom.
+    begun: watch::Sender<usize>,
+    /// Which layers are in the store.
+    done: watch::Sender<Vec<bool>>,
+    /// How many come at once.
+    slots: Semaphore,
+    ahead: Arc<Semaphore>,
+}
+
+/// Makes sure that all layers are in the store; how many bytes that took.
+pub(crate) async fn layers(
+    store: &Store,
+    session: &Session<'_>,
+    jobs: Vec<Job>,
+    progress: &Reporter,
+) -> Result<u64> {
+    let counters = progress.begin(jobs.iter().map(|j| (j.blob.digest.clone(), j.blob.size)));
+    let pull = Pull {
+        store,
+        session,
+        chains: jobs.iter().map(|j| j.chain.clone()).collect(),
+        stop: CancellationToken::new(),
+        begun: watch::Sender::new(0),
+        done: watch::Sender::new(vec![false; jobs.len()]),
+        slots: Semaphore::new(store.settings.max_parallel_downloads.clamp(1, Semaphore::MAX_PERMITS)),
+        ahead: Arc::new(Semaphore::new(AHEAD)),
+    };
+    let pull = &pull;
+    let mut fetches: FuturesUnordered<_> = jobs
+        .into_iter()
+        .zip(counters)
+        .enumerate()
+        .map(|(n, (job, counter))| Box::pin(pull.layer(n, job, counter)))
+        .collect();
+    let all = async {
+        let (mut fetched, mut failed) = (0_u64, None);
+        while let Some(outcome) = fetches.next().await {
+            match outcome {
+                Ok(bytes) => fetched += bytes,
+                // Those that were stopped say nothing new.
+                Err(error) => {
+                    pull.stop.cancel();
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        failed.map_or(Ok(fetched), Err)
+    };
+    tokio::select! {
+        outcome = all => outcome,
+        never = progress.run() => match never {},
+    }
+}
+
+impl Pull<'_> {
+    /// Makes sure that the layer is in the store; how many bytes that took.
+    async fn layer(&self, n: usize, job: Job, counter: Arc<Counter>) -> Result<u64> {
+        let mut begun = self.begun.subscribe();
+        self.unless_stopped(begun.wait_for(|b| *b >= n)).await?.map_err(|_| Error::Stopped)?;
+        // Images that share a layer are often pulled at the same time; the second one finds it.
+        let turn = self.store.turn(&job.chain);
+        let _turn = self.unless_stopped(turn.lock()).await?;
+        if self.store.driver.has_layer(&job.chain).await? {
+            counter.set(LayerState::Present);
+            self.finished(n);
+            return Ok(0);
+        }
+        let slot = self.unless_stopped(self.slots.acquire()).await?.map_err(|_| Error::Stopped)?;
+        self.begun.send_modify(|begun| *begun = (*begun).max(n + 1));
+        counter.set(LayerState::Downloading);
+        let (out, pieces) = mpsc::channel(layer::WAITING);
+        let downloading = async {
+            let got = self.unless_stopped(download(self.session, &job.blob, &job.part, out)).await;
+            drop(slot);
+            counter.set(LayerState::Extracting);
+            got?
+        };
+        let source = Source::new(pieces, Some(Arc::clone(&counter)));
+        let (downloaded, extracted) = futures::join!(downloading, self.extract(n, &job, source));
+        // Why nothing more came is known better by who fetched it.
+        downloaded?;
+        let (draft, unpacked) = extracted?;
+        self.store.driver.commit_layer(draft, &job.chain, unpacked.usage).await?;
+        counter.set(LayerState::Done);
+        self.finished(n);
+        Ok(job.blob.size)
+    }
+
+    async fn unless_stopped<T>(&self, what: impl Future<Output = T>) -> Result<T> {
+        self.stop.run_until_cancelled(what).await.ok_or(Error::Stopped)
+    }
+
+    fn finished(&self, n: usize) {
+        self.begun.send_modify(|begun| *begun = (*begun).max(n + 1));
+        self.done.send_modify(|done| {
+            if let Some(layer) = done.get_mut(n) {
+                *layer = true;
+            }
+        });
+    }
+
+    /// Extracts a layer into a draft; its tape is in place then.
+    async fn extract(&self, n: usize, job: &Job, mut source: Source) -> Result<(LayerDraft, Unpacked)> {
+        let style = self.store.driver.whiteouts();
+        if style == WhiteoutStyle::Apply {
+            let mut done = self.done.subscribe();
+            let turn = self.unless_stopped(async move {
+                done.wait_for(|done| done.iter().take(n).all(|d| *d)).await.map(drop)
+            });
+            let path = self.store.records.draft_path();
+            let turn = source.fetch_ahead(turn, &self.ahead, &path).await;
+            let turn = turn.map_err(|e| match layer::is_cut(&e) {
+                true => Error::Stopped,
+                false => Error::Io { what: "write", path, source: Arc::new(e) },
+            });
+            turn??.map_err(|_| Error::Stopped)?;
+        }
+        let draft = self.store.driver.begin_layer(job.parent.as_ref()).await?;
+        let tape = TapeDraft(self.store.records.draft_path());
+        let place = self.store.records.tape_path(&job.chain);
+        let below = self.below(n);
+        let claim = job.claim.clone();
+        // Draft and tape go with the worker: they are not removed while something is still written in them.
+        let worker = tokio::task::spawn_blocking(move || {
+            let target = Target {
+                root: draft.path(),
+                style,
+                bottom: n == 0,
+                tape: Some(&tape.0),
+                below: Some(Box::new(below)),
+            };
+            let unpacked = layer::unpack(source, &claim, target)?;
+            tape.keep_as(&place)?;
+            Ok((draft, unpacked))
+        });
+        worker.await.map_err(|_| Error::Stopped)?.map_err(|fault| match fault {
+            Fault::Bad(reason) => self.session.bad(&job.part, reason),
+            Fault::Mismatch { what, expected, actual } => {
+                mismatch(self.session, &format!("{}{what}", job.part), expected, actual)
+            }
+            Fault::System { what, path, source } => Error::Io { what, path, source: Arc::new(source) },
+            Fault::Cut => Error::Stopped,
+        })
+    }
+
+    /// Waits for the layers below one, and opens them.
+    fn below(&self, n: usize) -> impl FnOnce() -> std::result::Result<Lower, Fault> + Send + 'static {
+        let chains: Vec<ChainId> = self.chains.iter().take(n).rev().cloned().collect();
+        let (mut done, stop) = (self.done.subscribe(), self.stop.clone());
+        let (driver, runtime) = (Arc::clone(&self.store.driver), tokio::runtime::Handle::current());
+        move || {
+            runtime.block_on(async {
+                let there = done.wait_for(|done| done.iter().take(n).all(|d| *d));
+                // It ends as well when the pull has gone.
+                stop.run_until_cancelled(there).await.and_then(std::result::Result::ok).ok_or(Fault::Cut)?;
+                open(&*driver, &chains).await
+            })
+        }
+    }
+}
+
+async fn open(driver: &dyn Driver, chains: &[ChainId]) -> std::result::Result<Lower, Fault> {
+    let mut views = Vec::with_capacity(chains.len());
+    for chain in chains {
+        let view = driver.open_layer(chain).await.map_err(|e| Fault::System {
+            what: "open the layer",
+            path: PathBuf::from(chain.to_string()),
+            source: std::io::Error::other(e),
+        })?;
+        views.push(view);
+    }
+    Ok(Lower::from(views))
+}
+
+/// A tape that is being written; removed unless it is kept.
+struct TapeDraft(PathBuf);
+
+impl TapeDraft {
+    fn keep_as(&self, place: &Path) -> std::result::Result<(), Fault> {
+        let fault = |source| Fault::System { what: "put in place", path: place.to_owned(), source };
+        std::fs::rename(&self.0, place).map_err(fault)?;
+        let dir = place.parent().unwrap_or(place);
+        std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(fault)
+    }
+}
+
+impl Drop for TapeDraft {
+    fn drop(&mut self) {
+        // It may never have been made, or be in its place.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
