@@ -228,6 +228,38 @@ async fn dockers_certificate_files_serve_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_self_signed_certificate_is_trusted_where_it_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    for (name, subject) in [("good", "IP:127.0.0.1"), ("other", "IP:127.0.0.2")] {
+        let (key, cert) = (at(&format!("{name}.key")), at(&format!("{name}.crt")));
+        let subject = format!("subjectAltName={subject}");
+        let arguments =
+            ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=registry"];
+        let rest = ["-addext", &subject, "-keyout", &key, "-out", &cert];
+        run("openssl", &[arguments.as_slice(), rest.as_slice()].concat());
+    }
+    let place = Place::new().await;
+    for (name, said) in [("good", "not found"), ("other", "ertificate")] {
+        let tls = format!(
+            ", tls: {{certificate: {}, key: {}}}",
+            at(&format!("{name}.crt")),
+            at(&format!("{name}.key"))
+        );
+        let served = Served::start(&dir.path().join(name), &tls, "").await;
+        let hosts = place.settings(&served.settings(), "hosts.toml");
+        std::fs::write(&hosts, format!("server = \"https://{}\"\n", served.address)).unwrap();
+        let error = place.failed(&served.name(), &[]).await;
+        assert!(matches!(error, Error::Unreachable { .. }), "{name}: {error}");
+        let ca = at(&format!("{name}.crt"));
+        std::fs::write(&hosts, format!("server = \"https://{}\"\nca = {ca:?}\n", served.address)).unwrap();
+        let error = place.failed(&served.name(), &[]).await;
+        assert_eq!(matches!(error, Error::NotFound { .. }), name == "good", "{error}");
+        assert!(error.to_string().contains(said), "{name}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_mirror_that_pulls_through_serves_the_registrys_images() {
     let place = Place::new().await;
     let upstream = registry::address();

@@ -5,6 +5,7 @@
 //! says is what the caller hears.
 
 mod auth;
+mod blob;
 mod hosts;
 pub(crate) mod manifest;
 mod request;
@@ -23,14 +24,14 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use moxlet_ids::Digest;
 use reqwest::{
-    Method, Response, StatusCode, Url,
+    Method, StatusCode, Url,
     header::{ACCEPT, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE},
 };
 
-use crate::{Config, Credentials, Error, Reference, Result, credentials::NodeCredentials, error::chain};
+use crate::{Config, Credentials, Error, Reference, Result, credentials::NodeCredentials};
+use blob::Blob;
 use hosts::{Capabilities, Hosts};
 pub(crate) use request::ATTEMPTS;
 use request::Call;
@@ -95,17 +96,6 @@ pub(crate) struct Session<'a> {
     pub(crate) reference: &'a Reference,
     auths: &'a [Credentials],
     endpoints: Vec<Endpoint>,
-}
-
-/// A blob that is coming.
-#[derive(Debug)]
-pub(crate) struct Blob<'a> {
-    response: Response,
-    /// Where in the blob it begins.
-    pub(crate) begin: u64,
-    endpoint: &'a Endpoint,
-    slot: Option<slots::Slot>,
-    timing: Timing,
 }
 
 /// What a request is about, for the choice of its host.
@@ -420,42 +410,6 @@ impl Session<'_> {
     /// How long is waited after an attempt.
     pub(crate) fn pause(&self, attempt: u32) -> Duration {
         self.registry.pause(attempt)
-    }
-}
-
-impl Blob<'_> {
-    /// The next piece; none at the end.
-    ///
-    /// # Errors
-    /// Why the download has broken off.
-    pub(crate) async fn chunk(&mut self) -> std::result::Result<Option<Bytes>, String> {
-        match tokio::time::timeout(self.timing.stall, self.response.chunk()).await {
-            Ok(Ok(piece)) => Ok(piece),
-            Ok(Err(error)) => Err(chain(&error.without_url())),
-            Err(_) => Err(self.timing.silence()),
-        }
-    }
-
-    /// How long a host may be silent.
-    pub(crate) fn stall(&self) -> Duration {
-        self.timing.stall
-    }
-
-    /// Lets others have our place at the host while nobody takes what comes: those may be what the taker waits for.
-    pub(crate) fn rest(&mut self) {
-        self.slot = None;
-    }
-
-    /// Takes a place again.
-    pub(crate) async fn go_on(&mut self) {
-        if self.slot.is_none() {
-            self.slot = Some(self.endpoint.slots.take().await);
-        }
-    }
-
-    /// Remembers that the host has broken off.
-    pub(crate) fn broke(&self) {
-        self.endpoint.broken.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The HTTP clients: one for each way of speaking TLS that the settings of a registry ask for.
 //!
-//! Trusted are the system's CAs and those that are named for a host. Of several client certificates the one is shown whose
+//! Trusted are the system's CAs and those that are named for a host; a server's own certificate that is named in their
+//! place is taken as well, as by other engines. Of several client certificates the one is shown whose
 //! issuer the server has named.
 
 use std::{
@@ -15,11 +16,13 @@ use reqwest::{Client, Proxy, Url};
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme,
     client::{
-        ResolvesClientCert,
+        ResolvesClientCert, WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_name,
     },
     crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::ParsedCertificate,
     sign::CertifiedKey,
 };
 
@@ -156,7 +159,15 @@ impl Cache {
             let anybody = Arc::new(Anybody(Arc::clone(&provider)));
             builder.dangerous().with_custom_certificate_verifier(anybody)
         } else {
-            builder.with_root_certificates(self.roots(host, material)?)
+            let (roots, own) = self.roots(host, material)?;
+            if own.is_empty() {
+                // A machine without any CAs may still have registries without TLS.
+                builder.with_root_certificates(roots)
+            } else {
+                let chain = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider)).build();
+                let chain = chain.map_err(|e| Error::Client(e.to_string()))?;
+                builder.dangerous().with_custom_certificate_verifier(Arc::new(Named { chain, own }))
+            }
         };
         if material.client.is_empty() {
             return Ok(builder.with_no_client_auth());
@@ -168,7 +179,8 @@ impl Cache {
         Ok(builder.with_client_cert_resolver(Arc::new(Ours(keys))))
     }
 
-    fn roots(&self, host: &Host, material: &Material) -> Result<Arc<RootCertStore>> {
+    /// The CAs for a host, and the certificates that are named for it alone.
+    fn roots(&self, host: &Host, material: &Material) -> Result<(Arc<RootCertStore>, OwnCerts)> {
         let system = self.roots.get_or_init(|| {
             let mut roots = RootCertStore::empty();
             let found = rustls_native_certs::load_native_certs();
@@ -179,23 +191,25 @@ impl Cache {
             Arc::new(roots)
         });
         if material.ca.is_empty() {
-            return Ok(Arc::clone(system));
+            return Ok((Arc::clone(system), Vec::new()));
         }
-        let mut roots = RootCertStore::clone(system);
+        let (mut roots, mut own) = (RootCertStore::clone(system), Vec::new());
         for (path, bytes) in host.ca.iter().zip(&material.ca) {
-            let mut count = 0;
+            let before = own.len();
             for cert in CertificateDer::pem_slice_iter(bytes) {
                 let cert = cert.map_err(|e| settings(path, format!("it is no PEM file: {e}")))?;
-                roots.add(cert).map_err(|e| settings(path, format!("no CA certificate: {e}")))?;
-                count += 1;
+                roots.add(cert.clone()).map_err(|e| settings(path, format!("no CA certificate: {e}")))?;
+                own.push(cert);
             }
-            if count == 0 {
+            if own.len() == before {
                 return Err(settings(path, "there is no certificate in it"));
             }
         }
-        Ok(Arc::new(roots))
+        Ok((Arc::new(roots), own))
     }
 }
+
+type OwnCerts = Vec<CertificateDer<'static>>;
 
 fn certified(path: &Path, cert: &[u8], key: &[u8], provider: &CryptoProvider) -> Result<Arc<CertifiedKey>> {
     let certs: std::result::Result<Vec<_>, _> = CertificateDer::pem_slice_iter(cert).collect();
@@ -232,6 +246,76 @@ impl ResolvesClientCert for Ours {
 fn issuer(cert: &CertificateDer<'_>) -> Option<DistinguishedName> {
     let (_, cert) = x509_parser::parse_x509_certificate(cert).ok()?;
     Some(DistinguishedName::from(cert.issuer().as_raw().to_vec()))
+}
+
+/// Takes what a CA has signed, and a server's certificate that is named itself. Such a self-signed one often says that it is
+/// a CA, or is none at all; a chain of certificates begins with neither.
+#[derive(Debug)]
+struct Named {
+    chain: Arc<WebPkiServerVerifier>,
+    own: OwnCerts,
+}
+
+impl Named {
+    fn is_named(
+        &self,
+        cert: &CertificateDer<'_>,
+        name: &ServerName<'_>,
+        now: UnixTime,
+    ) -> std::result::Result<bool, rustls::Error> {
+        if !self.own.iter().any(|own| own == cert) {
+            return Ok(false);
+        }
+        verify_server_name(&ParsedCertificate::try_from(cert)?, name)?;
+        let Ok((_, parsed)) = x509_parser::parse_x509_certificate(cert) else { return Ok(false) };
+        let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let validity = parsed.validity();
+        if now < validity.not_before.timestamp() {
+            return Err(rustls::CertificateError::NotValidYet.into());
+        }
+        if now > validity.not_after.timestamp() {
+            return Err(rustls::CertificateError::Expired.into());
+        }
+        Ok(true)
+    }
+}
+
+impl ServerCertVerifier for Named {
+    fn verify_server_cert(
+        &self,
+        cert: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
+        if self.is_named(cert, name, now)? {
+            return Ok(ServerCertVerified::assertion());
+        }
+        self.chain.verify_server_cert(cert, intermediates, name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain.verify_tls12_signature(message, cert, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain.verify_tls13_signature(message, cert, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
 }
 
 /// Takes every certificate; that the server has its key is still seen to.

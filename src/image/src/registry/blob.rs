@@ -1,0 +1,56 @@
+//! A blob on its way: its pieces, and the place at the host that it takes.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use bytes::Bytes;
+use reqwest::Response;
+
+use super::{Endpoint, Timing, slots::Slot};
+use crate::error::chain;
+
+/// A blob that is coming.
+#[derive(Debug)]
+pub(crate) struct Blob<'a> {
+    pub(super) response: Response,
+    /// Where in the blob it begins.
+    pub(crate) begin: u64,
+    pub(super) endpoint: &'a Endpoint,
+    pub(super) slot: Option<Slot>,
+    pub(super) timing: Timing,
+}
+
+impl Blob<'_> {
+    /// The next piece; none at the end.
+    ///
+    /// # Errors
+    /// Why the download has broken off.
+    pub(crate) async fn chunk(&mut self) -> std::result::Result<Option<Bytes>, String> {
+        match tokio::time::timeout(self.timing.stall, self.response.chunk()).await {
+            Ok(Ok(piece)) => Ok(piece),
+            Ok(Err(error)) => Err(chain(&error.without_url())),
+            Err(_) => Err(self.timing.silence()),
+        }
+    }
+
+    /// How long a host may be silent.
+    pub(crate) fn stall(&self) -> Duration {
+        self.timing.stall
+    }
+
+    /// Lets others have our place at the host while nobody takes what comes: those may be what the taker waits for.
+    pub(crate) fn rest(&mut self) {
+        self.slot = None;
+    }
+
+    /// Takes a place again.
+    pub(crate) async fn go_on(&mut self) {
+        if self.slot.is_none() {
+            self.slot = Some(self.endpoint.slots.take().await);
+        }
+    }
+
+    /// Remembers that the host has broken off.
+    pub(crate) fn broke(&self) {
+        self.endpoint.broken.fetch_add(1, Ordering::Relaxed);
+    }
+}
