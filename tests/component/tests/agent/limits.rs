@@ -1,4 +1,4 @@
-//! Limits of containers and the kernel's OOM killer. The limits are read from the host's side.
+//! Limits of containers, the kernel's OOM killer and AppArmor's profile. All is read from the host's side.
 
 use std::{
     fs,
@@ -123,5 +123,18 @@ async fn oom_score_adj_is_that_of_the_request() {
         log => Err(log),
     })
     .await;
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_is_under_the_profile_of_its_ct_where_the_host_has_apparmor() {
+    let host = Host::start().await;
+    let pod = host.pod("confined").await;
+    let id = host.run(&pod, sleeper("main")).await;
+    let has_apparmor =
+        fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.trim() == "Y");
+    let process = read(&id, "cgroup.procs", "cgroup.procs");
+    let label = fs::read_to_string(format!("/proc/{process}/attr/current")).unwrap_or_default();
+    assert_eq!(label.contains(&pod.id) && label.trim_end().ends_with("(enforce)"), has_apparmor, "{label}");
     host.end().await;
 }
