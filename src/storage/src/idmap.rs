@@ -30,6 +30,20 @@ impl Namespace {
         user_namespace(map).map(Self)
     }
 
+    /// Shifts the ids of a mount that has no place yet.
+    ///
+    /// # Errors
+    /// `EINVAL` where its file system does not know idmapped mounts.
+    pub(crate) fn shift(&self, mount: &OwnedFd) -> io::Result<()> {
+        let attributes = libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: u64::try_from(self.0.as_raw_fd()).unwrap_or(u64::MAX),
+        };
+        set_attributes(mount, &attributes, false)
+    }
+
     /// Mounts `src` (a file or a directory) at `dst`, which must exist, with its ids shifted by the map.
     ///
     /// With `recursive`, mounts below `src` come along; each of their file systems has to know idmapped mounts.

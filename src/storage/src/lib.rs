@@ -10,15 +10,20 @@ pub mod idmap;
 pub mod mounts;
 mod overlay;
 mod tree;
+mod zfs;
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use async_trait::async_trait;
 use moxlet_ids::{ChainId, ContainerId};
 use serde::{Deserialize, Serialize};
 
-pub use error::{Error, Result};
+pub use error::{CommandFailure, Error, LayerUser, Result};
 pub use overlay::OverlayDriver;
+pub use zfs::{IdStyle, ZfsConfig, ZfsDriver};
 
 /// Removes a file or a tree that a container wrote, of whatever depth, by way of `scratch` (a directory on the same file
 /// system). Links are not followed. Idempotent.
@@ -68,15 +73,17 @@ pub enum WhiteoutStyle {
     Apply,
 }
 
+/// What is done when something that a driver lent is given back.
+type Undo = Box<dyn FnOnce() + Send + Sync>;
+
 /// A layer that is being made. Dropped without [`Driver::commit_layer`] it is removed, at the latest when the
 /// driver is opened again.
 ///
 /// Its chain ID is told at the end, since that of an archive without a promise is known only when it has been read.
-#[derive(Debug)]
 pub struct LayerDraft {
     parent: Option<ChainId>,
     path: PathBuf,
-    scratch: Option<PathBuf>,
+    undo: Option<Undo>,
 }
 
 impl LayerDraft {
@@ -93,16 +100,20 @@ impl LayerDraft {
     }
 }
 
+impl fmt::Debug for LayerDraft {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayerDraft")
+            .field("parent", &self.parent)
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Drop for LayerDraft {
     fn drop(&mut self) {
         // Large trees take seconds to remove and drop may run on a runtime's thread.
-        if let Some(scratch) = self.scratch.take() {
-            let path = std::mem::take(&mut self.path);
-            std::thread::spawn(move || {
-                if let Err(error) = tree::remove(&path, &scratch) {
-                    tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
-                }
-            });
+        if let Some(undo) = self.undo.take() {
+            std::thread::spawn(undo);
         }
     }
 }
@@ -111,9 +122,9 @@ impl Drop for LayerDraft {
 ///
 /// With [`WhiteoutStyle::Overlay`] that is what the layer itself brings, with [`WhiteoutStyle::Apply`] what the layers
 /// below bring as well.
-#[derive(Debug)]
 pub struct LayerView {
     path: PathBuf,
+    release: Option<Undo>,
 }
 
 impl LayerView {
@@ -121,6 +132,20 @@ impl LayerView {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+impl fmt::Debug for LayerView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayerView").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Drop for LayerView {
+    fn drop(&mut self) {
+        if let Some(release) = self.release.take() {
+            release();
+        }
     }
 }
 
@@ -186,7 +211,7 @@ pub trait Driver: Send + Sync {
     /// Removes a layer; [`Error::LayerInUse`] while a root, a view or another layer of a driver with
     /// [`WhiteoutStyle::Apply`] stands on it. Idempotent.
     async fn remove_layer(&self, chain: &ChainId) -> Result<()>;
-    /// The finished layers.
+    /// The finished layers, each before those that it was made on, so that removing them in this order can succeed.
     async fn layers(&self) -> Result<Vec<ChainId>>;
     /// What all layers take.
     async fn layers_usage(&self) -> Result<Usage>;
@@ -194,7 +219,7 @@ pub trait Driver: Send + Sync {
     /// the bottom layer comes first. [`mounts::unmount`] takes it away.
     async fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Result<()>;
     /// Makes a container's writable root on a stack of layers, the bottom one first; none is an empty root.
-    /// Repeating it with the same layers and options changes nothing.
+    /// Repeating it with the same layers and options changes nothing. A quota that the store cannot keep is refused.
     async fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Result<()>;
     /// Mounts a root at `target` (made if missing) in the caller's mount namespace. Idempotent.
     async fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()>;

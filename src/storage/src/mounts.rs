@@ -74,6 +74,50 @@ pub fn mounted_below(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(mount_points(&table).filter(|p| p.starts_with(&dir) && *p != dir).collect())
 }
 
+/// What is mounted at a path, as the file system names it (a device or a dataset); none if nothing is.
+pub(crate) fn source_of(path: &Path) -> Result<Option<String>> {
+    if !is_mounted(path)? {
+        return Ok(None);
+    }
+    let table = fs::read("/proc/self/mountinfo").attempt("read", "/proc/self/mountinfo")?;
+    let path = fs::canonicalize(path).attempt("look at", path)?;
+    Ok(last_source(&table, &path))
+}
+
+/// The name of the file system that a directory lies on, such as `ext4`.
+pub(crate) fn file_system_of(path: &Path) -> Result<String> {
+    let stat = rustix::fs::stat(path).attempt("look at", path)?;
+    let device = format!("{}:{}", rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+    let table = fs::read("/proc/self/mountinfo").attempt("read", "/proc/self/mountinfo")?;
+    let path = fs::canonicalize(path).attempt("look at", path)?;
+    Ok(type_of(&table, &path, &device).unwrap_or_else(|| "an unknown file system".to_owned()))
+}
+
+/// The type of the innermost mount above a path; btrfs has other device numbers in its files than in the table, so the
+/// device decides only between mounts at one place.
+fn type_of(table: &[u8], path: &Path, device: &str) -> Option<String> {
+    let above = table.split(|b| *b == b'\n').filter_map(|line| {
+        let mut fields = line.split(|b| *b == b' ');
+        let own = fields.nth(2)? == device.as_bytes();
+        let point = PathBuf::from(OsString::from_vec(unescape(fields.nth(1)?)));
+        let kind = fields.skip_while(|f| *f != b"-").nth(1)?;
+        path.starts_with(&point).then(|| (point.components().count(), own, kind))
+    });
+    above
+        .max_by_key(|(depth, own, _)| (*depth, *own))
+        .map(|(_, _, kind)| String::from_utf8_lossy(kind).into_owned())
+}
+
+/// The source of the topmost mount at a path: the second field after the lone dash.
+fn last_source(table: &[u8], path: &Path) -> Option<String> {
+    let at_path = table.split(|b| *b == b'\n').filter(|line| {
+        let point = line.split(|b| *b == b' ').nth(4);
+        point.is_some_and(|p| Path::new(&OsString::from_vec(unescape(p))) == path)
+    });
+    let mut fields = at_path.last()?.split(|b| *b == b' ').skip_while(|f| *f != b"-");
+    fields.nth(2).map(|source| String::from_utf8_lossy(&unescape(source)).into_owned())
+}
+
 /// The mount points of a `mountinfo` table (proc(5)): the fifth field, with blanks as octal escapes.
 fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> {
     table
@@ -114,6 +158,16 @@ mod tests {
         let table = b"36 35 98:0 /mnt1 /mnt/a\\040b\\134 rw shared:1 - ext4 /dev/root rw\nshort\n";
         let points: Vec<_> = mount_points(table).collect();
         assert_eq!(points, [PathBuf::from("/mnt/a b\\")]);
+    }
+
+    #[test]
+    fn what_is_mounted_at_a_path_is_what_came_last() {
+        let table = b"41 26 0:34 / /tank rw shared:37 - zfs tank rw,xattr\n43 26 0:35 / /mnt/a rw,nodev shared:39 - zfs \
+            tank/p/a rw\n44 26 0:36 / /mnt/a rw shared:40 - zfs tank/p/b rw,xattr,posixacl\n";
+        assert_eq!(last_source(table, Path::new("/mnt/a")).as_deref(), Some("tank/p/b"));
+        assert_eq!(last_source(table, Path::new("/mnt")), None);
+        assert_eq!(type_of(table, Path::new("/tank/x/y"), "0:34").as_deref(), Some("zfs"));
+        assert_eq!(type_of(table, Path::new("/etc"), "0:1"), None);
     }
 
     #[test]

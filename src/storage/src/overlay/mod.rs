@@ -8,42 +8,40 @@
 //! <dir>/tmp/                             drafts and what is being removed; emptied by open
 //! ```
 //!
+//! A root with a quota is a project of the file system, whose id stands in root.json.
+//!
+//! `stack` puts mounts together, `quota` keeps project quotas, `probe` tells whether a file system will do.
+//!
 //! OverlayFS itself cannot be idmapped, but its lower layers can; the upper directory simply belongs to the
 //! container's root. The directory is 0700: layers hold setuid files that no user of the host may run.
 
+mod probe;
+mod quota;
+mod stack;
+
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs, io,
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::{DirBuilderExt, PermissionsExt, chown},
-    },
+    os::unix::fs::{DirBuilderExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use async_trait::async_trait;
 use moxlet_ids::{ChainId, ContainerId};
-use rustix::{
-    fs::{CWD, Mode, OFlags},
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags},
-};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Driver, FsUsage, IdMap, LayerDraft, LayerView, RootOptions, Usage, WhiteoutStyle,
-    error::{Attempt, Error, Result},
+    error::{Attempt, Error, LayerUser, Result},
     idmap, mounts, tree,
 };
+use quota::Quotas;
 
 /// The kernel's bound on lower layers (`OVL_MAX_STACK`).
 const MAX_LAYERS: usize = 500;
-/// The kernel's bound on a mount option's text (`fsconfig(2)`), with its final zero.
-const MAX_OPTION: usize = 256;
-/// `OVERLAYFS_SUPER_MAGIC`.
-const OVERLAY_MAGIC: u64 = 0x794c_7630;
-/// The version of `root.json`.
-const ROOT_VERSION: u32 = 1;
+/// The version of `root.json`. Files of version 1 have no quota and read as those without one do.
+const ROOT_VERSION: u32 = 2;
 
 /// What `root.json` says of a container's root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +50,19 @@ struct Root {
     /// The bottom one first.
     layers: Vec<ChainId>,
     map: IdMap,
+    /// Bytes that the container may write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    quota_bytes: Option<u64>,
+    /// The quota project that its files belong to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    project: Option<u32>,
+}
+
+impl Root {
+    /// Whether it is what is asked for; version and project are ours to choose.
+    fn is_as(&self, other: &Self) -> bool {
+        (&self.layers, self.map, self.quota_bytes) == (&other.layers, other.map, other.quota_bytes)
+    }
 }
 
 /// Layers and roots on OverlayFS.
@@ -67,10 +78,21 @@ struct Inner {
     roots: Mutex<HashMap<ContainerId, Root>>,
     /// Held while a map's mount is made.
     mapping: Mutex<()>,
+    /// Layers that somebody reads, and how many do.
+    views: Mutex<HashMap<ChainId, usize>>,
+    /// Where stacks of layers were mounted.
+    shown: Mutex<HashMap<PathBuf, Vec<ChainId>>>,
+    /// Where the file system keeps project quotas.
+    quotas: Option<Quotas>,
+    /// Projects of roots that are just being made. Its lock is held while a project is chosen.
+    choosing: Mutex<HashSet<u32>>,
 }
 
 impl OverlayDriver {
     /// Opens the store in a directory, which is made if missing, and removes what was left half-made in it.
+    ///
+    /// # Errors
+    /// A file system that cannot hold one, a record of a newer version, or what the system says.
     pub async fn open(dir: &Path) -> Result<Self> {
         let dir = dir.to_owned();
         let inner = blocking(move || Inner::open(&dir)).await?;
@@ -107,7 +129,17 @@ impl Inner {
                 tracing::warn!(path = %path.display(), %error, "could not remove what was left half-made");
             }
         }
-        let inner = Self { dir, roots: Mutex::default(), mapping: Mutex::default() };
+        probe::check(&dir, &tmp)?;
+        let quotas = Quotas::find(&dir)?;
+        let inner = Self {
+            dir,
+            roots: Mutex::default(),
+            mapping: Mutex::default(),
+            views: Mutex::default(),
+            shown: Mutex::default(),
+            quotas,
+            choosing: Mutex::default(),
+        };
         let mut roots = HashMap::new();
         for name in names(&inner.dir.join("roots"))? {
             let Ok(id) = name.parse::<ContainerId>() else { continue };
@@ -115,6 +147,7 @@ impl Inner {
                 Ok(root) => {
                     roots.insert(id, root);
                 }
+                Err(error @ Error::TooNew { .. }) => return Err(error),
                 // After a power cut; its container is gone with the machine's memory.
                 Err(error) => {
                     tracing::warn!(container = %id, %error, "a container's root is damaged and is removed");
@@ -127,7 +160,7 @@ impl Inner {
     }
 
     fn roots(&self) -> MutexGuard<'_, HashMap<ContainerId, Root>> {
-        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.roots)
     }
 
     fn tmp(&self) -> PathBuf {
@@ -149,7 +182,13 @@ impl Inner {
     fn begin_layer(&self, parent: Option<&ChainId>) -> Result<LayerDraft> {
         let path = tree::unique(&self.tmp(), "layer");
         make_dir(&path, 0o755)?;
-        Ok(LayerDraft { parent: parent.cloned(), path, scratch: Some(self.tmp()) })
+        let (tree, scratch) = (path.clone(), self.tmp());
+        let undo = move || {
+            if let Err(error) = tree::remove(&tree, &scratch) {
+                tracing::warn!(path = %tree.display(), %error, "an unfinished layer stays until the next start");
+            }
+        };
+        Ok(LayerDraft { parent: parent.cloned(), path, undo: Some(Box::new(undo)) })
     }
 
     fn commit_layer(&self, mut draft: LayerDraft, chain: &ChainId, usage: Usage) -> Result<()> {
@@ -157,13 +196,16 @@ impl Inner {
         if target.exists() {
             return Ok(());
         }
-        let note = self.usage_file(chain);
-        fs::write(&note, format!("{} {}", usage.bytes, usage.inodes)).attempt("write", note)?;
+        // Without a word of the caller's it is looked up when somebody asks.
+        if usage != Usage::default() {
+            let note = self.usage_file(chain);
+            fs::write(&note, format!("{} {}", usage.bytes, usage.inodes)).attempt("write", note)?;
+        }
         // One flush of the file system costs less than one for each of ten thousand files.
         let fd = fs::File::open(&draft.path).attempt("open", &draft.path)?;
         rustix::fs::syncfs(&fd).attempt("flush", &draft.path)?;
         match fs::rename(&draft.path, &target) {
-            Ok(()) => draft.scratch = None,
+            Ok(()) => draft.undo = None,
             // Another one finished the same layer meanwhile.
             Err(e) if matches!(e.raw_os_error(), Some(libc::EEXIST | libc::ENOTEMPTY)) => return Ok(()),
             Err(e) => return Err(e).attempt("put in place", target),
@@ -171,11 +213,48 @@ impl Inner {
         sync_dir(&self.dir.join("layers"))
     }
 
+    /// Who reads a layer. To be asked with the roots locked.
+    fn reader_of(&self, chain: &ChainId) -> Result<Option<LayerUser>> {
+        if lock(&self.views).contains_key(chain) {
+            return Ok(Some(LayerUser::View));
+        }
+        let mut shown = lock(&self.shown);
+        for (target, layers) in std::mem::take(&mut *shown) {
+            if mounts::is_mounted(&target)? {
+                shown.insert(target, layers);
+            }
+        }
+        Ok(shown.values().any(|layers| layers.contains(chain)).then_some(LayerUser::View))
+    }
+
+    fn open_layer(self: &Arc<Self>, chain: &ChainId) -> Result<LayerView> {
+        let path = self.layer_dir(chain);
+        let _roots = self.roots();
+        if !path.is_dir() {
+            return Err(Error::LayerNotFound(chain.clone()));
+        }
+        *lock(&self.views).entry(chain.clone()).or_default() += 1;
+        let (inner, of) = (Arc::clone(self), chain.clone());
+        let release = move || {
+            let mut views = lock(&inner.views);
+            if let Some(count) = views.get_mut(&of) {
+                *count -= 1;
+                if *count == 0 {
+                    views.remove(&of);
+                }
+            }
+        };
+        Ok(LayerView { path, release: Some(Box::new(release)) })
+    }
+
     fn remove_layer(&self, chain: &ChainId) -> Result<()> {
         let aside = {
             let roots = self.roots();
+            if let Some(by) = self.reader_of(chain)? {
+                return Err(Error::LayerInUse { layer: chain.clone(), by });
+            }
             if let Some((by, _)) = roots.iter().find(|(_, r)| r.layers.contains(chain)) {
-                return Err(Error::LayerInUse { layer: chain.clone(), by: by.clone() });
+                return Err(Error::LayerInUse { layer: chain.clone(), by: LayerUser::Root(by.clone()) });
             }
             tree::set_aside(&self.layer_dir(chain), &self.tmp())?
         };
@@ -221,20 +300,59 @@ impl Inner {
         if layers.len() > MAX_LAYERS {
             return Err(Error::TooManyLayers { layers: layers.len(), max: MAX_LAYERS });
         }
-        let root = Root { version: ROOT_VERSION, layers: layers.to_vec(), map };
+        let quota_bytes = options.quota_bytes;
+        if quota_bytes.is_some() && self.quotas.is_none() {
+            let filesystem = mounts::file_system_of(&self.dir)?;
+            return Err(Error::NoProjectQuota { path: self.dir.clone(), filesystem });
+        }
+        let root = Root { version: ROOT_VERSION, layers: layers.to_vec(), map, quota_bytes, project: None };
+        if let Some(there) = self.roots().get(id) {
+            return if there.is_as(&root) { Ok(()) } else { Err(Error::RootExists(id.clone())) };
+        }
+        let project = self.choose_project(quota_bytes)?;
         let draft = tree::unique(&self.tmp(), "root");
-        let made = self.make_root(&draft, id, root);
-        if made.is_err() || draft.exists() {
+        let made = self.make_root(&draft, id, Root { project, ..root });
+        let put_in_place = matches!(made, Ok(true));
+        if !put_in_place {
             tree::remove(&draft, &self.tmp())?;
         }
-        made
+        if let Some(project) = project {
+            if !put_in_place {
+                self.free_project(project);
+            }
+            lock(&self.choosing).remove(&project);
+        }
+        made.map(drop)
     }
 
-    fn make_root(&self, draft: &Path, id: &ContainerId, root: Root) -> Result<()> {
+    /// A project with this limit, which nobody else has.
+    fn choose_project(&self, quota: Option<u64>) -> Result<Option<u32>> {
+        let (Some(bytes), Some(quotas)) = (quota, &self.quotas) else { return Ok(None) };
+        let mut choosing = lock(&self.choosing);
+        let known: HashSet<u32> = self.roots().values().filter_map(|r| r.project).collect();
+        let project = quotas.take(bytes, |p| known.contains(&p) || choosing.contains(&p))?;
+        choosing.insert(project);
+        Ok(Some(project))
+    }
+
+    /// Takes the limit from a project whose files are gone. One that keeps it is merely not chosen again.
+    fn free_project(&self, project: u32) {
+        if let Some(quotas) = &self.quotas
+            && let Err(error) = quotas.limit(project, 0)
+        {
+            tracing::warn!(project, %error, "the limit of a quota project stays");
+        }
+    }
+
+    /// Fills the draft of a root and puts it in place; false if somebody else was faster.
+    fn make_root(&self, draft: &Path, id: &ContainerId, root: Root) -> Result<bool> {
         make_dir(draft, 0o700)?;
         for name in ["upper", "work"] {
             let path = draft.join(name);
             make_dir(&path, 0o755)?;
+            if let Some(project) = root.project {
+                quota::join(&path, project)?;
+            }
             chown(&path, Some(root.map.host_base), Some(root.map.host_base))
                 .attempt("change the owner of", path)?;
         }
@@ -244,7 +362,7 @@ impl Inner {
         fs::write(&path, text).attempt("write", path)?;
         let mut roots = self.roots();
         match roots.get(id) {
-            Some(there) if *there == root => return Ok(()),
+            Some(there) if there.is_as(&root) => return Ok(false),
             Some(_) => return Err(Error::RootExists(id.clone())),
             None => {}
         }
@@ -254,7 +372,7 @@ impl Inner {
         let target = self.root_dir(id);
         fs::rename(draft, &target).attempt("put in place", target)?;
         roots.insert(id.clone(), root);
-        Ok(())
+        Ok(true)
     }
 
     fn root(&self, id: &ContainerId) -> Result<Root> {
@@ -264,7 +382,7 @@ impl Inner {
     /// The directory where all layers appear with a map's ids; mounted by the first who asks.
     fn mapped(&self, map: IdMap) -> Result<PathBuf> {
         let path = self.dir.join("mapped").join(format!("{}-{}", map.host_base, map.size));
-        let _one = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = lock(&self.mapping);
         if !mounts::is_mounted(&path)? {
             make_dir(&path, 0o700)?;
             idmap::Namespace::new(map)?.bind(&self.dir.join("layers"), &path, false, true)?;
@@ -274,121 +392,51 @@ impl Inner {
 
     fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()> {
         let root = self.root(id)?;
-        let Some(place) = place_for(target)? else { return Ok(()) };
+        let Some(place) = stack::place_for(target)? else { return Ok(()) };
         let mapped = self.mapped(root.map)?;
         let dir = self.root_dir(id);
-        let mount = self.overlay(&mapped, &root.layers, Some(&dir))?;
-        put(&mount, &place, target)
+        let lower = self.lower(&mapped, &root.layers, 1)?;
+        let mount = stack::merge(&lower, Some((&dir.join("upper"), &dir.join("work"))))?;
+        stack::put(&mount, &place, target)
     }
 
     fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Result<()> {
+        let _roots = self.roots();
         if let Some(missing) = layers.iter().find(|l| !self.layer_dir(l).is_dir()) {
             return Err(Error::LayerNotFound(missing.clone()));
         }
-        let Some(place) = place_for(target)? else { return Ok(()) };
-        let mount = self.overlay(&self.dir.join("layers"), layers, None)?;
-        put(&mount, &place, target)
+        let Some(place) = stack::place_for(target)? else { return Ok(()) };
+        // Without an upper directory the kernel wants two lower ones.
+        let mount = stack::merge(&self.lower(&self.dir.join("layers"), layers, 2)?, None)?;
+        stack::put(&mount, &place, target)?;
+        lock(&self.shown).insert(target.to_owned(), layers.to_vec());
+        Ok(())
     }
 
-    /// The layers of `below`, merged, with the upper and work directory in `writable` or read-only.
-    fn overlay(&self, below: &Path, layers: &[ChainId], writable: Option<&Path>) -> Result<OwnedFd> {
-        let fs_fd = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
-            .attempt("open OverlayFS for", below)?;
-        // Long paths go in through descriptors, which live until the file system has looked at them.
-        let mut kept = Vec::new();
-        let mut set = |key: &str, path: PathBuf| -> Result<()> {
-            let text = short(path, &mut kept)?;
-            rustix::mount::fsconfig_set_string(fs_fd.as_fd(), key, &text)
-                .map_err(|e| explain(&fs_fd, e))
-                .attempt("stack", text)
-        };
-        // The topmost comes first.
-        for layer in layers.iter().rev() {
-            set("lowerdir+", below.join(layer.digest().hex()))?;
-        }
-        // Without an upper directory the kernel wants two lower ones.
-        let least = if writable.is_some() { 1 } else { 2 };
+    /// The directories of layers below `dir`, and empty ones below them to make up a number.
+    fn lower(&self, dir: &Path, layers: &[ChainId], least: usize) -> Result<Vec<PathBuf>> {
+        let mut lower = Vec::with_capacity(layers.len().max(least));
         for n in layers.len()..least {
-            let empty = self.dir.join("tmp").join(format!("empty-{n}"));
+            let empty = self.tmp().join(format!("empty-{n}"));
             make_dir(&empty, 0o755)?;
-            set("lowerdir+", empty)?;
+            lower.push(empty);
         }
-        let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
-        match writable {
-            Some(dir) => {
-                set("upperdir", dir.join("upper"))?;
-                set("workdir", dir.join("work"))?;
-            }
-            None => attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID,
-        }
-        for (key, value) in [
-            ("source", "overlay"),
-            ("index", "off"),
-            ("metacopy", "off"),
-            ("redirect_dir", "off"),
-            ("xino", "off"),
-        ] {
-            rustix::mount::fsconfig_set_string(fs_fd.as_fd(), key, value)
-                .attempt("configure the root on", below)?;
-        }
-        rustix::mount::fsconfig_create(fs_fd.as_fd())
-            .map_err(|e| explain(&fs_fd, e))
-            .attempt("stack the layers of", below)?;
-        // A device node that an image brings must not open: the file system belongs to the host's user namespace.
-        rustix::mount::fsmount(fs_fd.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-            .attempt("make the mount of", below)
+        lower.extend(layers.iter().map(|layer| dir.join(layer.digest().hex())));
+        Ok(lower)
     }
 
     fn remove_root(&self, id: &ContainerId) -> Result<()> {
-        let aside = {
+        let (aside, root) = {
             let mut roots = self.roots();
             let aside = tree::set_aside(&self.root_dir(id), &self.tmp())?;
-            roots.remove(id);
-            aside
+            (aside, roots.remove(id))
         };
-        aside.map_or(Ok(()), |aside| tree::finish(&aside))
+        aside.map_or(Ok(()), |aside| tree::finish(&aside))?;
+        if let Some(project) = root.and_then(|r| r.project) {
+            self.free_project(project);
+        }
+        Ok(())
     }
-}
-
-/// The directory to mount an overlay at, made if missing; none if there is one already.
-fn place_for(target: &Path) -> Result<Option<OwnedFd>> {
-    fs::create_dir_all(target).attempt("create", target)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let place = rustix::fs::openat(CWD, target, flags, Mode::empty()).attempt("open", target)?;
-    let there = mounts::is_mounted(target)? && is_overlay(&place).attempt("look at", target)?;
-    Ok((!there).then_some(place))
-}
-
-fn put(mount: &OwnedFd, place: &OwnedFd, target: &Path) -> Result<()> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    rustix::mount::move_mount(mount, "", place, "", flags).attempt("mount at", target)
-}
-
-/// What the kernel's file system context has to say about an error.
-fn explain(context: &OwnedFd, error: rustix::io::Errno) -> io::Error {
-    let mut buffer = [0_u8; 512];
-    let said = match rustix::io::read(context, &mut buffer) {
-        Ok(n) => String::from_utf8_lossy(&buffer[..n]).trim().to_owned(),
-        Err(_) => String::new(),
-    };
-    let error = io::Error::from(error);
-    if said.is_empty() { error } else { io::Error::new(error.kind(), format!("{error} ({said})")) }
-}
-
-/// The path itself, or a short one through a descriptor that is added to `kept`.
-fn short(path: PathBuf, kept: &mut Vec<OwnedFd>) -> Result<PathBuf> {
-    if path.as_os_str().len() < MAX_OPTION {
-        return Ok(path);
-    }
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let fd = rustix::fs::openat(CWD, &path, flags, Mode::empty()).attempt("open", path)?;
-    let text = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    kept.push(fd);
-    Ok(text)
-}
-
-fn is_overlay(fd: &OwnedFd) -> rustix::io::Result<bool> {
-    Ok(u64::try_from(rustix::fs::fstatfs(fd)?.f_type).is_ok_and(|t| t == OVERLAY_MAGIC))
 }
 
 fn make_dir(path: &Path, mode: u32) -> Result<()> {
@@ -415,7 +463,22 @@ fn names(dir: &Path) -> Result<Vec<String>> {
 fn read_root(dir: &Path) -> Result<Root> {
     let path = dir.join("root.json");
     let text = fs::read(&path).attempt("read", &path)?;
-    serde_json::from_slice(&text).map_err(|source| Error::Damaged { path, source })
+    let damaged = |source| Error::Damaged { path: path.clone(), source };
+    let Version { version } = serde_json::from_slice(&text).map_err(damaged)?;
+    if version > ROOT_VERSION {
+        return Err(Error::TooNew { what: path.display().to_string(), version, known: ROOT_VERSION });
+    }
+    serde_json::from_slice(&text).map_err(damaged)
+}
+
+/// What of a record can be read whatever its version is.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn sync_dir(dir: &Path) -> Result<()> {
@@ -442,8 +505,7 @@ impl Driver for OverlayDriver {
     }
 
     async fn open_layer(&self, chain: &ChainId) -> Result<LayerView> {
-        let path = self.inner.layer_dir(chain);
-        if path.is_dir() { Ok(LayerView { path }) } else { Err(Error::LayerNotFound(chain.clone())) }
+        self.inner.open_layer(chain)
     }
 
     async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
@@ -526,6 +588,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use moxlet_ids::Digest;
+    use rustix::fs::{CWD, Mode};
 
     use super::*;
 

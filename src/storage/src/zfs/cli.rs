@@ -1,0 +1,304 @@
+//! The `zfs` and `zpool` programs: explicit arguments, an empty environment, bounded time and output, and errors that say
+//! what was run and what it answered.
+//!
+//! Output is asked for as `-H -p` (tabs, exact numbers): that is stable over all versions of OpenZFS, while `-j` exists
+//! only from 2.3 on.
+
+use std::{
+    io::Read,
+    os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+};
+
+use crate::error::{Attempt, CommandFailure, Error, Result};
+
+/// How long one command may take. Even a large dataset is destroyed in the background.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How long the transfer of one layer may take.
+const TRANSFER: Duration = Duration::from_secs(12 * 3600);
+/// How long the state of a pool may take to ask for.
+const SHORT: Duration = Duration::from_secs(5);
+const MAX_OUTPUT: usize = 64 << 20;
+const MAX_STDERR: usize = 4 << 10;
+const DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
+
+/// The programs and how often they were run.
+#[derive(Debug)]
+pub(super) struct Cli {
+    zfs: PathBuf,
+    zpool: Option<PathBuf>,
+    runs: AtomicU64,
+}
+
+impl Cli {
+    pub(super) fn find() -> Result<Self> {
+        let find = |name| DIRS.iter().map(|d| PathBuf::from(d).join(name)).find(|p| p.is_file());
+        let zfs = find("zfs").ok_or(Error::NoProgram("zfs"))?;
+        Ok(Self { zfs, zpool: find("zpool"), runs: AtomicU64::new(0) })
+    }
+
+    /// How many programs were run.
+    pub(super) fn runs(&self) -> u64 {
+        self.runs.load(Ordering::Relaxed)
+    }
+
+    /// Runs `zfs` with these arguments; what it printed.
+    pub(super) fn zfs(&self, args: &[&str]) -> Result<String> {
+        let mut command = self.command(&self.zfs, args);
+        command.stdout(Stdio::piped());
+        let shown = format!("zfs {}", args.join(" "));
+        match self.finish(&mut command, &shown, PATIENCE) {
+            // A suspended pool lets commands hang rather than fail.
+            Err(Error::TimedOut { seconds, .. }) => Err(self.explain_hang(shown, seconds, args)),
+            done => done,
+        }
+    }
+
+    /// Runs `zfs` and splits what it printed into lines and columns.
+    pub(super) fn table(&self, args: &[&str]) -> Result<Vec<Vec<String>>> {
+        let text = self.zfs(args)?;
+        Ok(text.lines().map(|line| line.split('\t').map(str::to_owned).collect()).collect())
+    }
+
+    /// Feeds one `zfs` (a `send`) into another (a `recv`).
+    pub(super) fn pipe(&self, from: &[&str], to: &[&str]) -> Result<()> {
+        let (sending, receiving) = (format!("zfs {}", from.join(" ")), format!("zfs {}", to.join(" ")));
+        let mut sender = self.command(&self.zfs, from);
+        let mut sender = sender.stdout(Stdio::piped()).spawn().attempt("run", &self.zfs)?;
+        let Some(stream) = sender.stdout.take() else { return Err(Error::Stopped) };
+        let mut receiver = self.command(&self.zfs, to);
+        receiver.stdin(stream).stdout(Stdio::null());
+        let received = self.finish(&mut receiver, &receiving, TRANSFER);
+        // Holds the other end of the pipe: with it closed, a sender that still writes ends.
+        drop(receiver);
+        let sent = wait(&mut sender, &sending, SHORT);
+        match (sent, received) {
+            // When the receiver fails first, the sender's broken pipe says nothing.
+            (_, Err(error)) => Err(error),
+            (Err(error), Ok(_)) => Err(error),
+            (Ok(_), Ok(_)) => Ok(()),
+        }
+    }
+
+    fn command(&self, program: &PathBuf, args: &[&str]) -> Command {
+        self.runs.fetch_add(1, Ordering::Relaxed);
+        let mut command = Command::new(program);
+        command
+            .args(args)
+            .env_clear()
+            .env("LC_ALL", "C")
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn finish(&self, command: &mut Command, shown: &str, limit: Duration) -> Result<String> {
+        let mut child = command.spawn().attempt("run", command.get_program())?;
+        wait(&mut child, shown, limit)
+    }
+
+    /// Whether the pool of what a command was about is suspended, which makes a hang one with a name.
+    fn explain_hang(&self, command: String, seconds: u64, args: &[&str]) -> Error {
+        let pool = args.last().and_then(|a| a.split(['/', '@']).next()).unwrap_or_default();
+        let health = self.zpool.as_ref().and_then(|zpool| {
+            let mut ask = self.command(zpool, &["list", "-H", "-o", "health", pool]);
+            ask.stdout(Stdio::piped());
+            self.finish(&mut ask, "zpool list", SHORT).ok()
+        });
+        match health {
+            Some(health) if health.trim() == "SUSPENDED" => Error::PoolSuspended(CommandFailure {
+                command,
+                exit: None,
+                stderr: format!("no answer within {seconds} s"),
+            }),
+            _ => Error::TimedOut { command, seconds },
+        }
+    }
+}
+
+/// Reads what a program writes until it ends; what it printed, if all went well.
+fn wait(child: &mut Child, shown: &str, limit: Duration) -> Result<String> {
+    let end = Instant::now() + limit;
+    let gathered = gather(child, shown, end);
+    if gathered.is_err() {
+        let _ = child.kill();
+        // One that hangs in the kernel cannot be killed; somebody has to reap it when it ends after all.
+        if !matches!(child.try_wait(), Ok(Some(_))) {
+            let pid = child.id();
+            std::thread::spawn(move || reap(pid));
+        }
+    }
+    let (out, err) = gathered.map_err(|e| match e {
+        Error::TimedOut { command, .. } => Error::TimedOut { command, seconds: limit.as_secs() },
+        other => other,
+    })?;
+    let status = child.wait().attempt("wait for", shown)?;
+    if status.success() {
+        return String::from_utf8(out)
+            .map_err(|_| Error::BadOutput { command: shown.to_owned(), line: "no UTF-8".into() });
+    }
+    Err(classify(failure(shown, status, &err)))
+}
+
+fn reap(pid: u32) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+    }
+}
+
+/// Standard output and the beginning of standard error, up to their ends.
+fn gather(child: &mut Child, shown: &str, end: Instant) -> Result<(Vec<u8>, Vec<u8>)> {
+    let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    while stdout.is_some() || stderr.is_some() {
+        let left = end.saturating_duration_since(Instant::now());
+        let (out_ready, err_ready) =
+            ready(stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd), left)
+                .attempt("wait for", shown)?;
+        if !out_ready && !err_ready && left.is_zero() {
+            return Err(Error::TimedOut { command: shown.to_owned(), seconds: 0 });
+        }
+        if out_ready && !read_some(&mut stdout, &mut out).attempt("read from", shown)? {
+            stdout = None;
+        }
+        if err_ready && !read_some(&mut stderr, &mut err).attempt("read from", shown)? {
+            stderr = None;
+        }
+        if out.len() > MAX_OUTPUT {
+            return Err(Error::TooMuchOutput(shown.to_owned()));
+        }
+        err.truncate(MAX_STDERR);
+    }
+    Ok((out, err))
+}
+
+fn ready(
+    out: Option<BorrowedFd<'_>>,
+    err: Option<BorrowedFd<'_>>,
+    left: Duration,
+) -> rustix::io::Result<(bool, bool)> {
+    let mut fds: Vec<PollFd<'_>> =
+        out.iter().chain(&err).map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 });
+    match rustix::event::poll(&mut fds, Some(&timeout)) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(e) => return Err(e),
+    }
+    let mut seen = fds.iter().map(|fd| !fd.revents().is_empty());
+    let out = out.is_some() && seen.next().unwrap_or(false);
+    let err = err.is_some() && seen.next().unwrap_or(false);
+    Ok((out, err))
+}
+
+/// False at the end.
+fn read_some(from: &mut Option<impl Read>, into: &mut Vec<u8>) -> std::io::Result<bool> {
+    let Some(from) = from else { return Ok(false) };
+    let mut buffer = [0_u8; 16 << 10];
+    let n = from.read(&mut buffer)?;
+    into.extend_from_slice(&buffer[..n]);
+    Ok(n > 0)
+}
+
+fn failure(shown: &str, status: ExitStatus, stderr: &[u8]) -> CommandFailure {
+    let stderr = String::from_utf8_lossy(stderr).trim().replace('\n', "; ");
+    CommandFailure { command: shown.to_owned(), exit: status.code(), stderr }
+}
+
+/// What a failure means, by the words of libzfs (`lib/libzfs/libzfs_util.c`), which are the same in all versions since 2.2.
+fn classify(failure: CommandFailure) -> Error {
+    let says = |words: &[&str]| words.iter().any(|w| failure.stderr.contains(w));
+    let doing = || format!("run {failure}");
+    if says(&["currently suspended"]) {
+        Error::PoolSuspended(failure)
+    } else if says(&["out of space", "No space left"]) {
+        Error::NoSpace { doing: doing() }
+    } else if says(&["quota exceeded", "exceeds quota", "limit of dataset is exceeded"]) {
+        Error::QuotaExceeded { doing: doing() }
+    } else if says(&["read-only", "Read-only"]) {
+        Error::ReadOnly { doing: doing() }
+    } else if says(&["permission denied", "Permission denied", "Operation not permitted"]) {
+        Error::NotPermitted(failure)
+    } else if says(&["does not exist", "no such pool", "could not find any snapshots"]) {
+        Error::NoSuchDataset(failure)
+    } else if says(&["already exists"]) {
+        Error::DatasetExists(failure)
+    } else if says(&["has children", "has dependent clones"]) {
+        Error::DatasetHasDependents(failure)
+    } else if says(&["is busy"]) {
+        let dataset = failure.command.rsplit(' ').next().unwrap_or_default().to_owned();
+        Error::DatasetBusy(failure, dataset)
+    } else if says(&["name is too long", "name too long"]) {
+        Error::NameTooLong(failure)
+    } else if says(&["key not loaded", "key must be loaded", "encryption key"]) {
+        Error::KeyNotLoaded(failure)
+    } else {
+        Error::Zfs(failure)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+
+    fn error(stderr: &str) -> Error {
+        classify(CommandFailure {
+            command: "zfs destroy tank/p/b@layer".into(),
+            exit: Some(1),
+            stderr: stderr.into(),
+        })
+    }
+
+    /// Recorded from OpenZFS 2.3.9.
+    #[test]
+    fn what_zfs_says_becomes_an_error_with_a_name() {
+        assert!(matches!(
+            error("cannot destroy snapshot tank/p/b@layer: dataset is busy"),
+            Error::DatasetBusy(_, dataset) if dataset == "tank/p/b@layer"
+        ));
+        for text in [
+            "cannot destroy 'tank/p/b': filesystem has children\nuse '-r' to destroy the following datasets:\ntank/p/b@layer",
+            "cannot destroy 'tank/p/b@layer': snapshot has dependent clones\nuse '-R' to destroy the following datasets:\ntank/p/c",
+        ] {
+            assert!(matches!(error(text), Error::DatasetHasDependents(_)), "{text}");
+        }
+        for text in [
+            "cannot open 'tank/nope': dataset does not exist",
+            "cannot create 'tank/nope/x': parent does not exist",
+        ] {
+            assert!(matches!(error(text), Error::NoSuchDataset(_)), "{text}");
+        }
+        let exists = error("cannot rename 'tank/p/c': dataset already exists");
+        assert!(matches!(exists, Error::DatasetExists(_)));
+    }
+
+    fn run(program: &str, args: &[&str], limit: Duration) -> Result<String> {
+        let mut command = Command::new(program);
+        let mut child = command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        wait(&mut child, program, limit)
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_ended_and_named() {
+        let error = run("sleep", &["1000"], Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error, Error::TimedOut { ref command, .. } if command == "sleep"), "{error}");
+    }
+
+    #[test]
+    fn output_and_failure_of_a_program_are_told() {
+        let long = run("seq", &["100000"], Duration::from_secs(60)).unwrap();
+        assert_eq!(long.lines().count(), 100_000);
+        let error = run("ls", &["/nonexistent"], Duration::from_secs(60)).unwrap_err();
+        assert!(matches!(error, Error::Zfs(CommandFailure { exit: Some(2), .. })), "{error}");
+    }
+}
