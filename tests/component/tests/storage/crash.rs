@@ -1,0 +1,238 @@
+//! A program that is killed at any moment: what it had reported is there, nothing else is.
+//!
+//! The test runs itself as the program that is killed.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use moxlet_ids::{ChainId, ContainerId, Digest};
+use moxlet_storage::{IdStyle, Usage};
+
+use crate::bed::{Bed, Store, entries, map, on_every_bed, open_at, zfs};
+
+/// What the program is to work on; set, this is the program.
+const WORK: &str = "MOXLET_TEST_STORAGE_WORK";
+const KILLS: u32 = 50;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_was_reported_survives_a_kill_at_any_moment_and_nothing_else_is_left() {
+    if let Ok(work) = std::env::var(WORK) {
+        return worker(&work).await;
+    }
+    on_every_bed(async |store| {
+        let mut said = Said::default();
+        // From a moment within the opening to one within the third round.
+        let mut wait = Wait { seed: 0x5eed, most: Duration::from_millis(20) };
+        for kill in 0..KILLS {
+            store.driver.close().await.unwrap();
+            let mut child = Program::start(store);
+            child.kill_after(&mut wait, &mut said);
+            store.reopen().await;
+            check(store, &mut said, kill).await;
+        }
+        assert!(said.count > u64::from(KILLS) / 2, "only {} steps were seen in all", said.count);
+        for id in store.driver.roots().await.unwrap() {
+            store.driver.unmount_root(&id, &store.path("target")).await.unwrap();
+            store.driver.remove_root(&id).await.unwrap();
+        }
+    })
+    .await;
+}
+
+/// Moments that spread over all that a program does in a few rounds, however slow the machine is.
+struct Wait {
+    seed: u64,
+    most: Duration,
+}
+
+impl Wait {
+    fn next(&mut self) -> Duration {
+        self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.most.mul_f64((self.seed >> 33) as f64 / f64::from(u32::MAX >> 1))
+    }
+}
+
+/// What was reported, and what was under way when the program ended.
+#[derive(Default)]
+struct Said {
+    layers: BTreeSet<ChainId>,
+    roots: BTreeSet<ContainerId>,
+    /// Begun and not reported done: there or not.
+    open: Option<(bool, String)>,
+    count: u64,
+}
+
+impl Said {
+    fn take(&mut self, line: &str) {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [when, what, name] = words[..] else { return };
+        let is_layer = what.ends_with("layer");
+        if when == "begin" {
+            self.open = Some((is_layer, name.to_owned()));
+            return;
+        }
+        self.open = None;
+        self.count += 1;
+        match what {
+            "layer" => drop(self.layers.insert(name.parse().unwrap())),
+            "no-layer" => drop(self.layers.remove(&name.parse().unwrap())),
+            "root" => drop(self.roots.insert(name.parse().unwrap())),
+            "no-root" => drop(self.roots.remove(&name.parse().unwrap())),
+            other => panic!("{other}"),
+        }
+    }
+}
+
+struct Program(Child);
+
+impl Program {
+    fn start(store: &Store) -> Self {
+        let dataset = if store.bed.is_zfs() { store.dataset() } else { "-".to_owned() };
+        let work = format!("{}|{dataset}|{}", store.bed.name(), store.inside().display());
+        let name = "crash::whatever_was_reported_survives_a_kill_at_any_moment_and_nothing_else_is_left";
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(WORK, work)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    fn kill_after(&mut self, wait: &mut Wait, said: &mut Said) {
+        let mut lines = BufReader::new(self.0.stdout.take().unwrap()).lines();
+        // How long a round takes is learnt from the program, so that the moments cover all of it on any machine.
+        let started = std::time::Instant::now();
+        for line in lines.by_ref() {
+            let line = line.unwrap();
+            if line == "ready" {
+                break;
+            }
+        }
+        wait.most = wait.most.max(started.elapsed() * 2).min(Duration::from_secs(20));
+        std::thread::sleep(wait.next());
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+        for line in lines.map_while(Result::ok) {
+            said.take(&line);
+        }
+    }
+}
+
+async fn check(store: &Store, said: &mut Said, kill: u32) {
+    let layers: BTreeSet<ChainId> = store.driver.layers().await.unwrap().into_iter().collect();
+    let roots: BTreeSet<ContainerId> = store.driver.roots().await.unwrap().into_iter().collect();
+    let (of_layer, of_root) = match said.open.take() {
+        Some((true, name)) => (Some(name.parse::<ChainId>().unwrap()), None),
+        Some((false, name)) => (None, Some(name.parse::<ContainerId>().unwrap())),
+        None => (None, None),
+    };
+    let differ = |a: &BTreeSet<ChainId>, b: &BTreeSet<ChainId>| -> Vec<ChainId> {
+        a.symmetric_difference(b).filter(|c| Some(*c) != of_layer.as_ref()).cloned().collect()
+    };
+    assert_eq!(differ(&layers, &said.layers), [], "kill {kill}");
+    let other: Vec<_> =
+        roots.symmetric_difference(&said.roots).filter(|id| Some(*id) != of_root.as_ref()).collect();
+    assert!(other.is_empty(), "kill {kill}: {other:?}");
+    (said.layers, said.roots) = (layers, roots);
+    assert!(store.unfinished().is_empty(), "kill {kill}: {:?}", store.unfinished());
+    no_mount_point_is_left(store, kill);
+    on_disk(store, said, kill);
+    for id in &said.roots {
+        let target = store.path("target");
+        store.driver.unmount_root(id, &target).await.unwrap();
+        store.driver.mount_root(id, &target).await.unwrap();
+        let there = entries(&target);
+        assert!(
+            there.iter().filter(|n| n.starts_with("layer-")).count()
+                == store.driver.root_layers(id).await.unwrap().len()
+        );
+        store.driver.unmount_root(id, &target).await.unwrap();
+    }
+}
+
+fn no_mount_point_is_left(store: &Store, kill: u32) {
+    if store.bed.is_zfs() {
+        for name in ["drafts", "views"] {
+            let left = entries(&store.inside().join(name));
+            assert!(left.is_empty(), "kill {kill}: {name}: {left:?}");
+        }
+    }
+}
+
+/// Not only does the driver not see what is left: there is nothing.
+fn on_disk(store: &Store, said: &Said, kill: u32) {
+    let (layers, roots) = if store.bed.is_zfs() {
+        let all = zfs(&["list", "-H", "-o", "name", "-r", &store.dataset()]);
+        let count = |part: &str| all.lines().filter(|l| l.contains(part)).count();
+        (count("/layers/"), count("/roots/"))
+    } else {
+        let count = |name: &str| entries(&store.inside().join(name)).len();
+        (count("layers"), count("roots"))
+    };
+    assert_eq!((layers, roots), (said.layers.len(), said.roots.len()), "kill {kill}");
+}
+
+/// The program: makes and removes layers and roots for ever and says each step before and after.
+async fn worker(work: &str) {
+    let parts: Vec<&str> = work.split('|').collect();
+    let [bed, dataset, dir] = parts[..] else { panic!("{work}") };
+    let bed = [Bed::Overlay, Bed::OverlayOnTmpfs, Bed::Zfs(IdStyle::Idmapped), Bed::Zfs(IdStyle::Shifted)]
+        .into_iter()
+        .find(|b| b.name() == bed)
+        .unwrap();
+    let dir = PathBuf::from(dir);
+    let say = |line: String| {
+        let mut out = std::io::stdout();
+        writeln!(out, "{line}").and_then(|()| out.flush()).unwrap();
+    };
+    let (driver, _) = open_at(bed, dataset, &dir).await;
+    say("ready".to_owned());
+    let target = dir.parent().unwrap().join("target");
+    for round in 0_u64.. {
+        let mut stack: Vec<ChainId> = Vec::new();
+        for name in ["bottom", "top"] {
+            let seed = Digest::of(format!("{name} {round} {}", std::process::id()).as_bytes());
+            let chain = stack.last().map_or_else(|| ChainId::base(&seed), |below| below.push(&seed));
+            say(format!("begin layer {chain}"));
+            let draft = driver.begin_layer(stack.last()).await.unwrap();
+            fill(draft.path(), stack.len());
+            driver.commit_layer(draft, &chain, Usage::default()).await.unwrap();
+            say(format!("done layer {chain}"));
+            stack.push(chain);
+        }
+        let id = ContainerId::random();
+        say(format!("begin root {id}"));
+        driver.create_root(&id, &stack, map().into()).await.unwrap();
+        say(format!("done root {id}"));
+        driver.mount_root(&id, &target).await.unwrap();
+        fs::write(target.join("written"), "x").unwrap();
+        // Every second round leaves its layers and root to the next program.
+        if round % 2 == 0 {
+            driver.unmount_root(&id, &target).await.unwrap();
+            say(format!("begin no-root {id}"));
+            driver.remove_root(&id).await.unwrap();
+            say(format!("done no-root {id}"));
+            for chain in stack.iter().rev() {
+                say(format!("begin no-layer {chain}"));
+                driver.remove_layer(chain).await.unwrap();
+                say(format!("done no-layer {chain}"));
+            }
+        } else {
+            driver.unmount_root(&id, &target).await.unwrap();
+        }
+    }
+}
+
+fn fill(dir: &Path, layer: usize) {
+    fs::write(dir.join(format!("layer-{layer}")), "x").unwrap();
+    fs::create_dir(dir.join(format!("dir-{layer}"))).unwrap();
+    fs::write(dir.join(format!("dir-{layer}/file")), vec![1; 100_000]).unwrap();
+}
