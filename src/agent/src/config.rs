@@ -22,6 +22,16 @@ impl Default for CniSettings {
     }
 }
 
+/// Where images and container roots lie.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// OverlayFS below the agent's directory.
+    #[default]
+    Overlay,
+    /// ZFS, in this dataset.
+    Zfs(String),
+}
+
 /// How an agent is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -35,6 +45,10 @@ pub struct Config {
     pub init_binary: Option<PathBuf>,
     /// The ids of pods on the host.
     pub map: IdMap,
+    /// Where images and container roots lie.
+    pub storage: Storage,
+    /// Bytes that a container may write in its root; none is no bound.
+    pub container_root_quota: Option<u64>,
     /// The range of pods' addresses, until the cluster says another.
     pub pod_cidr: Option<String>,
     /// Which network pods get.
@@ -55,6 +69,17 @@ pub struct Config {
     pub sandbox_overhead_memory_bytes: u64,
 }
 
+impl Config {
+    /// A directory on the file system of images and roots, as the store's own figures name it.
+    pub(crate) fn store_dir(&self) -> PathBuf {
+        let dir = self.root_dir.join("storage");
+        match self.storage {
+            Storage::Overlay => dir,
+            Storage::Zfs(_) => dir.join("state"),
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         let root_dir = PathBuf::from("/var/lib/moxlet");
@@ -64,6 +89,8 @@ impl Default for Config {
             stream_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
             init_binary: None,
             map: IdMap::default(),
+            storage: Storage::default(),
+            container_root_quota: None,
             pod_cidr: None,
             cni: CniSettings::default(),
             plain_http_registries: Vec::new(),

@@ -34,15 +34,20 @@ mod streaming;
 mod volumes;
 mod watch;
 
-use std::{os::unix::fs::DirBuilderExt, path::Path, sync::Arc, time::Duration};
+use std::{
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use moxlet_image::ImageStore;
 use moxlet_network::{Cni, CniConfig, forwarding};
 use moxlet_sandbox::{LxcConfig, LxcEngine, cgroup::ContainerCgroups};
-use moxlet_storage::{OverlayDriver, idmap, mounts};
+use moxlet_storage::{Driver, OverlayDriver, ZfsConfig, ZfsDriver, idmap, mounts};
 use tokio_util::sync::CancellationToken;
 
-pub use config::{CniSettings, Config};
+pub use config::{CniSettings, Config, Storage};
 pub use error::{Error, Result};
 
 use crate::{
@@ -79,7 +84,7 @@ impl Agent {
         let pods = root.join("pods");
         blocking("making the pods' directory shared", move || Ok(mounts::make_shared_dir(&pods)?)).await?;
         let init_binary = init_binary::install(config.init_binary.as_deref(), &root.join("init"))?;
-        let driver = Arc::new(OverlayDriver::open(&root.join("storage")).await?);
+        let (driver, image_dir) = open_store(&config).await?;
         let engine = LxcEngine::new(LxcConfig {
             dir: root.join("lxc"),
             map: config.map,
@@ -90,7 +95,7 @@ impl Agent {
         forwarding::record(&root.join("ip_forward"))?;
         let images = ImageStore::open(
             moxlet_image::Config {
-                dir: root.join("images"),
+                dir: image_dir,
                 plain_http_hosts: config.plain_http_registries.clone(),
                 max_parallel_downloads: config.max_parallel_downloads,
                 docker_config: config.docker_config.clone(),
@@ -141,6 +146,19 @@ impl Agent {
             );
         }
     }
+}
+
+/// The driver, and where the records of its images lie: those of a ZFS store travel with its pool.
+async fn open_store(config: &Config) -> Result<(Arc<dyn Driver>, PathBuf)> {
+    let run_dir = config.root_dir.join("storage");
+    Ok(match &config.storage {
+        Storage::Overlay => (Arc::new(OverlayDriver::open(&run_dir).await?), config.root_dir.join("images")),
+        Storage::Zfs(dataset) => {
+            let driver = ZfsDriver::open(ZfsConfig { dataset: dataset.clone(), run_dir, ids: None }).await?;
+            let image_dir = driver.state_dir().join("images");
+            (Arc::new(driver), image_dir)
+        }
+    })
 }
 
 fn cni(config: &Config) -> CniConfig {

@@ -5,7 +5,10 @@
 
 use std::{
     fs,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    },
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -15,7 +18,7 @@ use moxlet_ids::ContainerId;
 use moxlet_image::{ImageConfiguration, ImageHold, ImageRecord};
 use moxlet_init_proto::CreateRequest;
 use moxlet_sandbox::{Limits, POD_DIR_IN_CT, cgroup::ContainerCgroups};
-use moxlet_storage::IdMap;
+use moxlet_storage::{IdMap, RootOptions};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use crate::{
@@ -161,7 +164,8 @@ pub(crate) async fn make(
     let (id, map) = (&container.id, core.config.map);
     let shared = sandboxes::shared_dir(core, &sandbox.id);
     let rootfs = shared.join("ctr").join(id.as_str()).join("rootfs");
-    core.driver.create_root(id, &image.layers, map.into()).await?;
+    let options = RootOptions { map, quota_bytes: core.config.container_root_quota };
+    core.driver.create_root(id, &image.layers, options).await?;
     let dir = shared.clone();
     let name = id.clone();
     blocking("making a container's directory", move || make_dirs(&dir, &name)).await?;
@@ -374,14 +378,8 @@ fn make_cwd(rootfs: &Path, cwd: &str, map: IdMap) -> Result<()> {
         path.push(part);
         match rustix::fs::openat2(&root, &path, flags, Mode::empty(), inside) {
             Ok(_) => {}
-            Err(rustix::io::Errno::NOENT) => match rustix::fs::mkdirat(&at, part, Mode::from_raw_mode(0o755))
-            {
-                Ok(()) => {
-                    let owner = rustix::fs::Uid::from_raw(map.host_base);
-                    let group = rustix::fs::Gid::from_raw(map.host_base);
-                    let nofollow = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-                    rustix::fs::chownat(&at, part, Some(owner), Some(group), nofollow).map_err(failed)?;
-                }
+            Err(rustix::io::Errno::NOENT) => match make_as_root_of(map, &at, part) {
+                Ok(()) => {}
                 // A link to nowhere; the start says what is wrong with it.
                 Err(rustix::io::Errno::EXIST) => return Ok(()),
                 Err(e) => return Err(failed(e)),
@@ -394,10 +392,42 @@ fn make_cwd(rootfs: &Path, cwd: &str, map: IdMap) -> Result<()> {
     Ok(())
 }
 
+/// Makes a directory that belongs to the container's root. Where ids are shifted at the mount the host's root has none in the
+/// container and could make nothing, so this thread takes the other's id for a moment, without losing its own rights.
+fn make_as_root_of(map: IdMap, at: &OwnedFd, name: &str) -> std::result::Result<(), rustix::io::Errno> {
+    use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+    let before = rustix::thread::capabilities(None)?;
+    let group = setfsgid(Gid::from_raw(map.host_base));
+    let user = setfsuid(Uid::from_raw(map.host_base));
+    let made = rustix::thread::set_capabilities(None, before)
+        .and_then(|()| rustix::fs::mkdirat(at, name, Mode::from_raw_mode(0o755)));
+    setfsuid(user);
+    setfsgid(group);
+    rustix::thread::set_capabilities(None, before)?;
+    made
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_working_directory_is_the_containers_wherever_it_lies() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("of-another")).unwrap();
+        chown(dir.path().join("of-another"), Some(101_000), Some(101_000)).unwrap();
+        make_cwd(dir.path(), "/of-another/a/b", IdMap::default()).unwrap();
+        let made = fs::metadata(dir.path().join("of-another/a/b")).unwrap();
+        assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (100_000, 100_000, 0o755));
+        fs::write(dir.path().join("mine"), "").unwrap();
+        assert_eq!(
+            fs::metadata(dir.path().join("mine")).unwrap().uid(),
+            0,
+            "the thread is the host's root again"
+        );
+    }
 
     #[test]
     fn signals_are_read_in_every_spelling() {

@@ -57,7 +57,7 @@ pub(crate) async fn container(core: &Arc<Core>, container: &Container) -> Result
     let stats = if running { read(core, &container.sandbox, Some(&container.id)).await? } else { None };
     // A root that is just being removed has nothing to tell.
     let written = core.driver.root_usage(&container.id).await.ok();
-    let mountpoint = core.config.root_dir.join("storage").display().to_string();
+    let mountpoint = core.config.store_dir().display().to_string();
     Ok(v1::ContainerStats {
         attributes: Some(v1::ContainerAttributes {
             id: record.id.to_string(),

@@ -32,6 +32,8 @@ pub(crate) enum Storage {
     /// OverlayFS below `root_dir`.
     #[default]
     Overlay,
+    /// ZFS, in the dataset that `zfs_dataset` names.
+    Zfs,
 }
 
 /// The file's keys, as written.
@@ -42,6 +44,8 @@ pub(crate) struct Config {
     pub(crate) root_dir: PathBuf,
     pub(crate) engine: Engine,
     pub(crate) storage: Storage,
+    pub(crate) zfs_dataset: Option<String>,
+    pub(crate) container_root_quota: Option<u64>,
     pub(crate) log: String,
     pub(crate) log_format: LogFormat,
     pub(crate) stop_pods: bool,
@@ -81,6 +85,8 @@ impl Default for Config {
             root_dir: PathBuf::from("/var/lib/moxlet"),
             engine: Engine::Lxc,
             storage: Storage::Overlay,
+            zfs_dataset: None,
+            container_root_quota: None,
             log: "info".to_owned(),
             log_format: LogFormat::Text,
             stop_pods: false,
@@ -205,6 +211,18 @@ impl Config {
                 bail!("{key}: {} does not exist", path.display());
             }
         }
+        match (self.storage, &self.zfs_dataset) {
+            (Storage::Zfs, None) => {
+                bail!("storage = \"zfs\" needs zfs_dataset, such as zfs_dataset = \"rpool/moxlet\"");
+            }
+            (Storage::Overlay, Some(dataset)) => {
+                bail!("zfs_dataset = {dataset:?} is of no use without storage = \"zfs\"");
+            }
+            _ => {}
+        }
+        if self.container_root_quota == Some(0) {
+            bail!("container_root_quota must be at least 1 byte; leave it out for no quota");
+        }
         if self.container_log_max_files < 2 {
             bail!("container_log_max_files must be at least 2, as the kubelet's containerLogMaxFiles");
         }
@@ -265,6 +283,18 @@ mod tests {
             let error = load(&format!("{key} = \"/nonexistent/file\"")).unwrap_err().to_string();
             assert!(error.contains(key) && error.contains("/nonexistent/file"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_store_on_zfs_needs_its_dataset_and_only_that_one_does() {
+        let error = load("storage = \"zfs\"").unwrap_err().to_string();
+        assert!(error.contains("zfs_dataset"), "{error}");
+        let error = load("zfs_dataset = \"rpool/moxlet\"").unwrap_err().to_string();
+        assert!(error.contains("storage"), "{error}");
+        let config = load("storage = \"zfs\"\nzfs_dataset = \"rpool/moxlet\"\n").unwrap();
+        assert_eq!((config.storage, config.zfs_dataset.as_deref()), (Storage::Zfs, Some("rpool/moxlet")));
+        let error = load("container_root_quota = 0").unwrap_err().to_string();
+        assert!(error.contains("container_root_quota"), "{error}");
     }
 
     #[test]

@@ -154,13 +154,20 @@ fn alone(config: &Config) -> bool {
 }
 
 fn agent_config(config: &Config, with_node: bool) -> moxlet_agent::Config {
-    let (crate::config::Engine::Lxc, crate::config::Storage::Overlay) = (config.engine, config.storage);
+    let crate::config::Engine::Lxc = config.engine;
+    let storage = match (config.storage, &config.zfs_dataset) {
+        (crate::config::Storage::Zfs, Some(dataset)) => moxlet_agent::Storage::Zfs(dataset.clone()),
+        // Checked when the configuration was read.
+        _ => moxlet_agent::Storage::Overlay,
+    };
     let defaults = moxlet_agent::Config::default();
     moxlet_agent::Config {
         root_dir: config.root_dir.clone(),
         cri_socket: config.cri_socket(),
         stream_listen: config.stream_listen.or(defaults.stream_listen),
         init_binary: config.init_binary.clone(),
+        storage,
+        container_root_quota: config.container_root_quota,
         // Nobody allots a range to a machine without a cluster.
         pod_cidr: config
             .pod_cidr

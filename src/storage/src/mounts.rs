@@ -110,11 +110,12 @@ fn type_of(table: &[u8], path: &Path, device: &str) -> Option<String> {
 
 /// The source of the topmost mount at a path: the second field after the lone dash.
 fn last_source(table: &[u8], path: &Path) -> Option<String> {
-    let at_path = table.split(|b| *b == b'\n').filter(|line| {
+    let mut from_the_end = table.rsplit(|b| *b == b'\n');
+    let last = from_the_end.find(|line| {
         let point = line.split(|b| *b == b' ').nth(4);
         point.is_some_and(|p| Path::new(&OsString::from_vec(unescape(p))) == path)
     });
-    let mut fields = at_path.last()?.split(|b| *b == b' ').skip_while(|f| *f != b"-");
+    let mut fields = last?.split(|b| *b == b' ').skip_while(|f| *f != b"-");
     fields.nth(2).map(|source| String::from_utf8_lossy(&unescape(source)).into_owned())
 }
 

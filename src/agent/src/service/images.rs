@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use base64::Engine as _;
 use moxlet_cri::v1::{self, image_service_server::ImageService};
 use moxlet_image::{Credentials, ImageRecord};
+use moxlet_storage::Usage;
 use tonic::{Request, Response, Status};
 
 use super::{Parts, Service, in_chunks};
@@ -96,6 +97,25 @@ impl Service {
     }
 }
 
+impl Service {
+    /// What all containers have written.
+    async fn roots_usage(&self) -> Result<Usage> {
+        let mut sum = Usage::default();
+        for id in self.core.driver.roots().await? {
+            match self.core.driver.root_usage(&id).await {
+                Ok(usage) => {
+                    sum.bytes = sum.bytes.saturating_add(usage.bytes);
+                    sum.inodes = sum.inodes.saturating_add(usage.inodes);
+                }
+                // It was removed in the meantime.
+                Err(moxlet_storage::Error::RootNotFound(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(sum)
+    }
+}
+
 #[tonic::async_trait]
 impl ImageService for Service {
     async fn list_images(&self, request: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
@@ -145,17 +165,22 @@ impl ImageService for Service {
     }
 
     async fn image_fs_info(&self, _: Request<v1::ImageFsInfoRequest>) -> Answer<v1::ImageFsInfoResponse> {
-        let usage = self.core.driver.fs_usage().await.map_err(Error::from)?;
-        let number = |value| Some(v1::UInt64Value { value });
-        let shown = v1::FilesystemUsage {
-            timestamp: now_ns(),
-            fs_id: Some(v1::FilesystemIdentifier { mountpoint: usage.mountpoint.display().to_string() }),
-            used_bytes: number(usage.used_bytes),
-            inodes_used: number(usage.inodes_used),
+        let driver = &self.core.driver;
+        let mountpoint = driver.fs_usage().await.map_err(Error::from)?.mountpoint.display().to_string();
+        let images = driver.layers_usage().await.map_err(Error::from)?;
+        let containers = self.roots_usage().await?;
+        let shown = |usage: Usage| {
+            let number = |value| Some(v1::UInt64Value { value });
+            vec![v1::FilesystemUsage {
+                timestamp: now_ns(),
+                fs_id: Some(v1::FilesystemIdentifier { mountpoint: mountpoint.clone() }),
+                used_bytes: number(usage.bytes),
+                inodes_used: number(usage.inodes),
+            }]
         };
         Ok(Response::new(v1::ImageFsInfoResponse {
-            image_filesystems: vec![shown.clone()],
-            container_filesystems: vec![shown],
+            image_filesystems: shown(images),
+            container_filesystems: shown(containers),
         }))
     }
 }

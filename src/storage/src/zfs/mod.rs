@@ -226,11 +226,16 @@ impl Inner {
     /// Of the whole pool, or of what a quota leaves of it.
     fn fs_usage(&self) -> Result<FsUsage> {
         let pool = self.dataset.split('/').next().unwrap_or(&self.dataset);
-        let args = ["list", "-H", "-p", "-o", "used,available", &self.dataset, pool];
+        let args = ["list", "-H", "-p", "-o", "name,used,available", &self.dataset, pool];
+        // Sorted by name, whatever the order that they were asked for in.
         let rows = self.cli.table(&args)?;
-        let [own, all] = rows.as_slice() else { return Err(unexpected(&args, &rows)) };
-        let (used, available) = (number(own, 0, &args)?, number(own, 1, &args)?);
-        let (pool_used, pool_available) = (number(all, 0, &args)?, number(all, 1, &args)?);
+        let of = |name: &str| {
+            let row = rows.iter().find(|row| row.first().is_some_and(|n| n == name));
+            let row = row.ok_or_else(|| unexpected(&args, &rows))?;
+            Ok::<_, Error>((number(row, 1, &args)?, number(row, 2, &args)?))
+        };
+        let (used, available) = of(&self.dataset)?;
+        let (pool_used, pool_available) = of(pool)?;
         let used = if available < pool_available { used } else { pool_used };
         let inodes_used = {
             let index = self.index();

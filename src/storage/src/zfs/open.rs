@@ -245,7 +245,7 @@ impl Inner {
                     None => broken.push((Kind::Root(id), "damaged")),
                 },
                 Kind::Group(name) => {
-                    index.groups.extend(name.strip_prefix("shifted/").and_then(names::map_of))
+                    index.groups.extend(name.strip_prefix("shifted/").and_then(names::map_of));
                 }
                 Kind::Top | Kind::State | Kind::Draft(_) => {}
             }

@@ -5,9 +5,10 @@ use std::{
     ffi::CString,
     fs::{self, File},
     io::Write,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
-    sync::{Arc, Once},
+    sync::{Arc, Once, OnceLock},
 };
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
@@ -72,19 +73,18 @@ pub(crate) fn zfs_beds() -> Vec<Bed> {
 
 /// Whether ext4 keeps project quotas here.
 fn quota_bed() -> Option<Bed> {
-    static SAID: Once = Once::new();
-    let dir = tempfile::tempdir().unwrap();
-    let can = mount_ext4_with_quota(dir.path());
-    let _ = mounts::unmount(&dir.path().join("ext4"));
-    if let Err(why) = can {
-        SAID.call_once(|| {
-            announce(&format!(
-                "PROJECT QUOTAS ARE NOT RUN, since this kernel does not mount ext4 with them: {why}"
-            ))
-        });
-        return None;
-    }
-    Some(Bed::OverlayWithQuota).filter(|b| b.is_wanted())
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let can = mount_ext4_with_quota(dir.path());
+        let _ = mounts::unmount(&dir.path().join("ext4"));
+        if let Err(why) = &can {
+            let what = "PROJECT QUOTAS ARE NOT RUN, since this kernel does not mount ext4 with them";
+            announce(&format!("{what}: {}", why.lines().next().unwrap_or_default()));
+        }
+        can.is_ok()
+    });
+    Some(Bed::OverlayWithQuota).filter(|b| *found && b.is_wanted())
 }
 
 fn mount_ext4_with_quota(dir: &Path) -> Result<PathBuf, String> {
@@ -173,6 +173,8 @@ impl Store {
             Bed::OverlayWithQuota => drop(mount_ext4_with_quota(dir.path()).unwrap()),
             _ => {}
         }
+        // A container's root gets to what is its own.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
         let (driver, zfs) = open(bed, dir.path()).await;
         Self { bed, driver, zfs, dir }
     }
@@ -205,7 +207,12 @@ impl Store {
     }
 
     /// A layer on a parent.
-    pub(crate) async fn layer_on(&self, parent: Option<&ChainId>, name: &str, fill: impl FnOnce(&Path)) -> ChainId {
+    pub(crate) async fn layer_on(
+        &self,
+        parent: Option<&ChainId>,
+        name: &str,
+        fill: impl FnOnce(&Path),
+    ) -> ChainId {
         let chain = match parent {
             None => ChainId::base(&Digest::of(name.as_bytes())),
             Some(parent) => parent.push(&Digest::of(name.as_bytes())),
@@ -221,7 +228,11 @@ impl Store {
     }
 
     /// A mounted root on these layers.
-    pub(crate) async fn root(&self, layers: &[ChainId], options: impl Into<RootOptions>) -> (ContainerId, PathBuf) {
+    pub(crate) async fn root(
+        &self,
+        layers: &[ChainId],
+        options: impl Into<RootOptions>,
+    ) -> (ContainerId, PathBuf) {
         let id = ContainerId::random();
         self.driver.create_root(&id, layers, options.into()).await.unwrap();
         let target = self.path(id.as_str());

@@ -4,9 +4,10 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt, chown, lchown, symlink},
     path::Path,
+    thread,
 };
 
-use moxlet_storage::WhiteoutStyle;
+use moxlet_storage::{IdMap, WhiteoutStyle};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, makedev, mknodat, setxattr};
 
 /// One entry of a layer.
@@ -49,7 +50,7 @@ fn whiteout(path: &Path, style: WhiteoutStyle) {
             mknodat(CWD, path, FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).unwrap();
         }
         WhiteoutStyle::Apply if path.symlink_metadata().unwrap().is_dir() => {
-            fs::remove_dir_all(path).unwrap()
+            fs::remove_dir_all(path).unwrap();
         }
         WhiteoutStyle::Apply => fs::remove_file(path).unwrap(),
     }
@@ -92,4 +93,35 @@ pub(crate) fn attribute(path: &Path, name: &str) -> Vec<u8> {
     let length = rustix::fs::getxattr(path, name, &mut value).unwrap();
     value.truncate(length);
     value
+}
+
+/// Bytes that no file system makes smaller.
+pub(crate) fn noise(length: usize) -> Vec<u8> {
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed.to_le_bytes()
+    };
+    let mut bytes: Vec<u8> = std::iter::repeat_with(&mut next).take(length.div_ceil(8)).flatten().collect();
+    bytes.truncate(length);
+    bytes
+}
+
+/// Does something as the root of a container: the host's own root has no id in its file system, and can make nothing there.
+pub(crate) fn as_root_of<T: Send>(map: IdMap, work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            // Of this thread alone, which ends with the work.
+            #[allow(unsafe_code)]
+            // SAFETY: both calls take a number and nothing else.
+            unsafe {
+                libc::setfsgid(map.host_base);
+                libc::setfsuid(map.host_base);
+            }
+            work()
+        });
+        worker.join().unwrap()
+    })
 }

@@ -10,7 +10,7 @@ use crate::{
     bed::{Store, entries, map, on_every_bed},
     content::{
         Change::{Dir, File, Gone, HardLink, Link, Opaque},
-        apply,
+        apply, as_root_of, noise,
     },
 };
 
@@ -45,7 +45,10 @@ async fn a_layer_appears_when_it_is_complete_and_a_dropped_draft_is_removed() {
         drop(draft);
         nothing_unfinished(store).await;
         assert_eq!(store.driver.layers().await.unwrap(), std::slice::from_ref(&one));
-        store.driver.remove_layer(&one).await.unwrap();
+        until("the layer to be free", async || {
+            store.driver.remove_layer(&one).await.map_err(|e| e.to_string())
+        })
+        .await;
         store.driver.remove_layer(&one).await.unwrap();
         assert!(store.driver.layers().await.unwrap().is_empty());
     })
@@ -193,9 +196,7 @@ async fn layers_are_shown_merged_read_only_and_with_the_ids_of_the_image() {
 async fn figures_grow_with_what_is_stored() {
     on_every_bed(async |store| {
         let before = store.driver.layers_usage().await.unwrap();
-        // Not to be compressed away.
-        let noise: Vec<u8> =
-            (0..3_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let noise = noise(3_000_000);
         let one = store
             .layer("one", |dir| {
                 fs::write(dir.join("noise"), &noise).unwrap();
@@ -215,8 +216,10 @@ async fn figures_grow_with_what_is_stored() {
         let (id, target) = store.root(std::slice::from_ref(&one), map()).await;
         let fresh = store.driver.root_usage(&id).await.unwrap();
         assert!(fresh.inodes == 0 && fresh.bytes < 500_000, "{fresh:?}");
-        fs::write(target.join("written"), &noise).unwrap();
-        fs::write(target.join("new"), "x").unwrap();
+        as_root_of(map(), || {
+            fs::write(target.join("written"), &noise).unwrap();
+            fs::write(target.join("new"), "x").unwrap();
+        });
         // ZFS counts what is on disk.
         rustix::fs::syncfs(fs::File::open(&target).unwrap()).unwrap();
         let seen = until("the root's figures", async || {

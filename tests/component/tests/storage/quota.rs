@@ -6,7 +6,10 @@ use moxlet_ids::ContainerId;
 use moxlet_storage::{Driver, Error, OverlayDriver, RootOptions};
 use moxlet_tests_component::wait::until;
 
-use crate::bed::{Store, entries, map, on_beds_with_quota, on_overlay, on_overlay_with_quota};
+use crate::{
+    bed::{Store, entries, map, on_beds_with_quota, on_overlay, on_overlay_with_quota},
+    content::{as_root_of, noise},
+};
 
 const QUOTA: u64 = 8 << 20;
 
@@ -14,25 +17,21 @@ fn with_quota() -> RootOptions {
     RootOptions { map: map(), quota_bytes: Some(QUOTA) }
 }
 
-/// Writes until the system says no; how many bytes went, and what it said. ZFS notices with its next transactions.
+/// Writes as the container does until the system says no; how many bytes went, and what it said. ZFS notices with its next
+/// transactions.
 fn fill(path: &Path) -> (u64, std::io::Error) {
-    let mut file = fs::File::create(path).unwrap();
-    let mut seed = 1_u64;
-    let mut written = 0;
-    loop {
-        // Not to be compressed away.
-        let block: Vec<u8> = std::iter::repeat_with(|| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (seed >> 33) as u8
-        })
-        .take(256 << 10)
-        .collect();
-        match file.write_all(&block).and_then(|()| file.sync_data()) {
-            Ok(()) => written += block.len() as u64,
-            Err(error) => return (written, error),
+    let noise = noise(256 << 10);
+    as_root_of(map(), || {
+        let mut file = fs::File::create(path).unwrap();
+        let mut written = 0;
+        loop {
+            match file.write_all(&noise).and_then(|()| file.sync_data()) {
+                Ok(()) => written += noise.len() as u64,
+                Err(error) => return (written, error),
+            }
+            assert!(written < 10 * QUOTA, "no end at {written} bytes");
         }
-        assert!(written < 10 * QUOTA, "no end at {written} bytes");
-    }
+    })
 }
 
 async fn big_layer(store: &Store) -> moxlet_ids::ChainId {
@@ -50,14 +49,14 @@ async fn a_container_that_uses_up_its_quota_is_told_so_and_others_go_on() {
         assert!(full, "{error}");
         // What the image brings does not count.
         assert!((QUOTA * 3 / 4..QUOTA * 2).contains(&written), "{written}");
-        fs::write(of_other.join("file"), vec![1; 1 << 20]).unwrap();
+        as_root_of(map(), || fs::write(of_other.join("file"), vec![1; 1 << 20]).unwrap());
         assert_eq!(fs::metadata(of_other.join("big")).unwrap().len(), 1 << 20);
         let fresh = store.driver.create_root(&ContainerId::random(), &layers, with_quota()).await;
         fresh.unwrap();
-        fs::remove_file(target.join("fill")).unwrap();
+        as_root_of(map(), || fs::remove_file(target.join("fill")).unwrap());
         until("room again", async || {
             let _ = rustix::fs::syncfs(fs::File::open(&target).unwrap());
-            fs::write(target.join("again"), vec![1; 1 << 20]).map_err(|e| e.to_string())
+            as_root_of(map(), || fs::write(target.join("again"), vec![1; 1 << 20])).map_err(|e| e.to_string())
         })
         .await;
         store.remove(&id, &target).await;

@@ -19,7 +19,7 @@ use rustix::{
 
 use crate::{
     bed::{entries, map, on_every_bed},
-    content::{attribute, net_raw, set_mode, write},
+    content::{as_root_of, attribute, net_raw, set_mode, write},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,7 +144,7 @@ async fn a_root_is_made_mounted_unmounted_and_removed_again_and_again() {
         for _ in 0..2 {
             store.driver.mount_root(&id, &target).await.unwrap();
             store.driver.mount_root(&id, &target).await.unwrap();
-            fs::write(target.join("kept"), "x").unwrap();
+            as_root_of(map(), || fs::write(target.join("kept"), "x").unwrap());
             store.driver.unmount_root(&id, &target).await.unwrap();
             store.driver.unmount_root(&id, &target).await.unwrap();
             assert!(!mounts::is_mounted(&target).unwrap() && !target.join("kept").exists());
@@ -174,7 +174,7 @@ async fn roots_that_are_made_at_once_are_all_there() {
             store.driver.create_root(id, &layers, map().into()).await.unwrap();
             let target = store.path(id.as_str());
             store.driver.mount_root(id, &target).await.unwrap();
-            fs::write(target.join("own"), id.as_str()).unwrap();
+            as_root_of(map(), || fs::write(target.join("own"), id.as_str()).unwrap());
         });
         futures::future::join_all(made).await;
         assert_eq!(store.driver.roots().await.unwrap().len(), 10);

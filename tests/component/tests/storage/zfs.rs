@@ -7,7 +7,7 @@ use moxlet_storage::{Driver, Error, IdStyle, Usage, ZfsConfig, ZfsDriver, mounts
 
 use crate::{
     bed::{Bed, Store, entries, map, on_zfs, run, zfs},
-    content::write,
+    content::{as_root_of, noise, write},
 };
 
 /// All that ZFS and the files say of datasets that are not ours.
@@ -120,14 +120,14 @@ async fn a_full_dataset_is_named_and_the_store_works_on_when_there_is_room() {
         let one = store.layer("one", |dir| fs::write(dir.join("file"), "x").unwrap()).await;
         zfs(&["set", "quota=3M", &top]);
         let draft = store.driver.begin_layer(Some(&one)).await.unwrap();
-        let noise: Vec<u8> =
-            (0..8_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let noise = noise(500_000);
         let path = draft.path().join("noise");
-        let written = fs::File::create(&path).and_then(|mut f| {
+        let written = fs::File::create(&path).and_then(|mut file| {
             use std::io::Write;
-            for part in noise.chunks(500_000) {
-                f.write_all(part)?;
-                f.sync_data()?;
+            for _ in 0..100 {
+                file.write_all(&noise)?;
+                // A quota of ZFS is looked at from one transaction to the next.
+                rustix::fs::syncfs(&file)?;
             }
             Ok(())
         });
@@ -168,6 +168,7 @@ async fn a_store_works_whatever_the_mount_point_above_it_is() {
             driver.close().await.unwrap();
             let all = zfs(&["list", "-H", "-r", "-o", "mountpoint,mounted", &format!("{above}/moxlet")]);
             assert!(all.lines().all(|line| line == "legacy\tno"), "{all}");
+            zfs(&["destroy", "-r", &above]);
         }
     })
     .await;
@@ -319,7 +320,7 @@ async fn what_a_crash_left_is_swept_at_open() {
     on_zfs(async |store| {
         let layer = store.layer("one", |dir| fs::write(dir.join("file"), "x").unwrap()).await;
         let (id, target) = store.root(std::slice::from_ref(&layer), map()).await;
-        fs::write(target.join("written"), "x").unwrap();
+        as_root_of(map(), || fs::write(target.join("written"), "x").unwrap());
         let top = store.dataset();
         let mark = |name: &str| format!("dev.moxlet:owner=moxlet:{name}");
         let legacy = "mountpoint=legacy";
