@@ -96,7 +96,7 @@ pub struct CtInterface {
     /// Its name.
     pub name: String,
     /// Its MAC address.
-    #[serde(default, alias = "hwaddr", deserialize_with = "lenient::opt_string")]
+    #[serde(default, deserialize_with = "lenient::opt_string")]
     pub hardware_address: Option<String>,
     /// Its addresses.
     #[serde(default, deserialize_with = "lenient::list")]
@@ -226,8 +226,7 @@ impl<'a> Ct<'a> {
     /// As every call; wants VM.Allocate on `/vms/VMID` or the pool, Datastore.AllocateSpace on the storages, SDN.Use on the
     /// bridges. A configuration with raw lines is refused: the API takes none.
     pub async fn create(&self, new: &NewCt) -> Result<Upid> {
-        let template = "/nodes/{node}/lxc";
-        let mut request = Request::new("POST", template)
+        let mut request = Request::new("POST", "/nodes/{node}/lxc")
             .at("node", self.node)
             .with("vmid", self.vmid)
             .with("ostemplate", &new.template)

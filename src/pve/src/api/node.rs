@@ -53,9 +53,12 @@ pub struct Usage {
     /// Not in use.
     #[serde(deserialize_with = "lenient::u64")]
     pub free: u64,
-    /// To be had: for memory with what caches would give back, for disks without what is reserved.
-    #[serde(alias = "avail", deserialize_with = "lenient::opt_u64")]
+    /// Of memory: free, with what caches would give back.
+    #[serde(deserialize_with = "lenient::opt_u64")]
     pub available: Option<u64>,
+    /// Of disks: free, without what is reserved.
+    #[serde(deserialize_with = "lenient::opt_u64")]
+    pub avail: Option<u64>,
 }
 
 /// The processors.

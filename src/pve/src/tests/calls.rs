@@ -61,7 +61,7 @@ async fn answers_are_read_as_loosely_as_they_are_written() {
     let status = server.client().ct(&node(), vmid()).status().await.unwrap();
     assert!(status.is_running() && !status.ha.unwrap().managed);
 
-    let server = Server::with(json!([{"name": "eth0", "hwaddr": "x", "ip-addresses": [{"ip-address": "10.0.0.2", "prefix": "24"}]}])).await;
+    let server = Server::with(json!([{"name": "eth0", "hwaddr": "x", "hardware-address": "x", "ip-addresses": [{"ip-address": "10.0.0.2", "prefix": "24"}]}])).await;
     let interfaces = server.client().ct(&node(), vmid()).interfaces().await.unwrap();
     assert_eq!(
         (interfaces[0].ip_addresses[0].prefix, interfaces[0].hardware_address.as_deref()),
