@@ -13,7 +13,7 @@ use moxlet_tests_pve::{
 #[derive(Debug, Parser)]
 #[command(name = "test pve")]
 struct Arguments {
-    /// Where the API is, such as https://pve1.example.org:8006.
+    /// Where the API is, such as `https://pve1.example.org:8006`.
     #[arg(long)]
     url: String,
     /// A file of one line, `user@realm!id=secret`.
