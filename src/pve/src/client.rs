@@ -178,7 +178,7 @@ pub(crate) fn decode<T: DeserializeOwned>(answer: Answer, expected: &'static str
 impl Error {
     /// An error of our own, before anything is sent.
     pub(crate) fn refused(method: &'static str, path: &str, reason: impl Into<String>) -> Self {
-        let call = crate::CallName { method, path: path.to_owned() };
+        let call = crate::CallName { method, path: path.into() };
         Self::Refused { call, reason: reason.into() }
     }
 }

@@ -13,7 +13,7 @@ pub struct CallName {
     /// The method.
     pub method: &'static str,
     /// The path below `/api2/json`.
-    pub path: String,
+    pub path: Box<str>,
 }
 
 impl fmt::Display for CallName {

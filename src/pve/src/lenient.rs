@@ -110,6 +110,15 @@ where
     }
 }
 
+/// As [`opt_parsed`], for what is of use only if it can be read: anything else is none.
+pub(crate) fn readable<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: std::str::FromStr,
+{
+    Ok(text(deserializer)?.and_then(|t| t.parse().ok()))
+}
+
 /// A list; null is empty.
 pub(crate) fn list<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where

@@ -134,9 +134,12 @@ name!(
     }
 );
 name!(
-    /** A volume on a storage, `storage:name` (format `pve-volume-id`). */
+    /** A volume on a storage, `storage:name` (format `pve-volume-id`); the name is a file's, with whatever is in it. */
     VolumeId, "volume id", |s| {
-        property_text(s)?;
+        bounded(s, 1, 4096)?;
+        if s.chars().any(char::is_control) {
+            return Err("it has a control character");
+        }
         let (storage, name) = s.split_once(':').ok_or("it has no colon")?;
         if name.is_empty() {
             return Err("nothing stands after the colon");

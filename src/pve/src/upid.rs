@@ -70,7 +70,7 @@ fn invalid(text: &str, reason: &'static str) -> InvalidName {
 impl FromStr for Upid {
     type Err = InvalidName;
     fn from_str(text: &str) -> Result<Self, InvalidName> {
-        if text.len() > 512 || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        if text.len() > 512 || text.chars().any(|c| c.is_control() || c.is_whitespace()) {
             return Err(invalid(text, "it is too long or has a character that is not allowed"));
         }
         let parts: Vec<&str> = text.split(':').collect();
@@ -134,6 +134,7 @@ mod tests {
         assert_eq!(upid.node().as_str(), "pve-1");
         assert_eq!((upid.pid(), upid.start_time()), (0xC0DE, 0x66AA_BBCC));
         assert_eq!((upid.kind(), upid.id(), upid.user()), ("vzstart", "101", "moxlet@pve!node"));
+        assert!("UPID:a:0000C0DE:0A1B2C3D4:66AABBCC:vzstart::jörg@ldap:".parse::<Upid>().is_ok());
     }
 
     proptest! {

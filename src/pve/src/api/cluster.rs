@@ -50,7 +50,7 @@ pub enum Member {
         #[serde(default, deserialize_with = "lenient::opt_u64")]
         nodeid: Option<u64>,
         /// Its address in the cluster network.
-        #[serde(default, deserialize_with = "lenient::opt_parsed")]
+        #[serde(default, deserialize_with = "lenient::readable")]
         ip: Option<IpAddr>,
         /// Whether it is the one that answered.
         #[serde(default, deserialize_with = "lenient::bool")]

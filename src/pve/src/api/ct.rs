@@ -108,7 +108,7 @@ pub struct CtInterface {
 #[serde(rename_all = "kebab-case")]
 pub struct CtAddress {
     /// The address.
-    #[serde(default, deserialize_with = "lenient::opt_parsed")]
+    #[serde(default, deserialize_with = "lenient::readable")]
     pub ip_address: Option<IpAddr>,
     /// The prefix's length.
     #[serde(default, deserialize_with = "lenient::opt_u64")]

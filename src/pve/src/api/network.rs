@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::{Client, InterfaceName, NodeName, Result, http::Request, lenient};
+use crate::{Client, NodeName, Result, http::Request, lenient};
 
 /// Which interfaces to list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,8 +18,8 @@ pub enum InterfaceKind {
 /// A network interface of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct NodeInterface {
-    /// Its name.
-    pub iface: InterfaceName,
+    /// Its name; an alias has a colon in it.
+    pub iface: String,
     /// `bridge`, `bond`, `eth`, `vlan`, `vnet`, `OVSBridge`, ….
     #[serde(rename = "type", default, deserialize_with = "lenient::string")]
     pub kind: String,

@@ -28,7 +28,7 @@ pub struct NodeEntry {
     #[serde(default, deserialize_with = "lenient::opt_u64")]
     pub uptime: Option<u64>,
     /// Its certificate.
-    #[serde(default, deserialize_with = "lenient::opt_parsed")]
+    #[serde(default, deserialize_with = "lenient::readable")]
     pub ssl_fingerprint: Option<Fingerprint>,
 }
 

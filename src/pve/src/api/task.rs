@@ -136,11 +136,17 @@ impl Client {
             on(task, "GET", "/nodes/{node}/tasks/{upid}/log").with("start", start).with("limit", lines)
         };
         let first = self.send(page(0)).await?;
+        // Without a total the first page is all that is known to be there.
         let total = first.total.unwrap_or(0);
         let answer = if total > lines { self.send(page(total - lines)).await? } else { first };
-        let read: Option<Vec<LogLine>> = decode(answer, "the lines of a task's log")?;
-        let all = read.unwrap_or_default().into_iter().take(usize::try_from(lines).unwrap_or(usize::MAX));
-        Ok(all.map(|l| l.t.chars().filter(|c| !c.is_control()).take(MAX_LINE).collect()).collect())
+        let mut read: Vec<LogLine> =
+            decode::<Option<_>>(answer, "the lines of a task's log")?.unwrap_or_default();
+        let surplus = read.len().saturating_sub(usize::try_from(lines).unwrap_or(usize::MAX));
+        read.drain(..surplus);
+        Ok(read
+            .into_iter()
+            .map(|l| l.t.chars().filter(|c| !c.is_control()).take(MAX_LINE).collect())
+            .collect())
     }
 
     /// Ends a task.
@@ -212,7 +218,7 @@ impl Client {
             Ok(log) => log,
             Err(error) => vec![format!("(its log cannot be read: {error})")],
         };
-        let call = CallName { method: "task", path: format!("{} {}", task.kind(), task.id()) };
+        let call = CallName { method: "task", path: format!("{} {}", task.kind(), task.id()).into() };
         let reason = classify::sentence(&call, &exit).map(Box::new);
         Error::TaskFailed { upid: Box::new(task.clone()), exit: classify::bounded(&exit), log, reason }
     }

@@ -141,7 +141,7 @@ impl Http {
 
     /// Makes a call.
     pub(crate) async fn call(&self, request: &Request) -> Result<Answer> {
-        let path = encode::path(request.template, &request.path);
+        let path = encode::path(request.template, &request.path).into_boxed_str();
         let call = CallName { method: request.method, path };
         let form = encode::form(&request.parameters);
         if form.len() > MAX_REQUEST {

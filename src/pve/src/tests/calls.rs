@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::api::{
     ct::{ConfigChange, Delete},
+    network::InterfaceKind,
     storage::StorageStatus,
 };
 
@@ -80,6 +81,20 @@ async fn answers_are_read_as_loosely_as_they_are_written() {
     assert_eq!(server.client().options().await.unwrap().next_id_range(), (1000, 2000));
     let server = Server::with(json!({"next-id": "upper=2000"})).await;
     assert_eq!(server.client().options().await.unwrap().next_id_range(), (100, 2000));
+}
+
+#[tokio::test]
+async fn one_odd_entry_does_not_spoil_a_list() {
+    let server = Server::with(
+        json!([{"volid": "local:iso/a, b.iso", "format": "iso"}, {"volid": "local:vztmpl/x.tar.zst"}]),
+    )
+    .await;
+    let storage = "local".parse().unwrap();
+    assert_eq!(server.client().storage_content(&node(), &storage, None, None).await.unwrap().len(), 2);
+    let server = Server::with(json!([{"iface": "vmbr0:1", "type": "alias", "active": "1"}])).await;
+    assert!(server.client().interfaces(&node(), InterfaceKind::All).await.unwrap()[0].active);
+    let server = Server::with(json!([{"node": "a", "status": "online", "ssl_fingerprint": "none"}])).await;
+    assert!(server.client().nodes().await.unwrap()[0].is_online());
 }
 
 #[tokio::test]

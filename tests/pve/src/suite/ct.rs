@@ -80,7 +80,7 @@ impl Suite {
         };
         let bridges =
             self.client().interfaces(&node, moxlet_pve::api::network::InterfaceKind::AnyBridge).await?;
-        let bridge = bridges.into_iter().find(|b| b.active).map(|b| b.iface);
+        let bridge = bridges.into_iter().filter(|b| b.active).find_map(|b| b.iface.parse().ok());
         let (first, last) = self.setup.vmids;
         for number in first.get()..=last.get() {
             let vmid = Vmid::new(number).map_err(|e| Trouble::Failed(e.to_string()))?;
@@ -135,17 +135,15 @@ impl Suite {
         let name = format!("{storage}:vztmpl/no-such-template-moxlet_1_amd64.tar.zst");
         let new = self.new_ct(place, name.parse().map_err(Error::from)?)?;
         let ct = self.client().ct(&place.node, place.vmid);
+        // Before it is asked for: an answer may get lost. The mark in its notes tells ours from another's.
+        self.remember(place.vmid, &place.node);
         let result = match ct.create(&new).await {
-            Ok(task) => {
-                self.remember(place.vmid, &place.node);
-                let end = self.wait(&task).await.map(drop);
-                if end.is_err() {
-                    self.forget(place.vmid);
-                }
-                end
-            }
+            Ok(task) => self.wait(&task).await.map(drop),
             Err(error) => Err(error),
         };
+        if result.is_err() {
+            self.forget(place.vmid);
+        }
         expect(result, "that the template is missing", |e| {
             !e.is_gone() && e.to_string().contains("does not exist")
         })?;
@@ -155,8 +153,14 @@ impl Suite {
     async fn create(&self, place: &Place) -> Outcome {
         let new = self.new_ct(place, place.template.clone())?;
         let ct = self.client().ct(&place.node, place.vmid);
-        let task = ct.create(&new).await?;
         self.remember(place.vmid, &place.node);
+        let task = match ct.create(&new).await {
+            Err(error @ Error::AlreadyExists { .. }) => {
+                self.forget(place.vmid);
+                return Err(Trouble::NotTried(format!("another took the VMID in the meantime: {error}")));
+            }
+            other => other?,
+        };
         self.wait(&task).await?;
         let config = ct.config().await?;
         let want = &new.config;

@@ -157,7 +157,7 @@ impl Suite {
     }
 
     async fn pool(&self) -> Outcome {
-        let pool = format!("moxlet-suite-{}", std::process::id()).parse().map_err(Error::from)?;
+        let pool = Self::pool_name()?;
         self.client().create_pool(&pool, Some(&self.mark)).await?;
         let made = self.client().pool(&pool).await?;
         let again = self.client().create_pool(&pool, None).await;

@@ -17,10 +17,10 @@ use std::{
 };
 
 use moxlet_pve::{
-    Client, Error, NodeName, StorageId, Upid, Vmid, VolumeId,
+    Client, Error, NodeName, PoolId, StorageId, Upid, Vmid, VolumeId,
     api::{
         cluster::ResourceKind,
-        ct::Delete,
+        ct::{ConfigChange, Ct, Delete},
         task::{TaskEnd, Wait},
     },
 };
@@ -262,42 +262,57 @@ impl Suite {
         self.made.lock().unwrap_or_else(PoisonError::into_inner).remove(&vmid);
     }
 
-    /// Removes the CTs that are left. One without the mark of this run is not ours, whatever we remember.
+    /// The name of the pool that a test makes.
+    fn pool_name() -> Result<PoolId, Error> {
+        Ok(format!("moxlet-suite-{}", std::process::id()).parse()?)
+    }
+
+    /// Removes what is left. A CT or pool without the mark of this run is not ours, whatever we remember.
     async fn clean_up(&self) -> Outcome {
         let left = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut trouble = Vec::new();
         for (vmid, node) in left {
-            let ct = self.client().ct(&node, vmid);
-            let ours = match ct.config().await {
-                Ok(config) => config.description.is_some_and(|d| d.contains(&self.mark)),
-                Err(error) if error.is_gone() => continue,
-                Err(error) => {
-                    trouble.push(format!("CT {vmid} on {node}: {error}"));
-                    continue;
-                }
-            };
-            if !ours {
-                trouble.push(format!(
-                    "CT {vmid} on {node} does not bear the mark of this run and is left alone"
-                ));
-                continue;
-            }
-            let change =
-                moxlet_pve::api::ct::ConfigChange { delete: vec!["protection".into()], ..Default::default() };
-            // It may not be protected, it may not run: only the deletion counts.
-            let _ = ct.set_config(&change).await;
-            if let Ok(task) = ct.stop(false).await {
-                let _ = self.wait(&task).await;
-            }
-            let delete = Delete { purge: true, ..Delete::default() };
-            let gone = match ct.delete(delete).await {
-                Ok(task) => self.wait(&task).await.map(drop),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = gone {
-                trouble.push(format!("CT {vmid} on {node} is left: {error}"));
+            if let Err(why) = self.remove_ct(&self.client().ct(&node, vmid)).await {
+                trouble.push(format!("CT {vmid} on {node}: {why}"));
             }
         }
+        let name = Self::pool_name()?;
+        match self.client().pool(&name).await {
+            Ok(Some(pool)) if pool.comment.as_deref() == Some(self.mark.as_str()) => {
+                self.client().delete_pool(&name).await?;
+            }
+            // That there is none may be an empty list or an error; without the privilege none was made.
+            _ => {}
+        }
         ensure(trouble.is_empty(), || trouble.join("; "))
+    }
+
+    async fn remove_ct(&self, ct: &Ct<'_>) -> Result<(), String> {
+        // While it is being made it has no notes yet.
+        let mut config = ct.config().await;
+        for _ in 0..60 {
+            match &config {
+                Ok(c) if c.lock.as_deref() == Some("create") => {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                _ => break,
+            }
+            config = ct.config().await;
+        }
+        match config {
+            Ok(config) if config.description.as_deref().is_some_and(|d| d.contains(&self.mark)) => {}
+            Ok(_) => return Err("it does not bear the mark of this run and is left alone".to_owned()),
+            Err(error) if error.is_gone() => return Ok(()),
+            Err(error) => return Err(error.to_string()),
+        }
+        let change = ConfigChange { delete: vec!["protection".into()], ..ConfigChange::default() };
+        // It may not be protected, it may not run: only the deletion counts.
+        let _ = ct.set_config(&change).await;
+        if let Ok(task) = ct.stop(false).await {
+            let _ = self.wait(&task).await;
+        }
+        let delete = Delete { purge: true, ..Delete::default() };
+        let task = ct.delete(delete).await.map_err(|e| e.to_string())?;
+        self.wait(&task).await.map(drop).map_err(|e| e.to_string())
     }
 }
