@@ -22,8 +22,9 @@ leaks() {
   for path in $(cts "$root"); do echo "CT $path"; done
   monitors "$root" | sed 's/^/process /'
   mounts_below "$root" | while read -r path; do
-    # A directory bound on itself, to be a shared mount, is the agent's own; so are all layers with a pod's ids.
-    case $path in "$root"/storage/mapped/*) continue ;; esac
+    # A directory bound on itself, to be a shared mount, is the agent's own; so are all layers with a pod's ids
+    # and the records of a store on ZFS.
+    case $path in "$root"/storage/mapped/*|"$root"/storage/state) continue ;; esac
     [ "$(awk -v p="$path" '$5 == p { n = split($4, a, "/"); m = split(p, b, "/"); print (a[n] == b[m] && $0 ~ /shared:/) }' /proc/self/mountinfo | tail -n 1)" = 1 ] \
       || echo "mount $path"
   done

@@ -10,26 +10,26 @@
 //!
 //! A root with a quota is a project of the file system, whose id stands in root.json.
 //!
-//! `stack` puts mounts together, `quota` keeps project quotas, `probe` tells whether a file system will do.
+//! `roots` is the life of a root, `stack` puts mounts together, `quota` keeps project quotas, `probe` tells whether a file system will do.
 //!
 //! OverlayFS itself cannot be idmapped, but its lower layers can; the upper directory simply belongs to the
 //! container's root. The directory is 0700: layers hold setuid files that no user of the host may run.
 
 mod probe;
 mod quota;
+mod roots;
 mod stack;
 
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
-    os::unix::fs::{DirBuilderExt, PermissionsExt, chown},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use async_trait::async_trait;
 use moxlet_ids::{ChainId, ContainerId};
-use serde::{Deserialize, Serialize};
 
 use crate::{
     Driver, FsUsage, IdMap, LayerDraft, LayerView, RootOptions, Usage, WhiteoutStyle,
@@ -37,34 +37,10 @@ use crate::{
     idmap, mounts, tree,
 };
 use quota::Quotas;
+use roots::{Root, read_root};
 
 /// The kernel's bound on lower layers (`OVL_MAX_STACK`).
 const MAX_LAYERS: usize = 500;
-/// The version of `root.json`. Files of version 1 have no quota and read as those without one do.
-const ROOT_VERSION: u32 = 2;
-
-/// What `root.json` says of a container's root.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Root {
-    version: u32,
-    /// The bottom one first.
-    layers: Vec<ChainId>,
-    map: IdMap,
-    /// Bytes that the container may write.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    quota_bytes: Option<u64>,
-    /// The quota project that its files belong to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    project: Option<u32>,
-}
-
-impl Root {
-    /// Whether it is what is asked for; version and project are ours to choose.
-    fn is_as(&self, other: &Self) -> bool {
-        (&self.layers, self.map, self.quota_bytes) == (&other.layers, other.map, other.quota_bytes)
-    }
-}
-
 /// Layers and roots on OverlayFS.
 #[derive(Debug, Clone)]
 pub struct OverlayDriver {
@@ -123,12 +99,6 @@ impl Inner {
             make_dir(&path, 0o700)?;
         }
         let tmp = dir.join("tmp");
-        for entry in names(&tmp)? {
-            let path = tmp.join(entry);
-            if let Err(error) = tree::remove(&path, &tmp) {
-                tracing::warn!(path = %path.display(), %error, "could not remove what was left half-made");
-            }
-        }
         probe::check(&dir, &tmp)?;
         let quotas = Quotas::find(&dir)?;
         let inner = Self {
@@ -140,6 +110,12 @@ impl Inner {
             quotas,
             choosing: Mutex::default(),
         };
+        for entry in names(&tmp)? {
+            let path = tmp.join(entry);
+            if let Err(error) = inner.remove_leftover(&path) {
+                tracing::warn!(path = %path.display(), %error, "could not remove what was left half-made");
+            }
+        }
         let mut roots = HashMap::new();
         for name in names(&inner.dir.join("roots"))? {
             let Ok(id) = name.parse::<ContainerId>() else { continue };
@@ -292,93 +268,6 @@ impl Inner {
         Ok(names.into_iter().filter_map(|n| format!("sha256:{n}").parse().ok()).collect())
     }
 
-    fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Result<()> {
-        let map = options.map;
-        if !map.is_valid() {
-            return Err(Error::BadIdMap { host_base: map.host_base, size: map.size });
-        }
-        if layers.len() > MAX_LAYERS {
-            return Err(Error::TooManyLayers { layers: layers.len(), max: MAX_LAYERS });
-        }
-        let quota_bytes = options.quota_bytes;
-        if quota_bytes.is_some() && self.quotas.is_none() {
-            let filesystem = mounts::file_system_of(&self.dir)?;
-            return Err(Error::NoProjectQuota { path: self.dir.clone(), filesystem });
-        }
-        let root = Root { version: ROOT_VERSION, layers: layers.to_vec(), map, quota_bytes, project: None };
-        if let Some(there) = self.roots().get(id) {
-            return if there.is_as(&root) { Ok(()) } else { Err(Error::RootExists(id.clone())) };
-        }
-        let project = self.choose_project(quota_bytes)?;
-        let draft = tree::unique(&self.tmp(), "root");
-        let made = self.make_root(&draft, id, Root { project, ..root });
-        let put_in_place = matches!(made, Ok(true));
-        if !put_in_place {
-            tree::remove(&draft, &self.tmp())?;
-        }
-        if let Some(project) = project {
-            if !put_in_place {
-                self.free_project(project);
-            }
-            lock(&self.choosing).remove(&project);
-        }
-        made.map(drop)
-    }
-
-    /// A project with this limit, which nobody else has.
-    fn choose_project(&self, quota: Option<u64>) -> Result<Option<u32>> {
-        let (Some(bytes), Some(quotas)) = (quota, &self.quotas) else { return Ok(None) };
-        let mut choosing = lock(&self.choosing);
-        let known: HashSet<u32> = self.roots().values().filter_map(|r| r.project).collect();
-        let project = quotas.take(bytes, |p| known.contains(&p) || choosing.contains(&p))?;
-        choosing.insert(project);
-        Ok(Some(project))
-    }
-
-    /// Takes the limit from a project whose files are gone. One that keeps it is merely not chosen again.
-    fn free_project(&self, project: u32) {
-        if let Some(quotas) = &self.quotas
-            && let Err(error) = quotas.limit(project, 0)
-        {
-            tracing::warn!(project, %error, "the limit of a quota project stays");
-        }
-    }
-
-    /// Fills the draft of a root and puts it in place; false if somebody else was faster.
-    fn make_root(&self, draft: &Path, id: &ContainerId, root: Root) -> Result<bool> {
-        make_dir(draft, 0o700)?;
-        for name in ["upper", "work"] {
-            let path = draft.join(name);
-            make_dir(&path, 0o755)?;
-            if let Some(project) = root.project {
-                quota::join(&path, project)?;
-            }
-            chown(&path, Some(root.map.host_base), Some(root.map.host_base))
-                .attempt("change the owner of", path)?;
-        }
-        let path = draft.join("root.json");
-        let text =
-            serde_json::to_vec(&root).map_err(|source| Error::Damaged { path: path.clone(), source })?;
-        fs::write(&path, text).attempt("write", path)?;
-        let mut roots = self.roots();
-        match roots.get(id) {
-            Some(there) if there.is_as(&root) => return Ok(false),
-            Some(_) => return Err(Error::RootExists(id.clone())),
-            None => {}
-        }
-        if let Some(missing) = root.layers.iter().find(|l| !self.layer_dir(l).is_dir()) {
-            return Err(Error::LayerNotFound(missing.clone()));
-        }
-        let target = self.root_dir(id);
-        fs::rename(draft, &target).attempt("put in place", target)?;
-        roots.insert(id.clone(), root);
-        Ok(true)
-    }
-
-    fn root(&self, id: &ContainerId) -> Result<Root> {
-        self.roots().get(id).cloned().ok_or_else(|| Error::RootNotFound(id.clone()))
-    }
-
     /// The directory where all layers appear with a map's ids; mounted by the first who asks.
     fn mapped(&self, map: IdMap) -> Result<PathBuf> {
         let path = self.dir.join("mapped").join(format!("{}-{}", map.host_base, map.size));
@@ -388,16 +277,6 @@ impl Inner {
             idmap::Namespace::new(map)?.bind(&self.dir.join("layers"), &path, false, true)?;
         }
         Ok(path)
-    }
-
-    fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()> {
-        let root = self.root(id)?;
-        let Some(place) = stack::place_for(target)? else { return Ok(()) };
-        let mapped = self.mapped(root.map)?;
-        let dir = self.root_dir(id);
-        let lower = self.lower(&mapped, &root.layers, 1)?;
-        let mount = stack::merge(&lower, Some((&dir.join("upper"), &dir.join("work"))))?;
-        stack::put(&mount, &place, target)
     }
 
     fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Result<()> {
@@ -424,19 +303,6 @@ impl Inner {
         lower.extend(layers.iter().map(|layer| dir.join(layer.digest().hex())));
         Ok(lower)
     }
-
-    fn remove_root(&self, id: &ContainerId) -> Result<()> {
-        let (aside, root) = {
-            let mut roots = self.roots();
-            let aside = tree::set_aside(&self.root_dir(id), &self.tmp())?;
-            (aside, roots.remove(id))
-        };
-        aside.map_or(Ok(()), |aside| tree::finish(&aside))?;
-        if let Some(project) = root.and_then(|r| r.project) {
-            self.free_project(project);
-        }
-        Ok(())
-    }
 }
 
 fn make_dir(path: &Path, mode: u32) -> Result<()> {
@@ -458,23 +324,6 @@ fn names(dir: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(names)
-}
-
-fn read_root(dir: &Path) -> Result<Root> {
-    let path = dir.join("root.json");
-    let text = fs::read(&path).attempt("read", &path)?;
-    let damaged = |source| Error::Damaged { path: path.clone(), source };
-    let Version { version } = serde_json::from_slice(&text).map_err(damaged)?;
-    if version > ROOT_VERSION {
-        return Err(Error::TooNew { what: path.display().to_string(), version, known: ROOT_VERSION });
-    }
-    serde_json::from_slice(&text).map_err(damaged)
-}
-
-/// What of a record can be read whatever its version is.
-#[derive(Deserialize)]
-struct Version {
-    version: u32,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -585,7 +434,7 @@ impl Driver for OverlayDriver {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{MetadataExt, chown};
 
     use moxlet_ids::Digest;
     use rustix::fs::{CWD, Mode};

@@ -94,8 +94,8 @@ impl Quotas {
         Ok(enforced.then_some(found))
     }
 
-    /// Takes a project that nobody else has and gives it a limit. `taken` are those that the store knows to be in use.
-    pub(super) fn take(&self, bytes: u64, taken: impl Fn(u32) -> bool) -> Result<u32> {
+    /// A project that has neither files nor a limit. `taken` are those that the store knows to be in use.
+    pub(super) fn choose(&self, taken: impl Fn(u32) -> bool) -> Result<u32> {
         // Stores that share a file system begin at different places.
         let start = rustix::fs::fstat(&self.fd).attempt("look at", &self.dir)?.st_ino;
         let start = u32::try_from(start.wrapping_mul(0x9e37_79b9) % u64::from(COUNT)).unwrap_or(0);
@@ -106,7 +106,6 @@ impl Quotas {
             }
             let there = self.limits(project).attempt("look up a project quota of", &self.dir)?;
             if there.bytes == 0 && there.inodes == 0 && there.hard_blocks == 0 {
-                self.limit(project, bytes)?;
                 return Ok(project);
             }
         }

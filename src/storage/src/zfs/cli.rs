@@ -5,16 +5,22 @@
 //! only from 2.3 on.
 
 use std::{
-    io::Read,
-    os::fd::{AsFd, BorrowedFd},
-    path::PathBuf,
+    fs::File,
+    io::{self, Read},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::process::CommandExt,
+    },
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU64, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
+    fs::FlockOperation,
     io::Errno,
 };
 
@@ -30,19 +36,53 @@ const MAX_OUTPUT: usize = 64 << 20;
 const MAX_STDERR: usize = 4 << 10;
 const DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
 
+/// How often it is looked whether commands of an earlier run have ended.
+const PAUSE: Duration = Duration::from_millis(50);
+
 /// The programs and how often they were run.
+///
+/// A program outlives an agent that is killed, and would change datasets behind the next one's back. So each holds a shared
+/// lock on a file for as long as it runs, by a descriptor that it inherits; and nothing is looked at before all are gone.
 #[derive(Debug)]
 pub(super) struct Cli {
+    lock: PathBuf,
     zfs: PathBuf,
     zpool: Option<PathBuf>,
     runs: AtomicU64,
 }
 
 impl Cli {
-    pub(super) fn find() -> Result<Self> {
+    /// Finds the programs, and waits until those of an earlier run have ended.
+    pub(super) fn find(run_dir: &Path) -> Result<Self> {
         let find = |name| DIRS.iter().map(|d| PathBuf::from(d).join(name)).find(|p| p.is_file());
         let zfs = find("zfs").ok_or(Error::NoProgram("zfs"))?;
-        Ok(Self { zfs, zpool: find("zpool"), runs: AtomicU64::new(0) })
+        let cli =
+            Self { lock: run_dir.join("commands.lock"), zfs, zpool: find("zpool"), runs: AtomicU64::new(0) };
+        let file = cli.open_lock()?;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(cli),
+                Err(Errno::WOULDBLOCK) if Instant::now() < end => thread::sleep(PAUSE),
+                Err(Errno::WOULDBLOCK) => {
+                    let command = "zfs, started by an earlier run".to_owned();
+                    return Err(Error::TimedOut { command, seconds: PATIENCE.as_secs() });
+                }
+                Err(e) => return Err(e).attempt("lock", &cli.lock),
+            }
+        }
+    }
+
+    fn open_lock(&self) -> Result<File> {
+        let open = File::options().create(true).truncate(false).read(true).write(true).open(&self.lock);
+        open.attempt("open", &self.lock)
+    }
+
+    /// A descriptor that says, for as long as a program has it, that the program is running.
+    fn running(&self) -> Result<File> {
+        let file = self.open_lock()?;
+        rustix::fs::flock(&file, FlockOperation::LockShared).attempt("lock", &self.lock)?;
+        Ok(file)
     }
 
     /// How many programs were run.
@@ -53,7 +93,8 @@ impl Cli {
     /// Runs `zfs` with these arguments; what it printed.
     pub(super) fn zfs(&self, args: &[&str]) -> Result<String> {
         let mut command = self.command(&self.zfs, args);
-        command.stdout(Stdio::piped());
+        // The file is empty: to read from it is to read nothing.
+        command.stdin(self.running()?).stdout(Stdio::piped());
         let shown = format!("zfs {}", args.join(" "));
         match self.finish(&mut command, &shown, PATIENCE) {
             // A suspended pool lets commands hang rather than fail.
@@ -72,11 +113,23 @@ impl Cli {
     pub(super) fn pipe(&self, from: &[&str], to: &[&str]) -> Result<()> {
         let (sending, receiving) = (format!("zfs {}", from.join(" ")), format!("zfs {}", to.join(" ")));
         let mut sender = self.command(&self.zfs, from);
-        let mut sender = sender.stdout(Stdio::piped()).spawn().attempt("run", &self.zfs)?;
+        let mut sender =
+            sender.stdin(self.running()?).stdout(Stdio::piped()).spawn().attempt("run", &self.zfs)?;
         let Some(stream) = sender.stdout.take() else { return Err(Error::Stopped) };
         let mut receiver = self.command(&self.zfs, to);
         receiver.stdin(stream).stdout(Stdio::null());
+        let running = self.running()?;
+        let fd = running.as_raw_fd();
+        // SAFETY: between fork and exec only one system call is made, on a descriptor that is open until the child is there.
+        #[allow(unsafe_code)]
+        unsafe {
+            receiver.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            });
+        }
         let received = self.finish(&mut receiver, &receiving, TRANSFER);
+        drop(running);
         // Holds the other end of the pipe: with it closed, a sender that still writes ends.
         drop(receiver);
         let sent = wait(&mut sender, &sending, SHORT);
@@ -134,7 +187,7 @@ fn wait(child: &mut Child, shown: &str, limit: Duration) -> Result<String> {
         // One that hangs in the kernel cannot be killed; somebody has to reap it when it ends after all.
         if !matches!(child.try_wait(), Ok(Some(_))) {
             let pid = child.id();
-            std::thread::spawn(move || reap(pid));
+            thread::spawn(move || reap(pid));
         }
     }
     let (out, err) = gathered.map_err(|e| match e {
@@ -200,7 +253,7 @@ fn ready(
 }
 
 /// False at the end.
-fn read_some(from: &mut Option<impl Read>, into: &mut Vec<u8>) -> std::io::Result<bool> {
+fn read_some(from: &mut Option<impl Read>, into: &mut Vec<u8>) -> io::Result<bool> {
     let Some(from) = from else { return Ok(false) };
     let mut buffer = [0_u8; 16 << 10];
     let n = from.read(&mut buffer)?;

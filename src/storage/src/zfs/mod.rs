@@ -6,7 +6,8 @@
 //! <dataset>/roots/<container id>                    a clone of the top layer (or of its shifted copy), with refquota
 //! <dataset>/drafts/<unique>                         what is being made or is still busy; emptied by open
 //! <dataset>/state                                   what others keep with the store; mounted at <run_dir>/state
-//! <run_dir>/{drafts,views,state}/                   mount points; nothing else lies there
+//! <run_dir>/{drafts,views,state}/                   mount points
+//! <run_dir>/commands.lock                           held by each program that runs
 //! ```
 //!
 //! All datasets have a legacy mount point and are mounted by us alone. What they are is said by user properties

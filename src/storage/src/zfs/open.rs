@@ -93,7 +93,6 @@ impl Row {
 /// Opens a store.
 pub(super) fn open(config: ZfsConfig) -> Result<Inner> {
     names::check(&config.dataset)?;
-    let cli = Cli::find()?;
     make_private_dir(&config.run_dir)?;
     let run_dir = fs::canonicalize(&config.run_dir).attempt("look at", &config.run_dir)?;
     fs::set_permissions(&run_dir, fs::Permissions::from_mode(0o700)).attempt("set the mode of", &run_dir)?;
@@ -103,6 +102,7 @@ pub(super) fn open(config: ZfsConfig) -> Result<Inner> {
     for name in ["drafts", "views", "state"] {
         make_private_dir(&run_dir.join(name))?;
     }
+    let cli = Cli::find(&run_dir)?;
     let mut inner = Inner {
         cli,
         dataset: config.dataset,
