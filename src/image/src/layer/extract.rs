@@ -27,7 +27,7 @@ use super::{
     archive::{Archive, Entry, Kind, MAX_ENTRIES},
     below::lies_in,
     root::{Leaving, Obstacle, Ours, Root, base, clean, is_dir, is_whiteout, parent},
-    settle::{link_fault, modified, no_target},
+    settle::{link_fault, modified, no_target, xattrs},
     shown,
     tape::Recorder,
 };
@@ -68,10 +68,13 @@ pub(super) struct Extraction<'a> {
     ours: Ours,
     /// Directories of the layers below whose times were noted.
     noted: Ours,
+    /// Directories that the layer has an entry for.
+    named: Ours,
     /// The times of directories, which change with every entry in them.
     pub(super) dirs: Vec<(Vec<u8>, Timespec)>,
-    /// Directories that have entries in them but none of their own: they are as in the layers below.
-    pub(super) implied: BTreeSet<Vec<u8>>,
+    /// Directories that had entries in them before one of their own, and whether they still have none: then they are as
+    /// in the layers below.
+    pub(super) implied: BTreeMap<Vec<u8>, bool>,
     /// Directories that hide what the layers below have in them.
     pub(super) hidden: BTreeSet<Vec<u8>>,
     /// Hard links to files of the layers below, and their targets; place-holders are where they will be.
@@ -83,17 +86,18 @@ pub(super) struct Extraction<'a> {
 
 impl<'a> Extraction<'a> {
     fn new(target: Target<'a>) -> Outcome<Self> {
-        let mut implied = BTreeSet::new();
+        let mut implied = BTreeMap::new();
         if target.style == WhiteoutStyle::Overlay && !target.bottom {
-            implied.insert(Vec::new());
+            implied.insert(Vec::new(), true);
         }
         Ok(Self {
-            root: Root::open(&target)?,
+            root: Root::at(target.root)?,
             style: target.style,
             bottom: target.bottom,
             below: target.below,
             ours: Ours::default(),
             noted: Ours::default(),
+            named: Ours::default(),
             dirs: Vec::new(),
             implied,
             hidden: BTreeSet::new(),
@@ -151,10 +155,17 @@ impl<'a> Extraction<'a> {
     /// What was noted of a path does not hold any more once an entry takes it.
     fn forget(&mut self, path: &[u8], kind: Kind) {
         let below = |name: &[u8]| name.starts_with(path) && name.get(path.len()) == Some(&b'/');
-        self.implied.remove(path);
+        self.name(path);
         self.deferred.remove(path);
         if kind != Kind::Directory && !self.deferred.is_empty() {
             self.deferred.retain(|name, _| !below(name));
+        }
+    }
+
+    /// A directory is not as in the layers below, whatever was in it before.
+    fn name(&mut self, path: &[u8]) {
+        if let Some(as_below) = self.implied.get_mut(path) {
+            *as_below = false;
         }
     }
 
@@ -263,7 +274,10 @@ impl<'a> Extraction<'a> {
     }
 
     fn directory_attributes(&mut self, fd: &OwnedFd, path: &[u8], entry: &Entry) -> Outcome<()> {
-        self.implied.remove(path);
+        self.name(path);
+        if self.style == WhiteoutStyle::Apply {
+            self.named.insert_one(path);
+        }
         self.keep(path.len())?;
         self.dirs.push((path.to_vec(), entry.mtime));
         self.attributes(fd, path, entry)
@@ -434,7 +448,7 @@ impl<'a> Extraction<'a> {
             return Ok(());
         }
         self.noted.insert_one(path);
-        if self.ours.contains(path) {
+        if self.ours.contains(path) || self.named.contains(path) {
             return Ok(());
         }
         let stat = rustix::fs::fstat(dir).map_err(|e| self.root.fault("look at", path, e))?;
@@ -454,7 +468,7 @@ impl<'a> Extraction<'a> {
                 self.root.make_dir(at, path, 0o755)?;
                 if self.style == WhiteoutStyle::Overlay && !self.bottom {
                     self.keep(path.len())?;
-                    self.implied.insert(path.to_vec());
+                    self.implied.insert(path.to_vec(), true);
                 }
                 Ok(())
             }
@@ -500,6 +514,7 @@ impl<'a> Extraction<'a> {
         if self.style == WhiteoutStyle::Apply {
             self.ours.insert(parent(path));
             return if self.ours.contains(path) {
+                self.renew(path)?;
                 self.purge(path)
             } else {
                 self.root.remove(&dir, path, &mut Leaving::nothing_of_ours())
@@ -509,7 +524,7 @@ impl<'a> Extraction<'a> {
             Some(stat) if is_dir(&stat) => {
                 let fd = self.root.open_dir(&dir, path)?;
                 // The directory of the layers below is gone, its attributes with it.
-                self.implied.remove(path);
+                self.name(path);
                 self.hide(&fd, path)
             }
             // It hides what is below already.
@@ -550,6 +565,22 @@ impl<'a> Extraction<'a> {
             .map_err(|e| self.root.fault("make opaque", path, e))
     }
 
+    /// A directory that the layer has removed and yet has entries in is a new one: nothing of what it was stays.
+    fn renew(&mut self, path: &[u8]) -> Outcome<()> {
+        if self.named.contains(path) {
+            return Ok(());
+        }
+        let Ok(dir) = self.root.dir(path)? else { return Ok(()) };
+        let fd = self.root.reopen(&dir, path)?;
+        let fault = |e| self.root.fault("renew", path, e);
+        rustix::fs::fchown(&fd, Some(Uid::ROOT), Some(Gid::ROOT)).map_err(fault)?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).map_err(fault)?;
+        for (name, _) in xattrs(&fd).map_err(fault)? {
+            rustix::fs::fremovexattr(&fd, &name[..]).map_err(fault)?;
+        }
+        Ok(())
+    }
+
     /// Removes all that the layer has not brought itself beneath a path.
     fn purge(&mut self, path: &[u8]) -> Outcome<()> {
         let mut waiting = vec![path.to_vec()];
@@ -559,6 +590,7 @@ impl<'a> Extraction<'a> {
             for name in self.root.names(&list, &path)? {
                 let child = joined(&path, &name);
                 if self.ours.contains(&child) {
+                    self.renew(&child)?;
                     waiting.push(child);
                 } else {
                     self.root.remove(&dir, &child, &mut Leaving::nothing_of_ours())?;

@@ -7,7 +7,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io,
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     rc::Rc,
 };
 
@@ -16,7 +16,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Fault, Outcome, Target, shown, tape::Recorder};
+use super::{Fault, Outcome, shown, tape::Recorder};
 
 /// `PATH_MAX` and `NAME_MAX`, without the final zero.
 const MAX_PATH: usize = 4095;
@@ -114,8 +114,8 @@ pub(super) struct Root {
 }
 
 impl Root {
-    pub(super) fn open(target: &Target<'_>) -> Outcome<Self> {
-        let path = target.root.to_owned();
+    pub(super) fn at(path: &Path) -> Outcome<Self> {
+        let path = path.to_owned();
         let fd = rustix::fs::openat(CWD, &path, READ_DIR, Mode::empty());
         let fd = fd.map_err(|e| Fault::System { what: "open", path: path.clone(), source: e.into() })?;
         Ok(Self { fd, path, last: None, steps: 0 })

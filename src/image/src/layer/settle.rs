@@ -55,8 +55,8 @@ impl Extraction<'_> {
         if self.hidden.contains(&b""[..]) {
             self.hide_all(&stack)?;
         }
-        for path in &implied {
-            self.adopt(&mut stack, path)?;
+        for (path, as_below) in &implied {
+            self.adopt(&mut stack, path, *as_below)?;
         }
         // Names of one file below are names of one file again.
         let mut by_target: BTreeMap<Vec<u8>, Vec<Vec<u8>>> = BTreeMap::new();
@@ -74,19 +74,18 @@ impl Extraction<'_> {
         lies_in(path, |dir| self.hidden.contains(dir))
     }
 
-    /// Gives a directory without an entry what the layers below have there.
-    fn adopt(&mut self, stack: &mut Stack, path: &[u8]) -> Outcome<()> {
-        if !path.is_empty() && self.is_hidden(path) {
-            return Ok(());
-        }
-        let Ok(dir) = self.root.dir(path)? else { return Ok(()) };
+    /// Gives a directory without an entry what the layers below have there. What came before its entry would have
+    /// gone elsewhere, had there been a link.
+    fn adopt(&mut self, stack: &mut Stack, path: &[u8], as_below: bool) -> Outcome<()> {
         let through_link = |at: &[u8]| {
             let (path, at) = (shown(path), shown(at));
             let why = "which is a symbolic link in a layer below; OverlayFS cannot follow it";
             Fault::Bad(format!("it has entries in {path} but none for it, and so lies in {at}, {why}"))
         };
         match stack.find(path)? {
-            Found::Directory(lower) => {
+            Found::Directory(lower) if as_below && (path.is_empty() || !self.is_hidden(path)) => {
+                // It may have been replaced since.
+                let Ok(dir) = self.root.dir(path)? else { return Ok(()) };
                 let ours = self.root.reopen(&dir, path)?;
                 let stat = rustix::fs::fstat(&*lower).map_err(|e| stack.fault("look at", path, e))?;
                 self.copy_attributes(stack, &lower, &stat, &ours, path)?;
@@ -143,7 +142,7 @@ impl Extraction<'_> {
         }
         let above = self.adopted_dir(stack, parent(path))?;
         self.root.make_dir(&above, path, 0o755)?;
-        self.adopt(stack, path)?;
+        self.adopt(stack, path, true)?;
         match self.root.dir(path)? {
             Ok(dir) => Ok(dir),
             Err(_) => Err(self.root.fault("open", path, Errno::NOTDIR)),

@@ -6,7 +6,7 @@ use std::{
     io::{self, BufReader, Read},
     os::{fd::OwnedFd, unix::fs::FileExt},
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
@@ -111,7 +111,8 @@ impl Tape {
             files: 0,
             now: Now::Literal(0),
             lenient: false,
-            faults: Vec::new(),
+            hollow: false,
+            faults: Faults::default(),
         })
     }
 }
@@ -143,7 +144,26 @@ pub(crate) struct Rebuilt {
     files: u64,
     now: Now,
     lenient: bool,
-    faults: Vec<String>,
+    hollow: bool,
+    faults: Faults,
+}
+
+/// What was wrong with the files that were read, for whoever has asked for it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Faults(Arc<Mutex<Vec<String>>>);
+
+impl Faults {
+    /// The faults since the last call; only the first hundred are told.
+    pub(crate) fn take(&self) -> Vec<String> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn tell(&self, reason: String) {
+        let mut faults = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if faults.len() < MAX_FAULTS {
+            faults.push(reason);
+        }
+    }
 }
 
 /// How many faults are told.
@@ -151,15 +171,21 @@ const MAX_FAULTS: usize = 100;
 
 impl Rebuilt {
     /// Goes on where a file is missing or has another length, with zeros in its place; what was wrong is told by
-    /// [`Self::take_faults`]. The archive is then not what it was.
+    /// [`Self::faults`]. The archive is then not what it was.
     pub(crate) fn lenient(mut self) -> Self {
         self.lenient = true;
         self
     }
 
-    /// The faults since the last call; only the first hundred are told.
-    pub(crate) fn take_faults(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.faults)
+    /// Gives zeros for all contents: what is of interest is around them.
+    pub(crate) fn hollow(mut self) -> Self {
+        self.hollow = true;
+        self
+    }
+
+    /// Where the faults are told when this is [lenient](Self::lenient).
+    pub(crate) fn faults(&self) -> Faults {
+        self.faults.clone()
     }
 
     fn next(&mut self) -> io::Result<Now> {
@@ -199,6 +225,9 @@ impl Rebuilt {
 
     fn file(&mut self, path: Vec<u8>, size: u64, extents: Vec<Extent>) -> io::Result<Now> {
         let total = extents.iter().fold(0_u64, |sum, (_, length)| sum.saturating_add(*length));
+        if self.hollow {
+            return Ok(Now::Zeros(total));
+        }
         let gone = self.tape.kept.get(&path).and_then(|all| {
             // The first that went after this one was recorded is this one.
             all.iter().filter(|k| k.until >= self.files).min_by_key(|k| k.until).copied()
@@ -212,7 +241,7 @@ impl Rebuilt {
                 Ok(Now::File { path, file, at: 0, left: 0, rest })
             }
             Err(reason) if self.lenient => {
-                self.fault(reason);
+                self.faults.tell(reason);
                 Ok(Now::Zeros(total))
             }
             Err(reason) => Err(io::Error::new(io::ErrorKind::InvalidData, reason)),
@@ -252,12 +281,6 @@ impl Rebuilt {
             return Err(format!("the file {name} has {there} bytes, not {size}"));
         }
         Ok(File::from(fd))
-    }
-
-    fn fault(&mut self, reason: String) {
-        if self.faults.len() < MAX_FAULTS {
-            self.faults.push(reason);
-        }
     }
 }
 

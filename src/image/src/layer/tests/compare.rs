@@ -72,7 +72,7 @@ fn tree(root: &Path) -> BTreeMap<String, String> {
             } else if meta.is_symlink() {
                 "link".to_owned()
             } else {
-                format!("{} with {} names", fs::read_to_string(&path).unwrap(), meta.nlink())
+                fs::read_to_string(&path).unwrap()
             };
             found.insert(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned(), what);
         }

@@ -101,7 +101,7 @@ fn a_layer_that_was_changed_is_told_by_name() {
     let mut tar = Vec::new();
     lenient.read_to_end(&mut tar).unwrap();
     assert_eq!(tar.len(), layer.tar.len());
-    assert_eq!(lenient.take_faults().len(), 1);
+    assert_eq!(lenient.faults().take().len(), 1);
 }
 
 #[test]
@@ -208,4 +208,70 @@ fn old_sparse() -> (Vec<u8>, Vec<u8>) {
         out.extend_from_slice(&block);
     }
     (out, stored)
+}
+
+#[test]
+fn a_check_names_everything_that_was_changed() {
+    let mut null = header(EntryType::Char, b"null", 0);
+    null.set_device_major(1).unwrap();
+    null.set_device_minor(3).unwrap();
+    let tar = || {
+        Tar::default()
+            .dir("./")
+            .pax(&[("SCHILY.xattr.user.a", b"v"), ("mtime", b"5.25")])
+            .file("d/a", "content")
+            .link("d/hard", "d/a")
+            .symlink("s", "d/a")
+            .symlink("way", "d")
+            .file("way/b", "through a link")
+            .header(null.clone(), b"")
+            .raw(EntryType::Fifo, b"fifo", b"", b"")
+            .file("twice/x", "")
+            .file("twice", "gone")
+            .dir("twice")
+            .file("twice/y", "")
+            .file("d/.wh.gone", "")
+    };
+    for style in [WhiteoutStyle::Overlay, WhiteoutStyle::Apply] {
+        let layer = Layer::new(style, tar());
+        let differences = || {
+            let check = crate::layer::check(&layer.root(), &layer.tape(), style, false).unwrap();
+            assert_eq!(
+                check.diff_id == Digest::of(&layer.tar),
+                check.differences.iter().all(|d| !d.contains("bytes"))
+            );
+            check.differences
+        };
+        assert_eq!(differences(), [""; 0]);
+        let at = |name: &str| layer.root().join(name);
+        fs::set_permissions(at("d/a"), fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(differences(), ["\"d/a\" has the mode 600, not 644"]);
+        std::os::unix::fs::chown(at("null"), Some(1), Some(2)).unwrap();
+        xattr::set(at("d/a"), "user.b", b"more").unwrap();
+        fs::write(at("way/b"), "other").unwrap();
+        fs::remove_file(at("fifo")).unwrap();
+        fs::remove_file(at("s")).unwrap();
+        std::os::unix::fs::symlink("d", at("s")).unwrap();
+        fs::remove_file(at("d/hard")).unwrap();
+        fs::write(at("d/hard"), "").unwrap();
+        let told = differences().join("\n");
+        for part in [
+            "\"null\" belongs to 1:2",
+            "\"d/a\" has other ext",
+            "\"d/b\" has 5 bytes",
+            "\"fifo\" is missing",
+            "\"s\" is a link to \"d\"",
+            "\"d/hard\" is no hard link",
+        ] {
+            assert!(told.contains(part), "{part} in {told}");
+        }
+        if style == WhiteoutStyle::Overlay {
+            fs::write(at("twice/stranger"), "").unwrap();
+            fs::remove_file(at("d/gone")).unwrap();
+            let told = differences().join("\n");
+            assert!(
+                told.contains("\"twice/stranger\" does not belong") && told.contains("\"d/gone\" has lost")
+            );
+        }
+    }
 }
