@@ -8,6 +8,9 @@ mod credentials;
 mod download;
 mod error;
 mod fetch;
+#[cfg(any(feature = "fuzzing", test))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod garbage;
 mod inspect;
 mod layer;

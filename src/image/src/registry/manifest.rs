@@ -135,6 +135,12 @@ enum Found {
     Next(Digest),
 }
 
+/// Reads what a registry may send.
+#[cfg(any(feature = "fuzzing", test))]
+pub(crate) fn fuzz(body: &[u8]) {
+    drop(read(body));
+}
+
 fn read(body: &[u8]) -> std::result::Result<Found, String> {
     let document: Document = serde_json::from_slice(body).map_err(|e| format!("it cannot be read: {e}"))?;
     match document.schema_version {
