@@ -8,7 +8,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
@@ -21,6 +21,8 @@ use crate::{
 
 /// What the program is to work on; set, this is the program.
 const WORK: &str = "MOXLET_TEST_STORAGE_WORK";
+/// What it says in one round and the beginning of the next.
+const LINES: u32 = 20;
 /// How often it is killed. What shifting ids on disk adds to the steps of a root is the making of one copy.
 fn kills(bed: Bed) -> u32 {
     if bed == Bed::Zfs(IdStyle::Shifted) { 20 } else { 50 }
@@ -33,12 +35,11 @@ async fn whatever_was_reported_survives_a_kill_at_any_moment_and_nothing_else_is
     }
     on_every_bed(async |store| {
         let mut said = Said::default();
-        // From a moment within the opening to one within the third round.
-        let mut wait = Wait { seed: 0x5eed, most: Duration::from_millis(20) };
+        let mut chance = Chance(0x5eed);
         for kill in 0..kills(store.bed) {
             store.driver.close().await.unwrap();
             let mut child = Program::start(store);
-            child.kill_after(&mut wait, &mut said);
+            child.kill_after(&mut chance, &mut said);
             store.reopen().await;
             check(store, &mut said, kill).await;
         }
@@ -51,16 +52,14 @@ async fn whatever_was_reported_survives_a_kill_at_any_moment_and_nothing_else_is
     .await;
 }
 
-/// Moments that spread over all that a program does in a few rounds, however slow the machine is.
-struct Wait {
-    seed: u64,
-    most: Duration,
-}
+/// Numbers that are the same in every run.
+struct Chance(u64);
 
-impl Wait {
-    fn next(&mut self) -> Duration {
-        self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.most.mul_f64((self.seed >> 33) as f64 / f64::from(u32::MAX >> 1))
+impl Chance {
+    /// From 0 to 1.
+    fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as f64 / f64::from(u32::MAX >> 1)
     }
 }
 
@@ -81,6 +80,10 @@ impl Said {
         let is_layer = what.ends_with("layer");
         if when == "begin" {
             self.open = Some((is_layer, name.to_owned()));
+            return;
+        }
+        // The harness of the tests says something, too.
+        if when != "done" {
             return;
         }
         self.open = None;
@@ -112,18 +115,20 @@ impl Program {
         Self(child)
     }
 
-    fn kill_after(&mut self, wait: &mut Wait, said: &mut Said) {
+    /// Kills it after some of what it says, and then some of the time that the last step before took: so the moments spread
+    /// over all that it does, however slow the machine is. The first step is its start.
+    fn kill_after(&mut self, chance: &mut Chance, said: &mut Said) {
         let mut lines = BufReader::new(self.0.stdout.take().unwrap()).lines();
-        // How long a round takes is learnt from the program, so that the moments cover all of it on any machine.
-        let started = std::time::Instant::now();
-        for line in lines.by_ref() {
-            let line = line.unwrap();
-            if line == "ready" {
-                break;
+        let wanted = (chance.next() * f64::from(LINES)) as u32;
+        let (mut seen, mut at, mut step) = (0, Instant::now(), Duration::from_millis(20));
+        while seen < wanted {
+            let line = lines.next().expect("the program goes on until it is killed").unwrap();
+            if line == "ready" || line.starts_with("begin ") || line.starts_with("done ") {
+                said.take(&line);
+                (step, at, seen) = (at.elapsed(), Instant::now(), seen + 1);
             }
         }
-        wait.most = wait.most.max(started.elapsed() * 2).min(Duration::from_secs(20));
-        std::thread::sleep(wait.next());
+        std::thread::sleep(step.mul_f64(chance.next()));
         self.0.kill().unwrap();
         self.0.wait().unwrap();
         for line in lines.map_while(Result::ok) {
