@@ -111,6 +111,33 @@ pub enum Error {
     /// The beginning of an id that several images share.
     #[error("image id {0:?} is ambiguous: give more digits")]
     Ambiguous(String),
+    /// It is not here (or not for everybody), and must not be pulled (the kubelet's `ErrImageNeverPull`).
+    #[error("Container image {0:?} is not present with pull policy of Never")]
+    NeverPull(String),
+    /// An archive is damaged, hostile, or of a kind that we do not read.
+    #[error("failed to import: {part}: {reason}")]
+    BadArchive {
+        /// Which part of it.
+        part: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The archive of a layer cannot be made again.
+    #[error(
+        "layer {layer} of image {image} came with a version that kept no tape of it: remove the image and pull it again"
+    )]
+    NotRestorable {
+        /// The image.
+        image: String,
+        /// The layer.
+        layer: moxlet_ids::ChainId,
+    },
+    /// No compression.
+    #[error("{0:?} is no compression of layers: gzip or zstd")]
+    Compression(String),
+    /// No pull policy.
+    #[error("{0:?} is no pull policy: Always, IfNotPresent or Never")]
+    PullPolicy(String),
     /// The image is not here.
     #[error("image {0:?} is not in the store (`moxlet image list` shows what is)")]
     Missing(String),

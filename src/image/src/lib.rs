@@ -6,22 +6,28 @@
 
 mod credentials;
 mod download;
+mod ensure;
 mod error;
+mod export;
 mod fetch;
 #[cfg(any(feature = "fuzzing", test))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod garbage;
+mod import;
 mod inspect;
 mod layer;
 mod mount;
 mod progress;
 mod pull;
+mod push;
 mod reference;
 mod registry;
+mod restore;
 mod store;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{
     collections::HashMap,
@@ -39,13 +45,17 @@ use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::Driver;
 
 pub use credentials::{Credentials, Keyring};
+pub use ensure::PullPolicy;
 pub use error::{Error, Result};
 pub use garbage::{Garbage, GarbagePolicy};
+pub use import::{Feed, RootfsOptions, Source, feed};
 pub use inspect::{InspectedLayer, InspectedManifest, Inspection, ListedImage};
 pub use oci_spec::image::ImageConfiguration;
 pub use progress::{LayerProgress, LayerState, PullProgress};
 pub use reference::Reference;
-pub use store::{ImageHold, User};
+pub use restore::Compression;
+pub use store::{DirLock, ImageHold, User};
+pub use verify::{Verification, VerifyReport};
 
 use progress::Reporter;
 use serde::{Deserialize, Serialize};
@@ -171,7 +181,17 @@ impl ImageStore {
     /// written by a newer version ([`Error::TooNew`]). Images that turn out to be damaged are reported in the log and
     /// forgotten.
     pub async fn open(config: Config, driver: Arc<dyn Driver>) -> Result<Arc<Self>> {
-        let store = Store::open(config, driver).await?;
+        let dir = config.dir.clone();
+        let lock = store::blocking(move || DirLock::take(&dir)).await?;
+        Self::open_locked(config, driver, lock).await
+    }
+
+    /// The same for who has the lock of the directory already.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_locked(config: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
+        let store = Store::open(config, driver, lock).await?;
         Ok(Arc::new(Self { store, pulls: Mutex::default(), collecting: tokio::sync::Mutex::default() }))
     }
 

@@ -11,7 +11,6 @@ mod settle;
 mod source;
 mod sparse;
 mod stream;
-#[allow(dead_code, unused_imports, reason = "push, export and verification read tapes")]
 pub(crate) mod tape;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -118,7 +117,6 @@ pub(crate) fn unpack(source: Source, claim: &Claim, target: Target<'_>) -> Outco
 }
 
 /// The same from anything that can be read.
-#[allow(dead_code, reason = "imports read from files")]
 pub(crate) fn unpack_reader(input: impl Read, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
     unpack_blob(stream::buffered(input), claim, target)
 }

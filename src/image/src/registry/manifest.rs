@@ -130,7 +130,8 @@ pub(crate) fn media_type(body: &[u8], config: &Descriptor) -> String {
     }
 }
 
-enum Found {
+/// What a document has turned out to be.
+pub(crate) enum Found {
     Image(Descriptor, Vec<Descriptor>),
     Next(Digest),
 }
@@ -141,7 +142,8 @@ pub(crate) fn fuzz(body: &[u8]) {
     drop(read(body));
 }
 
-fn read(body: &[u8]) -> std::result::Result<Found, String> {
+/// Reads a manifest or an index; of an index, the digest of the manifest for the host.
+pub(crate) fn read(body: &[u8]) -> std::result::Result<Found, String> {
     let document: Document = serde_json::from_slice(body).map_err(|e| format!("it cannot be read: {e}"))?;
     match document.schema_version {
         2 => {}

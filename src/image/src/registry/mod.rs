@@ -11,7 +11,6 @@ pub(crate) mod manifest;
 mod request;
 mod slots;
 mod tls;
-#[cfg_attr(not(test), allow(dead_code, reason = "pushes are to come"))]
 pub(crate) mod upload;
 
 use std::{
@@ -105,7 +104,6 @@ enum Purpose {
     Resolve,
     /// Contents by digest.
     Pull,
-    #[cfg_attr(not(test), allow(dead_code, reason = "pushes are to come"))]
     Push,
 }
 

@@ -16,18 +16,34 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Bytes of what a holder says of itself.
 const MAX_WORDS: u64 = 200;
 
-/// Held for as long as a store is open; the kernel gives it back however the process ends.
+/// The lock of a store's directory: held for as long as the store is open, given back by the kernel however the process ends.
+///
+/// Whoever opens a driver first, which removes what it takes for half-made, has to hold the lock before that.
 #[derive(Debug)]
-pub(super) struct DirLock {
+pub struct DirLock {
     _file: File,
 }
 
 impl DirLock {
-    /// Takes the lock of a directory and writes who holds it.
+    /// Takes the lock of a directory, which is made if missing, and writes who holds it. It waits two seconds for a holder
+    /// that is about to end.
     ///
     /// # Errors
     /// [`Error::Locked`] with the holder.
-    pub(super) fn take(dir: &Path) -> Result<Self> {
+    pub fn take(dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir).attempt("create", dir)?;
+        Self::take_in(dir)
+    }
+
+    /// The lock of a store on a dataset, which is mounted only when its driver is open: it lies in `/run/moxlet/stores`.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn of_dataset(dataset: &str) -> Result<Self> {
+        Self::take(&Path::new("/run/moxlet/stores").join(dataset.replace('/', "_")))
+    }
+
+    fn take_in(dir: &Path) -> Result<Self> {
         let path = dir.join("lock");
         let mut file = fs::OpenOptions::new()
             .read(true)

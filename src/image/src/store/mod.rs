@@ -23,6 +23,7 @@ use oci_spec::image::ImageConfiguration;
 
 use crate::{Config, Error, ImageRecord, Result, registry::Registry};
 pub(crate) use change::{NewImage, RawManifest};
+pub use lock::DirLock;
 pub(crate) use records::{Access, Details, Records};
 use records::{Images, Stored};
 pub use users::User;
@@ -97,12 +98,12 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Store {
-    pub(crate) async fn open(settings: Config, driver: Arc<dyn Driver>) -> Result<Arc<Self>> {
+    pub(crate) async fn open(settings: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
         let registry = Registry::new(&settings)?;
         let layers: HashSet<ChainId> = driver.layers().await?.into_iter().collect();
         let dir = settings.dir.clone();
         let (records, images) = blocking(move || {
-            let records = Records::open(dir)?;
+            let records = Records::open(dir, lock)?;
             let images = records.load(&layers)?;
             Ok((records, images))
         })

@@ -7,6 +7,7 @@
 //! <dir>/layers/<hex of the chain>.tape what it takes to make the layer's archive again, byte by byte
 //! <dir>/views/                         see `views`
 //! <dir>/lock                           see `lock`
+//! <dir>/salt                           goes into the digests of credentials
 //! <dir>/tmp/                           what is being written; emptied by open
 //! ```
 //!
@@ -34,6 +35,8 @@ use crate::{
 };
 
 const VERSION: u32 = 2;
+/// Bytes of the salt.
+const SALT: usize = 32;
 /// Far more than the longest list of names that anybody has.
 const MAX_FILE: u64 = 16 << 20;
 
@@ -114,9 +117,7 @@ pub(crate) struct Records {
 
 impl Records {
     /// Opens the directory, which is made if missing. What was left half-written goes.
-    pub(super) fn open(dir: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&dir).attempt("create", &dir)?;
-        let lock = DirLock::take(&dir)?;
+    pub(super) fn open(dir: PathBuf, lock: DirLock) -> Result<Self> {
         let records = Self { dir, _lock: lock };
         for name in ["images", "configs", "manifests", "layers", "views", "tmp"] {
             let path = records.dir.join(name);
@@ -282,6 +283,23 @@ impl Records {
         Ok(bounded(&path)?.ok().filter(|bytes| Digest::of(bytes) == note.digest))
     }
 
+    /// Random bytes of this store, made when they are first needed.
+    pub(crate) fn salt(&self) -> Result<Vec<u8>> {
+        let path = self.dir.join("salt");
+        match fs::read(&path) {
+            Ok(salt) if salt.len() == SALT => return Ok(salt),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).attempt("read", path),
+            _ => {}
+        }
+        let source = Path::new("/dev/urandom");
+        let mut salt = vec![0; SALT];
+        fs::File::open(source)
+            .and_then(|mut f| io::Read::read_exact(&mut f, &mut salt))
+            .attempt("read", source)?;
+        self.put(&path, &salt)?;
+        Ok(salt)
+    }
+
     /// Says that an image is used now. A failure costs only a better choice of what is removed for want of space.
     pub(super) fn touch(&self, id: &Digest) {
         let path = self.config_path(id);
@@ -301,6 +319,13 @@ impl Records {
     /// Where the tape of a layer is.
     pub(crate) fn tape_path(&self, layer: &ChainId) -> PathBuf {
         self.dir.join("layers").join(format!("{}.tape", layer.digest().hex()))
+    }
+
+    /// Puts a tape that was written (and flushed) in its place, before the layer itself is there.
+    pub(crate) fn keep_tape(&self, draft: &Path, layer: &ChainId) -> Result<()> {
+        let path = self.tape_path(layer);
+        fs::rename(draft, &path).attempt("put in place", &path)?;
+        path.parent().map_or(Ok(()), sync_dir)
     }
 
     /// Removes the tape of a layer. Idempotent.

@@ -116,7 +116,8 @@ mod tests {
     #[test]
     fn a_view_without_its_mount_is_forgotten() {
         let dir = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path().to_owned()).unwrap();
+        let lock = super::super::lock::DirLock::take(dir.path()).unwrap();
+        let records = Records::open(dir.path().to_owned(), lock).unwrap();
         let view = View::new(Digest::of(b"x"), Vec::new(), dir.path().join("nowhere"));
         records.write_view(&view).unwrap();
         assert!(records.views().unwrap().is_empty());

@@ -2,11 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod access;
+mod archives;
 mod bad_registry;
 mod mirrors;
 mod operations;
 mod pipeline;
 mod pulls;
+mod pushes;
 mod raw;
 mod registry;
 mod removal;

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// docker-registry on loopback, ended with us.
-struct Real {
+pub(super) struct Real {
     child: Child,
     address: String,
     _dir: tempfile::TempDir,
@@ -39,7 +39,7 @@ impl Drop for Real {
 }
 
 impl Real {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let config = dir.path().join("config.yml");
@@ -60,7 +60,7 @@ impl Real {
         Self { child, address, _dir: dir }
     }
 
-    fn reference(&self, rest: &str) -> Reference {
+    pub(super) fn reference(&self, rest: &str) -> Reference {
         Reference::parse(&format!("{}/{rest}", self.address)).unwrap()
     }
 }
