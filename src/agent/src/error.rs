@@ -84,6 +84,23 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// The code of a failed image operation. A kubelet tells pulls apart by their texts, people by both.
+fn of_image(error: &moxlet_image::Error, text: String) -> Status {
+    use moxlet_image::Error as E;
+    match error {
+        E::NotFound { .. } | E::Missing(_) => Status::not_found(text),
+        E::InvalidName { .. }
+        | E::Ambiguous(_)
+        | E::PullPolicy(_)
+        | E::MountPoint { .. }
+        | E::Compression(_)
+        | E::BadArchive { .. } => Status::invalid_argument(text),
+        E::InUse { .. } | E::NeverPull(_) | E::NotRestorable { .. } => Status::failed_precondition(text),
+        E::Damaged { .. } => Status::data_loss(text),
+        _ => Status::unknown(text),
+    }
+}
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let text = chain(&error);
@@ -94,7 +111,7 @@ impl From<Error> for Status {
             Error::State(_) => Status::failed_precondition(text),
             Error::Timeout(_) => Status::deadline_exceeded(text),
             Error::Unfit(_) => Status::unavailable(text),
-            Error::Image(moxlet_image::Error::NotFound { .. }) => Status::not_found(text),
+            Error::Image(error) => of_image(&error, text),
             _ => Status::unknown(text),
         }
     }

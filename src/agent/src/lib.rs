@@ -41,7 +41,7 @@ use std::{
     time::Duration,
 };
 
-use moxlet_image::ImageStore;
+use moxlet_image::{DirLock, ImageStore};
 use moxlet_network::{Cni, CniConfig, forwarding};
 use moxlet_sandbox::{LxcConfig, LxcEngine, cgroup::ContainerCgroups};
 use moxlet_storage::{Driver, OverlayDriver, ZfsConfig, ZfsDriver, idmap, mounts};
@@ -49,6 +49,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use config::{CniSettings, Config, Storage};
 pub use error::{Error, Result};
+pub use service::ImageStoreService;
 
 use crate::{
     core::{Core, Parts, blocking},
@@ -84,7 +85,7 @@ impl Agent {
         let pods = root.join("pods");
         blocking("making the pods' directory shared", move || Ok(mounts::make_shared_dir(&pods)?)).await?;
         let init_binary = init_binary::install(config.init_binary.as_deref(), &root.join("init"))?;
-        let (driver, image_dir) = open_store(&config).await?;
+        let (driver, image_dir, lock) = open_store(&config).await?;
         let engine = LxcEngine::new(LxcConfig {
             dir: root.join("lxc"),
             map: config.map,
@@ -93,7 +94,7 @@ impl Agent {
         })
         .await?;
         forwarding::record(&root.join("ip_forward"))?;
-        let images = ImageStore::open(
+        let images = ImageStore::open_locked(
             moxlet_image::Config {
                 dir: image_dir,
                 plain_http_hosts: config.plain_http_registries.clone(),
@@ -103,6 +104,7 @@ impl Agent {
                 ..moxlet_image::Config::default()
             },
             driver.clone(),
+            lock,
         )
         .await?;
         let core = Core::new(Parts {
@@ -148,15 +150,23 @@ impl Agent {
     }
 }
 
-/// The driver, and where the records of its images lie: those of a ZFS store travel with its pool.
-async fn open_store(config: &Config) -> Result<(Arc<dyn Driver>, PathBuf)> {
+/// The driver, and where the records of its images lie (those of a ZFS store travel with its pool), with the lock of that
+/// place: a driver that is opened removes what another process may be making.
+async fn open_store(config: &Config) -> Result<(Arc<dyn Driver>, PathBuf, DirLock)> {
     let run_dir = config.root_dir.join("storage");
     Ok(match &config.storage {
-        Storage::Overlay => (Arc::new(OverlayDriver::open(&run_dir).await?), config.root_dir.join("images")),
+        Storage::Overlay => {
+            let image_dir = config.root_dir.join("images");
+            let dir = image_dir.clone();
+            let lock = blocking("locking the image store", move || Ok(DirLock::take(&dir)?)).await?;
+            (Arc::new(OverlayDriver::open(&run_dir).await?), image_dir, lock)
+        }
         Storage::Zfs(dataset) => {
+            let name = dataset.clone();
+            let lock = blocking("locking the image store", move || Ok(DirLock::of_dataset(&name)?)).await?;
             let driver = ZfsDriver::open(ZfsConfig { dataset: dataset.clone(), run_dir, ids: None }).await?;
             let image_dir = driver.state_dir().join("images");
-            (Arc::new(driver), image_dir)
+            (Arc::new(driver), image_dir, lock)
         }
     })
 }

@@ -5,12 +5,13 @@
 mod host;
 mod images;
 mod runtime;
+mod store;
 
 use std::{os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc};
 
 use futures::{Stream, stream};
 use moxlet_cri::{
-    host::host_service_server::HostServiceServer,
+    host::{host_service_server::HostServiceServer, image_store_server::ImageStoreServer},
     v1::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
 };
 use tokio::net::UnixListener;
@@ -24,12 +25,14 @@ use crate::{
     streaming::Streaming,
 };
 
+pub use store::ImageStoreService;
+
 /// The largest request that is read, in bytes: a volume's files are at most half of it.
 const MAX_REQUEST: usize = 16 << 20;
 /// Items of a chunk of CRI's `Stream…` lists.
 const CHUNK: usize = 64;
 
-/// What all three services know.
+/// What CRI's services and the host service know.
 #[derive(Clone)]
 pub(crate) struct Service {
     core: Arc<Core>,
@@ -77,6 +80,10 @@ pub(crate) fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result<()> {
         let server = Server::builder()
             .add_service(RuntimeServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
             .add_service(ImageServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
+            .add_service(
+                ImageStoreServer::new(ImageStoreService::new(service.core.images.clone()))
+                    .max_decoding_message_size(MAX_REQUEST),
+            )
             .add_service(HostServiceServer::new(service).max_decoding_message_size(MAX_REQUEST));
         // Streams (logs, events) end by the same token, so that nobody is waited for.
         let served = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled());
