@@ -41,8 +41,34 @@ pub struct Config {
     pub kubelet_version: String,
     /// How many pods may be started or stopped at one time.
     pub max_parallel_syncs: usize,
+    /// When images are removed for want of space or for their age.
+    pub image_gc: ImageGc,
     /// How often the contents of configMap, secret, downwardAPI and token volumes are looked at.
     pub volume_refresh: std::time::Duration,
+}
+
+/// When images are removed: the kubelet's `imageGC…` and `image…GCAge` settings with its defaults.
+#[derive(Clone, Debug)]
+pub struct ImageGc {
+    /// Once the file system is this full, in percent; 100 turns it off.
+    pub high_percent: u8,
+    /// Down to this, in percent.
+    pub low_percent: u8,
+    /// What is younger stays.
+    pub min_age: std::time::Duration,
+    /// What was not used for so long goes in any case.
+    pub max_age: Option<std::time::Duration>,
+}
+
+impl Default for ImageGc {
+    fn default() -> Self {
+        Self {
+            high_percent: 85,
+            low_percent: 80,
+            min_age: std::time::Duration::from_secs(120),
+            max_age: None,
+        }
+    }
 }
 
 impl Default for Config {
@@ -64,6 +90,7 @@ impl Default for Config {
             cluster_domain: "cluster.local".into(),
             kubelet_version: format!("v1.36.0-moxlet.{}", env!("CARGO_PKG_VERSION")),
             max_parallel_syncs: 64,
+            image_gc: ImageGc::default(),
             volume_refresh: std::time::Duration::from_secs(60),
         }
     }

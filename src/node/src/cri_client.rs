@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream::BoxStream};
 use hyper_util::rt::TokioIo;
 use moxlet_cri::{
-    host::{self, host_service_client::HostServiceClient},
+    host::{self, host_service_client::HostServiceClient, image_store_client::ImageStoreClient},
     v1::{self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient},
 };
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 const MAX_ANSWER: usize = 32 << 20;
 /// How long a call may take that does not wait for a network or a process.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long a garbage collection may take: layers of many files go file by file.
+const GARBAGE_TIMEOUT: Duration = Duration::from_secs(1800);
 
 /// A channel to the agent; it connects when first used and again when lost.
 #[derive(Clone)]
@@ -42,8 +45,13 @@ macro_rules! calls {
             async fn $name(&self, request: $request) -> Result<$response>;)*
             /// Stops a container; the agent waits for `seconds` before it kills.
             async fn stop_container(&self, id: &str, seconds: i64) -> Result<()>;
-            /// Pulls an image, however long it takes.
-            async fn pull_image(&self, request: v1::PullImageRequest) -> Result<String>;
+            /// Has an image there for a pod, however long it takes; tells how it gets on.
+            async fn ensure_image(
+                &self,
+                request: host::ImageEnsureRequest,
+            ) -> Result<BoxStream<'static, Result<host::ImagePullUpdate>>>;
+            /// Removes images for their age or for want of space.
+            async fn collect_garbage(&self, request: host::ImageGarbageRequest) -> Result<host::ImageGarbageResponse>;
             /// The stream of container events.
             async fn container_events(&self) -> Result<BoxStream<'static, Result<v1::ContainerEventResponse>>>;
             /// The end of a container's log, at most `limit` bytes.
@@ -64,9 +72,17 @@ macro_rules! calls {
                 Ok(())
             }
 
-            async fn pull_image(&self, request: v1::PullImageRequest) -> Result<String> {
-                let answer = self.images().pull_image(request).await.map_err(Error::agent("PullImage"))?;
-                Ok(answer.into_inner().image_ref)
+            async fn ensure_image(
+                &self,
+                request: host::ImageEnsureRequest,
+            ) -> Result<BoxStream<'static, Result<host::ImagePullUpdate>>> {
+                let answer = self.store().ensure(request).await.map_err(Error::agent("Ensure"))?;
+                Ok(answer.into_inner().map(|u| u.map_err(Error::agent("Ensure"))).boxed())
+            }
+
+            async fn collect_garbage(&self, request: host::ImageGarbageRequest) -> Result<host::ImageGarbageResponse> {
+                let answer = self.store().collect_garbage(timed(request, GARBAGE_TIMEOUT)).await;
+                Ok(answer.map_err(Error::agent("CollectGarbage"))?.into_inner())
             }
 
             async fn container_events(&self) -> Result<BoxStream<'static, Result<v1::ContainerEventResponse>>> {
@@ -128,6 +144,10 @@ impl Agent {
 
     fn images(&self) -> ImageServiceClient<Channel> {
         ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    fn store(&self) -> ImageStoreClient<Channel> {
+        ImageStoreClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
     fn host(&self) -> HostServiceClient<Channel> {

@@ -9,6 +9,7 @@
 //! | `pods::source`, `static_pods` | the API server's pods, manifests | updates (mpsc) |
 //! | `pods::manager` | updates, the agent's events | one worker a pod, told by a watch channel |
 //! | `pods::worker` | what a pod shall be, what the agent reports | CRI calls, status, the published copy |
+//! | `image_gc` | the policy | removals on the agent every 5 min, events where they do not help |
 //! | `events` | events (mpsc) | Event objects |
 //! | [`api`] | the published copy | HTTPS on port 10250 |
 //!
@@ -22,6 +23,7 @@ mod env;
 mod error;
 mod events;
 pub mod identity;
+mod image_gc;
 mod lease;
 pub mod metrics;
 pub mod pods;
@@ -40,7 +42,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-pub use config::Config;
+pub use config::{Config, ImageGc};
 pub use error::{Error, Result, chain};
 
 use crate::{
@@ -119,6 +121,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
     let child = token.clone();
     tasks.spawn(async move {
         registrar.run(child).await;
+        Ok(())
+    });
+    let collecting = image_gc::run(
+        agent.clone(),
+        recorder.clone(),
+        config.node_name.clone(),
+        config.image_gc.clone(),
+        token.clone(),
+    );
+    tasks.spawn(async move {
+        collecting.await;
         Ok(())
     });
     let cluster: Arc<dyn Cluster> = match &client {

@@ -6,7 +6,8 @@
 
 pub(crate) mod backoff;
 pub(crate) mod container;
-pub(crate) mod images;
+pub(crate) mod image;
+mod images;
 pub(crate) mod manager;
 pub(crate) mod names;
 pub(crate) mod publish;

@@ -9,7 +9,6 @@ use moxlet_cri::v1;
 use super::{
     backoff::go_duration,
     container::{self, Given},
-    images::{self, Policy},
     names,
     state::{Phase, PodState},
     worker::Worker,
@@ -21,10 +20,10 @@ use crate::{
 };
 
 /// Why a container waits, and how long.
-struct Held {
-    reason: &'static str,
-    message: String,
-    pause: Duration,
+pub(super) struct Held {
+    pub(super) reason: &'static str,
+    pub(super) message: String,
+    pub(super) pause: Duration,
 }
 
 fn least(a: &mut Option<Duration>, b: Duration) {
@@ -32,7 +31,7 @@ fn least(a: &mut Option<Duration>, b: Duration) {
 }
 
 /// The agent's own words, without the name of the call.
-fn words(error: &Error) -> String {
+pub(super) fn words(error: &Error) -> String {
     match error {
         Error::Agent { status, .. } => status.message().to_owned(),
         other => chain(other),
@@ -211,131 +210,6 @@ impl Worker {
                 Ok(())
             }
             Err(e) => Err(self.fail(pod, c, "RunContainerError", words(&e), Duration::from_millis(100))),
-        }
-    }
-
-    /// The container's image, pulled where its policy says so.
-    async fn image(&mut self, pod: &Pod, c: &Container) -> Result<v1::Image, Held> {
-        let name = c.image.as_deref().unwrap_or_default().to_owned();
-        let shared = self.shared.clone();
-        let agent = shared.agent.as_ref();
-        let events = &shared.events;
-        let now = Timestamp::now();
-        if let Some(why) = images::invalid(&name) {
-            let message = format!(
-                "Failed to apply default image tag \"{name}\": couldn't parse image name \"{name}\": {why}"
-            );
-            self.say_once(pod, Some(&c.name), Kind::Warning, "InspectFailed", message.clone());
-            self.say_once(pod, Some(&c.name), Kind::Warning, "Failed", "Error: InvalidImageName".into());
-            return Err(Held { reason: "InvalidImageName", message, pause: Duration::from_secs(60) });
-        }
-        let spec = v1::ImageSpec {
-            image: name.clone(),
-            user_specified_image: name.clone(),
-            ..v1::ImageSpec::default()
-        };
-        let inspect =
-            || agent.image_status(v1::ImageStatusRequest { image: Some(spec.clone()), verbose: false });
-        let policy = images::policy(c);
-        let present = inspect().await.map_err(|e| {
-            let message = format!("Failed to inspect image \"{name}\": {}", words(&e));
-            Held { reason: "ImageInspectError", message, pause: Duration::from_secs(5) }
-        })?;
-        match (policy, present.image) {
-            (Policy::IfNotPresent | Policy::Never, Some(image)) => {
-                events.pod(
-                    pod,
-                    Some(&c.name),
-                    Kind::Normal,
-                    "Pulled",
-                    format!("Container image \"{name}\" already present on machine"),
-                );
-                return Ok(image);
-            }
-            (Policy::Never, None) => {
-                let message = format!("Container image \"{name}\" is not present with pull policy of Never");
-                self.say_once(pod, Some(&c.name), Kind::Warning, "ErrImageNeverPull", message.clone());
-                self.say_once(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ErrImageNeverPull".into());
-                return Err(Held { reason: "ErrImageNeverPull", message, pause: Duration::from_secs(10) });
-            }
-            (Policy::Always, _) | (Policy::IfNotPresent, None) => {}
-        }
-        if let Some((failed_at, why)) = self.image_failures.get(&name)
-            && let Some((left, _)) = self.image_backoff.remaining(&name, *failed_at, now)
-        {
-            let message = format!("Back-off pulling image \"{name}\"");
-            events.pod(pod, Some(&c.name), Kind::Normal, "BackOff", message.clone());
-            events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ImagePullBackOff");
-            let message = format!("{message}: ErrImagePull: {why}");
-            return Err(Held { reason: "ImagePullBackOff", message, pause: left });
-        }
-        events.pod(pod, Some(&c.name), Kind::Normal, "Pulling", format!("Pulling image \"{name}\""));
-        let (auths, missing) = images::pull_secrets(shared.cluster.as_ref(), pod, &name).await;
-        if !missing.is_empty() {
-            let text = format!(
-                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
-                missing.join(", ")
-            );
-            self.say_once(pod, None, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
-        }
-        let begun = Instant::now();
-        let mut watch = self.desired.clone();
-        let pull = async {
-            let mut tries: Vec<Option<v1::AuthConfig>> = auths.into_iter().map(Some).collect();
-            if tries.is_empty() {
-                tries.push(None);
-            }
-            let mut outcome = Ok(String::new());
-            for auth in tries {
-                let request = v1::PullImageRequest { image: Some(spec.clone()), auth, sandbox_config: None };
-                outcome = agent.pull_image(request).await;
-                if outcome.is_ok() {
-                    break;
-                }
-            }
-            outcome
-        };
-        // A pod that is deleted does not wait for its image.
-        let outcome = tokio::select! {
-            outcome = pull => outcome,
-            Ok(_) = async { watch.wait_for(super::worker::Desired::terminating).await.map(drop) } => {
-                return Err(Held { reason: "ContainerCreating", message: String::new(), pause: Duration::ZERO });
-            }
-        };
-        if let Err(e) = outcome {
-            let why = format!("failed to pull and unpack image \"{name}\": {}", words(&e));
-            events.pod(
-                pod,
-                Some(&c.name),
-                Kind::Warning,
-                "Failed",
-                format!("Failed to pull image \"{name}\": {why}"),
-            );
-            events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ErrImagePull");
-            let failed_at = Timestamp::now();
-            self.image_backoff.raise(&name, failed_at, failed_at);
-            self.image_failures.insert(name.clone(), (failed_at, why.clone()));
-            // The next pass says that it waits; until then the error itself is shown.
-            return Err(Held { reason: "ErrImagePull", message: why, pause: Duration::from_secs(1) });
-        }
-        self.image_backoff.clear(&name);
-        self.image_failures.remove(&name);
-        match inspect().await.map(|a| a.image) {
-            Ok(Some(image)) => {
-                let took = format!("{:.3}s", begun.elapsed().as_secs_f64());
-                events.pod(pod, Some(&c.name), Kind::Normal, "Pulled", format!(
-                    "Successfully pulled image \"{name}\" in {took} ({took} including waiting). Image size: {} bytes.", image.size
-                ));
-                Ok(image)
-            }
-            Ok(None) => Err(Held {
-                reason: "ImageInspectError",
-                message: format!("image \"{name}\" is gone after its pull"),
-                pause: Duration::from_secs(5),
-            }),
-            Err(e) => {
-                Err(Held { reason: "ImageInspectError", message: words(&e), pause: Duration::from_secs(5) })
-            }
         }
     }
 }
