@@ -6,6 +6,8 @@ use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::image::ImageArgs;
+
 /// Pods as LXC containers: one Kubernetes node out of Proxmox hosts, or out of this machine.
 #[derive(Debug, Parser)]
 #[command(version, about, max_term_width = 100)]
@@ -28,6 +30,8 @@ pub(crate) enum Command {
     Up(UpArgs),
     /// Run the CRI runtime alone, on a unix socket: for crictl, or for an ordinary kubelet.
     Agent(CommonArgs),
+    /// Pull, list, tag, pin, mount and remove images, by the agent of this host or in a store of your own.
+    Image(Box<ImageArgs>),
 }
 
 /// What every program of Moxlet takes.

@@ -11,7 +11,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::cli::{CommonArgs, LogFormat, UpArgs};
+use crate::{
+    cli::{CommonArgs, LogFormat, UpArgs},
+    duration::Span,
+};
 
 /// The largest configuration file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -63,6 +66,11 @@ pub(crate) struct Config {
     pub(crate) cluster_dns: Vec<IpAddr>,
     pub(crate) cluster_domain: String,
 
+    pub(crate) image_gc_high_threshold_percent: u8,
+    pub(crate) image_gc_low_threshold_percent: u8,
+    pub(crate) image_minimum_gc_age: Span,
+    pub(crate) image_maximum_gc_age: Option<Span>,
+
     pub(crate) cri_socket: Option<PathBuf>,
     pub(crate) stream_listen: Option<SocketAddr>,
     pub(crate) init_binary: Option<PathBuf>,
@@ -102,6 +110,10 @@ impl Default for Config {
             max_pods: 110,
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
+            image_gc_high_threshold_percent: 85,
+            image_gc_low_threshold_percent: 80,
+            image_minimum_gc_age: Span(std::time::Duration::from_secs(120)),
+            image_maximum_gc_age: None,
             cri_socket: None,
             stream_listen: None,
             init_binary: None,
@@ -225,6 +237,12 @@ impl Config {
         }
         if self.container_log_max_files < 2 {
             bail!("container_log_max_files must be at least 2, as the kubelet's containerLogMaxFiles");
+        }
+        let (low, high) = (self.image_gc_low_threshold_percent, self.image_gc_high_threshold_percent);
+        if high > 100 || low > high {
+            bail!(
+                "image_gc_high_threshold_percent ({high}) must be at most 100 and image_gc_low_threshold_percent ({low}) not above it"
+            );
         }
         if self.max_pods == 0 {
             bail!("max_pods must be at least 1");

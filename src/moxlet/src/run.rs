@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use crate::{
-    cli::{Cli, Command, LogFormat},
+    cli::{CommonArgs, LogFormat, UpArgs},
     config::Config,
     memory, preflight,
 };
@@ -19,15 +19,12 @@ const STOP_PODS_GRACE: Duration = Duration::from_secs(30);
 /// Range of the pods of a machine without a cluster.
 const ALONE_CIDR: &str = "10.244.0.0/24";
 
-/// Runs the command that was asked for, until a signal ends it.
+/// Runs agent and, with `up`, node, until a signal ends them.
 ///
 /// # Errors
 /// Whatever kept it from starting, or ended it, in words for the person at the terminal.
-pub(crate) fn main(cli: &Cli) -> Result<()> {
-    let (config, with_node) = match &cli.command {
-        Command::Up(args) => (Config::load(&args.common, Some(args))?, true),
-        Command::Agent(args) => (Config::load(args, None)?, false),
-    };
+pub(crate) fn main(common: &CommonArgs, up: Option<&UpArgs>) -> Result<()> {
+    let (config, with_node) = (Config::load(common, up)?, up.is_some());
     init_logs(&config)?;
     preflight::check(&config)?;
     if rustls::crypto::ring::default_provider().install_default().is_err() {
@@ -203,6 +200,12 @@ fn node_config(config: &Config, endpoint: &str) -> moxlet_node::Config {
         register_taints: config.register_taints.clone(),
         labels: config.node_labels.clone(),
         max_pods: config.max_pods,
+        image_gc: moxlet_node::ImageGc {
+            high_percent: config.image_gc_high_threshold_percent,
+            low_percent: config.image_gc_low_threshold_percent,
+            min_age: config.image_minimum_gc_age.0,
+            max_age: config.image_maximum_gc_age.map(|age| age.0),
+        },
         cluster_dns: config.cluster_dns.clone(),
         cluster_domain: config.cluster_domain.clone(),
         ..defaults
