@@ -31,3 +31,23 @@ pub fn init_binary() -> &'static Path {
         String::from_utf8(out.stdout).unwrap().lines().last().unwrap().into()
     })
 }
+
+/// The moxlet program, built once, or the one that `MOXLET_PROGRAM` names.
+pub fn program() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        if let Some(path) = std::env::var_os("MOXLET_PROGRAM") {
+            return path.into();
+        }
+        // Beside this test, so that nothing is built twice.
+        let target = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().to_owned();
+        let built = Command::new("cargo")
+            .args(["build", "--locked", "--quiet", "-p", "moxlet", "--target-dir"])
+            .arg(&target)
+            .current_dir(repository())
+            .status()
+            .unwrap();
+        assert!(built.success(), "moxlet cannot be built");
+        target.join("debug/moxlet")
+    })
+}

@@ -1,0 +1,84 @@
+//! The commands through an agent, whose containers use the images.
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
+
+use moxlet_cri::v1;
+use moxlet_tests_component::{
+    host::{Host, container, sleeper},
+    program, registry,
+};
+
+use crate::support::{Store, failed, succeeded, tar, text};
+
+fn try_run(socket: &Path, args: &[&str]) -> Output {
+    Command::new(program()).args(["image", "--socket"]).arg(socket).args(args).output().unwrap()
+}
+
+fn run(socket: &Path, args: &[&str]) -> String {
+    succeeded(args, &try_run(socket, args))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_a_container_uses_is_not_removed() {
+    let host = Host::start().await;
+    let (socket, image) = (host.config.cri_socket.clone(), registry::busybox());
+    let id = run(&socket, &["list", "-q"]);
+    let pod = host.pod("uses").await;
+    let container_id = host.run(&pod, sleeper("main")).await;
+    run(&socket, &["tag", &image, "second:1"]);
+    assert!(run(&socket, &["remove", "second:1"]).starts_with("untagged"));
+    let refused = failed(&[], &try_run(&socket, &["remove", &image]));
+    assert!(refused.contains(&container_id), "{refused}");
+    assert_eq!(run(&socket, &["prune"]), "");
+    let root = host.root().display().to_string();
+    let locked = Command::new(program()).args(["image", "--store", &root, "list"]).output().unwrap();
+    let locked = failed(&[], &locked);
+    assert!(locked.contains("is in use by process"), "{locked}");
+
+    run(&socket, &["pin", &image]);
+    let listed = host.images().list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner();
+    assert_eq!((listed.images[0].id.as_str(), listed.images[0].pinned), (id.as_str(), true));
+    let spec = v1::ImageSpec { image: image.clone(), ..v1::ImageSpec::default() };
+    let request = v1::ImageStatusRequest { image: Some(spec), verbose: true };
+    let info = host.images().image_status(request).await.unwrap().into_inner().info;
+    let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
+    assert_eq!(info["imageSpec"]["config"]["Cmd"][0], "/bin/sh");
+    assert!(info["inUseBy"][0].as_str().unwrap().contains(&container_id));
+    host.remove_pod(&pod.id).await.unwrap();
+    assert!(run(&socket, &["remove", &image]).starts_with("removed"));
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_runs_from_an_imported_root_file_system() {
+    let host = Host::start().await;
+    let socket = host.config.cri_socket.clone();
+    let store = Store::new();
+    let archive = store.path("root.tar");
+    let busybox = std::fs::read("/bin/busybox").unwrap();
+    let mut bytes = tar(&[("bin/sh".into(), busybox), ("etc/issue".into(), b"imported".to_vec())]);
+    // Programs may be run.
+    let mode = bytes.windows(7).position(|w| w == b"0000644").unwrap();
+    bytes.splice(mode..mode + 7, *b"0000755");
+    fix_checksum(&mut bytes);
+    std::fs::write(&archive, bytes).unwrap();
+    run(&socket, &["import", "--rootfs", "--name", "imported:1", text(&archive)]);
+    let pod = host.pod("imported").await;
+    let mut config = container("main", "read -r line </etc/issue || true; echo \"$line\"");
+    config.image = Some(v1::ImageSpec { image: "imported:1".into(), ..v1::ImageSpec::default() });
+    let id = host.run(&pod, config).await;
+    assert_eq!(host.exited(&id).await.exit_code, 0);
+    assert!(host.log(&id).await.contains("imported"));
+    assert!(run(&socket, &["verify", "imported:1"]).starts_with("ok"));
+    host.end().await;
+}
+
+/// Writes the checksum of the first header anew.
+fn fix_checksum(tar: &mut [u8]) {
+    tar[148..156].copy_from_slice(b"        ");
+    let sum: u32 = tar[..512].iter().map(|b| u32::from(*b)).sum();
+    tar[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}

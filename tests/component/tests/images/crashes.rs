@@ -1,0 +1,89 @@
+//! A pull that is killed, stopped, or finds the disk full: nothing leaks, and the next one goes through.
+
+use std::{
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use moxlet_tests_component::registry;
+
+use crate::support::{Store, pushed, text, tool};
+
+/// How often a pull is killed.
+const KILLS: u32 = 50;
+
+#[test]
+fn a_pull_that_is_killed_at_any_point_leaks_nothing_and_goes_through_afterwards() {
+    let name = format!("{}/test/kill:1", registry::address());
+    let id = pushed(&name, 4, 60, 8_000);
+    let store = Store::new();
+    let begun = Instant::now();
+    store.run(&["pull", &name]);
+    let whole = begun.elapsed();
+    store.run(&["remove", &name]);
+    let (mut killed, mut complete) = (0, 0);
+    for n in 0..KILLS {
+        let mut pull = store
+            .command(&["pull", "-q", &name])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Points over all of a pull, not twice the same ones.
+        std::thread::sleep(whole * (n * 7 % KILLS) / KILLS);
+        pull.kill().unwrap();
+        killed += u32::from(!pull.wait().unwrap().success());
+        let listed = store.run(&["list", "-q"]);
+        assert!(listed.is_empty() || listed == id, "{listed}");
+        assert!(store.leftovers().is_empty(), "after kill {n}: {:?}", store.leftovers());
+        if !listed.is_empty() {
+            complete += 1;
+            store.run(&["verify"]);
+            store.run(&["remove", &name]);
+        }
+    }
+    assert!(killed > KILLS / 2, "{killed} of {KILLS} were killed, {complete} were complete");
+    assert_eq!(store.run(&["pull", &name]), id);
+    store.run(&["remove", &name]);
+    assert!(store.leftovers().is_empty(), "{:?}", store.leftovers());
+}
+
+#[test]
+fn a_pull_that_is_interrupted_says_so() {
+    let name = format!("{}/test/interrupt:1", registry::address());
+    pushed(&name, 4, 60, 8_000);
+    let store = Store::new();
+    let mut command = store.command(&["pull", &name]);
+    let pull = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    tool("kill", &["-TERM", &pull.id().to_string()]);
+    let output = pull.wait_with_output().unwrap();
+    // It may have been through before, or not even have begun.
+    if output.status.code() == Some(1) {
+        assert!(String::from_utf8_lossy(&output.stderr).contains("stopped by SIGTERM"));
+    }
+    store.run(&["pull", &name]);
+    store.run(&["remove", &name]);
+    assert!(store.leftovers().is_empty(), "{:?}", store.leftovers());
+}
+
+#[test]
+fn a_full_disk_is_named_and_the_pull_goes_through_once_there_is_space() {
+    let name = format!("{}/test/full:1", registry::address());
+    let id = pushed(&name, 3, 10, 400_000);
+    let store = Store::new();
+    let place = store.path("store");
+    std::fs::create_dir(&place).unwrap();
+    tool("mount", &["-t", "tmpfs", "-o", "size=6m,mode=755", "tmpfs", text(&place)]);
+    let complaint = store.complaint(&["pull", &name]);
+    assert!(complaint.contains("No space left on device"), "{complaint}");
+    assert_eq!(store.run(&["list", "-q"]), "");
+    assert!(store.leftovers().is_empty(), "{:?}", store.leftovers());
+    tool("mount", &["-o", "remount,size=64m", text(&place)]);
+    assert_eq!(store.run(&["pull", &name]), id);
+    // Space is made of what nobody uses.
+    let gone = store.run(&["gc", "--high", "15", "--low", "10", "--min-age", "0s"]);
+    assert!(gone.contains(&id), "{gone}");
+    let umount = Command::new("umount").arg(&place).status().unwrap();
+    assert!(umount.success());
+}

@@ -1,0 +1,8 @@
+//! `moxlet image` as a person uses it: on a store of one's own and through an agent, with a real registry, skopeo and umoci.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod agent;
+mod crashes;
+mod store;
+mod support;
+mod tools;
