@@ -60,16 +60,6 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
-    /// Goes on where a file is missing or of another length, which [`Self::take_faults`] tells.
-    pub(crate) fn lenient(self) -> Self {
-        Self { rebuilt: self.rebuilt.lenient(), _view: self._view }
-    }
-
-    /// What was wrong so far.
-    pub(crate) fn take_faults(&mut self) -> Vec<String> {
-        self.rebuilt.take_faults()
-    }
-
     /// Reads all of it; the digest and length of the archive.
     pub(crate) fn digest(&mut self) -> io::Result<(Digest, u64)> {
         let (mut hash, mut size) = (Sha256::new(), 0_u64);

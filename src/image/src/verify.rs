@@ -1,12 +1,12 @@
 //! Whether images are what they were: each layer's archive is made again from what lies on disk and its digest compared
-//! with the config's, whose digest is the image's id.
+//! with the config's, whose digest is the image's id; owners, modes, times and the like are held against the layer's tape.
 
 use std::{collections::HashMap, sync::Arc};
 
 use moxlet_ids::{ChainId, Digest};
 
 use crate::{
-    Error, ImageRecord, ImageStore, Result,
+    Error, ImageRecord, ImageStore, Result, layer,
     store::{Store, blocking},
 };
 
@@ -74,7 +74,7 @@ impl Verification {
             let found = match self.known.get(chain) {
                 Some(found) => found.clone(),
                 None => {
-                    let found = layer(&self.store, &image, chain, &diff_id).await?;
+                    let found = compare(&self.store, &image, chain, &diff_id).await?;
                     self.known.insert(chain.clone(), found.clone());
                     found
                 }
@@ -118,36 +118,36 @@ impl Verification {
     }
 }
 
-/// What is wrong with a layer; nothing where it cannot be told.
-async fn layer(
+/// What is wrong with a layer, its files' attributes included; nothing where it cannot be told.
+async fn compare(
     store: &Store,
     image: &ImageRecord,
     chain: &ChainId,
     diff_id: &str,
 ) -> Result<Option<Vec<String>>> {
-    let archive = match store.archive(image.id.as_str(), chain).await {
-        Ok(archive) => archive,
-        Err(Error::NotRestorable { .. }) => return Ok(None),
-        Err(Error::Damaged { reason, .. }) => return Ok(Some(vec![format!("{reason} is damaged")])),
-        Err(Error::Storage(error)) if matches!(*error, moxlet_storage::Error::LayerNotFound(_)) => {
-            return Ok(Some(vec!["it is missing".to_owned()]));
-        }
-        Err(error) => return Err(error),
+    let tape = store.records.tape_path(chain);
+    if !tape.exists() {
+        return Ok(None);
+    }
+    let view = match store.driver.open_layer(chain).await {
+        Ok(view) => view,
+        Err(moxlet_storage::Error::LayerNotFound(_)) => return Ok(Some(vec!["it is missing".to_owned()])),
+        Err(error) => return Err(error.into()),
     };
+    let (style, bottom) = (store.driver.whiteouts(), image.layers.first() == Some(chain));
     let expected = diff_id.to_owned();
     blocking(move || {
-        let mut archive = archive.lenient();
-        let outcome = archive.digest();
-        let mut faults = archive.take_faults();
-        faults.truncate(MAX_FAULTS);
-        match outcome {
-            Ok((actual, _)) if actual.as_str() == expected => {}
-            Ok((actual, _)) if faults.is_empty() => {
-                faults.push(format!("its content has digest {actual}, expected {expected}"));
+        let faults = match layer::check(view.path(), &tape, style, bottom) {
+            Ok(check) => {
+                let mut faults = check.differences;
+                faults.truncate(MAX_FAULTS);
+                if faults.is_empty() && check.diff_id.as_str() != expected {
+                    faults.push(format!("its content has digest {}, expected {expected}", check.diff_id));
+                }
+                faults
             }
-            Ok(_) => {}
-            Err(error) => faults.push(format!("it cannot be read: {error}")),
-        }
+            Err(error) => vec![format!("it cannot be compared: {error}")],
+        };
         Ok(Some(faults))
     })
     .await

@@ -2,7 +2,6 @@
 
 mod archive;
 mod below;
-#[allow(dead_code, reason = "verification uses it")]
 mod check;
 mod extract;
 mod pax;
@@ -25,8 +24,7 @@ use moxlet_ids::Digest;
 use moxlet_storage::{Usage, WhiteoutStyle};
 
 pub(crate) use below::Lower;
-#[allow(unused_imports, reason = "verification uses them")]
-pub(crate) use check::{Check, check};
+pub(crate) use check::check;
 pub(crate) use source::Source;
 pub(crate) use stream::is_cut;
 use stream::{Blob, Hashing};

@@ -156,7 +156,6 @@ impl<R: Read> Read for Hashing<R> {
 }
 
 /// Buffers what can only be read.
-#[allow(dead_code, reason = "imports read from files")]
 pub(super) fn buffered<R: Read>(input: R) -> BufReader<R> {
     BufReader::with_capacity(BUFFER, input)
 }
