@@ -1,0 +1,13 @@
+//! The simulator's behaviour, each test named by it; [`cluster`] holds every request and answer against the schema.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+
+mod access;
+mod cluster;
+mod config_file;
+mod crash;
+mod faults;
+mod http;
+mod lifecycle;
+mod resources;
+mod tasks;
+mod vmids;
