@@ -1,6 +1,9 @@
 //! How an agent is set up; every path of its own lies below `root_dir`.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use moxlet_storage::IdMap;
 
@@ -20,6 +23,73 @@ impl Default for CniSettings {
         let bin_dirs = vec![PathBuf::from("/usr/lib/cni"), PathBuf::from("/opt/cni/bin")];
         Self { use_host_conf: None, bin_dirs, bridge: "moxlet0".to_owned() }
     }
+}
+
+/// How pods become CTs.
+#[derive(Debug, Clone, Default)]
+pub enum EngineSettings {
+    /// Plain LXC.
+    #[default]
+    Lxc,
+    /// Proxmox VE.
+    Pve(Box<PveSettings>),
+}
+
+/// What the engine on Proxmox VE needs; `docs/proxmox.md` explains each.
+#[derive(Debug, Clone)]
+pub struct PveSettings {
+    /// The API's servers, this host's first.
+    pub endpoints: Vec<String>,
+    /// A file with `user@realm!id=secret`.
+    pub token_file: PathBuf,
+    /// Who signs the servers' certificates; without it and without a fingerprint the system's authorities.
+    pub ca_file: Option<PathBuf>,
+    /// The SHA-256 fingerprint of the server's certificate; it goes before `ca_file`.
+    pub fingerprint: Option<String>,
+    /// This host's name in the cluster; the short host name if there is none.
+    pub node: Option<String>,
+    /// The storage of the CTs' roots, of type `zfspool`.
+    pub storage: String,
+    /// The bridge of the pods' first interface.
+    pub bridge: String,
+    /// `BRIDGE` or `BRIDGE/VLAN` that pods may ask for.
+    pub extra_bridges: Vec<String>,
+    /// The first VMID of pods.
+    pub vmid_min: u32,
+    /// The last VMID of pods.
+    pub vmid_max: u32,
+    /// Where addresses come from.
+    pub addresses: AddressSource,
+    /// Of the first interface.
+    pub mtu: Option<u16>,
+    /// Of the first interface.
+    pub vlan: Option<u16>,
+    /// Whether the CTs' firewall rules hold for their interfaces.
+    pub firewall: bool,
+    /// Whether CTs are protected from removal by others.
+    pub protection: bool,
+    /// The cluster's file system.
+    pub config_dir: PathBuf,
+    /// Where Proxmox VE locks CTs.
+    pub lock_dir: PathBuf,
+}
+
+/// Where pods' addresses come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AddressSource {
+    /// A DHCP server on the bridge.
+    Dhcp,
+    /// This host gives them out, of this slice of the subnet.
+    Range {
+        /// The first.
+        first: IpAddr,
+        /// The last.
+        last: IpAddr,
+        /// The length of the subnet's prefix.
+        prefix: u8,
+        /// The subnet's gateway.
+        gateway: Option<IpAddr>,
+    },
 }
 
 /// Where images and container roots lie.
@@ -43,6 +113,8 @@ pub struct Config {
     pub stream_listen: Option<SocketAddr>,
     /// moxlet-init; without, it is searched beside the program.
     pub init_binary: Option<PathBuf>,
+    /// How pods become CTs.
+    pub engine: EngineSettings,
     /// The ids of pods on the host.
     pub map: IdMap,
     /// Where images and container roots lie.
@@ -88,6 +160,7 @@ impl Default for Config {
             root_dir,
             stream_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
             init_binary: None,
+            engine: EngineSettings::default(),
             map: IdMap::default(),
             storage: Storage::default(),
             container_root_quota: None,

@@ -29,7 +29,7 @@ use crate::{
     core::{Container, Core, RunState, Sandbox, blocking, now_ns},
     error::{Error, Result, chain},
     ledger::{ContainerRecord, Exit, Phase},
-    prepare, sandboxes,
+    notices, prepare, sandboxes,
 };
 
 /// How long a killed container may take to be gone.
@@ -100,6 +100,7 @@ pub(crate) async fn start(core: &Arc<Core>, id: &str) -> Result<()> {
             if let Err(error) = &outcome {
                 not_started(&core, &sandbox, &container, error).await?;
             }
+            notices::describe(&core, &sandbox);
             outcome
         })
         .await

@@ -11,7 +11,6 @@ use moxlet_cri::v1;
 use moxlet_ids::{ContainerId, SandboxId};
 use moxlet_image::ImageStore;
 use moxlet_init_proto::client::Client;
-use moxlet_network::Cni;
 use moxlet_sandbox::{Engine, cgroup::ContainerCgroups};
 use moxlet_storage::{Driver, idmap};
 use tokio::sync::{broadcast, watch};
@@ -21,6 +20,8 @@ use crate::{
     Config,
     error::{Error, Result},
     ledger::{ContainerRecord, Exit, Ledger, Phase, SandboxRecord},
+    network::Network,
+    notices::Notices,
     prepare::Pending,
     volumes::Volumes,
 };
@@ -76,6 +77,8 @@ pub(crate) struct Sandbox {
     record: Mutex<SandboxRecord>,
     /// The init of its CT while that runs.
     client: Mutex<Option<Client>>,
+    /// Who else holds its CT, so that it cannot be changed now.
+    held: Mutex<Option<String>>,
     /// Held through every change of the sandbox as a whole and of its containers, and while its record is written.
     pub(crate) change: tokio::sync::Mutex<()>,
 }
@@ -87,6 +90,7 @@ impl Sandbox {
             id: record.id.clone(),
             record: Mutex::new(record),
             client: Mutex::new(None),
+            held: Mutex::new(None),
             change: tokio::sync::Mutex::new(()),
         })
     }
@@ -108,6 +112,16 @@ impl Sandbox {
     pub(crate) fn client(&self) -> Result<Client> {
         let client = lock(&self.client).clone();
         client.ok_or_else(|| Error::State(format!("sandbox {} is not running", self.id)))
+    }
+
+    /// Who else holds its CT: `backup`, `frozen`, ….
+    pub(crate) fn held_by(&self) -> Option<String> {
+        lock(&self.held).clone()
+    }
+
+    /// Says who holds its CT.
+    pub(crate) fn set_held_by(&self, holder: Option<String>) {
+        *lock(&self.held) = holder;
     }
 
     /// Says that its init is reached, or gone.
@@ -197,7 +211,7 @@ pub(crate) struct Core {
     pub(crate) config: Config,
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) engine: Arc<dyn Engine>,
-    pub(crate) cni: Cni,
+    pub(crate) network: Network,
     pub(crate) images: Arc<ImageStore>,
     pub(crate) cgroups: Arc<ContainerCgroups>,
     pub(crate) volumes: Volumes,
@@ -217,6 +231,8 @@ pub(crate) struct Core {
     sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
     containers: Mutex<BTreeMap<ContainerId, Arc<Container>>>,
     events: broadcast::Sender<v1::ContainerEventResponse>,
+    /// What was done to CTs on the host.
+    pub(crate) notices: Notices,
 }
 
 /// The parts of a core.
@@ -224,7 +240,7 @@ pub(crate) struct Parts {
     pub(crate) config: Config,
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) engine: Arc<dyn Engine>,
-    pub(crate) cni: Cni,
+    pub(crate) network: Network,
     pub(crate) images: Arc<ImageStore>,
     pub(crate) cgroups: ContainerCgroups,
     pub(crate) volumes: Volumes,
@@ -243,7 +259,7 @@ impl Core {
             config: parts.config,
             driver: parts.driver,
             engine: parts.engine,
-            cni: parts.cni,
+            network: parts.network,
             images: parts.images,
             cgroups: Arc::new(parts.cgroups),
             volumes: parts.volumes,
@@ -255,6 +271,7 @@ impl Core {
             sandboxes: Mutex::default(),
             containers: Mutex::default(),
             events: broadcast::Sender::new(EVENTS),
+            notices: Notices::default(),
         })
     }
 

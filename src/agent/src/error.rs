@@ -25,6 +25,14 @@ pub enum Error {
     /// It is not in the state that the request needs.
     #[error("{0}")]
     State(String),
+    /// Somebody else holds the CT: a backup, or it is frozen.
+    #[error("sandbox {sandbox} is held ({by}); it is left alone until that is over")]
+    Held {
+        /// Which.
+        sandbox: String,
+        /// By what.
+        by: String,
+    },
     /// It took longer than allowed.
     #[error("{0}")]
     Timeout(String),
@@ -104,14 +112,15 @@ fn of_image(error: &moxlet_image::Error, text: String) -> Status {
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let text = chain(&error);
-        match error {
+        match &error {
             Error::Invalid(_) | Error::Id(_) => Status::invalid_argument(text),
             Error::NotFound(_) => Status::not_found(text),
             Error::Refused(_) => Status::unimplemented(text),
             Error::State(_) => Status::failed_precondition(text),
             Error::Timeout(_) => Status::deadline_exceeded(text),
-            Error::Unfit(_) => Status::unavailable(text),
-            Error::Image(error) => of_image(&error, text),
+            Error::Unfit(_) | Error::Held { .. } => Status::unavailable(text),
+            Error::Sandbox(inner) if inner.is_temporary() => Status::unavailable(text),
+            Error::Image(error) => of_image(error, text),
             _ => Status::unknown(text),
         }
     }

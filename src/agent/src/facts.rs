@@ -22,6 +22,11 @@ fn text(path: &str) -> String {
     String::from_utf8_lossy(&bytes).trim().to_owned()
 }
 
+/// The host's name.
+pub(crate) fn hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// Reads what the host is; of `root`, the size of its file system.
 pub(crate) fn read(root: &Path) -> host::InfoResponse {
     let name = rustix::system::uname();

@@ -6,23 +6,28 @@
 //! | `ledger` | what must survive: one small file for each sandbox and container |
 //! | `recover` | at the start: ledger and host are brought in line |
 //! | `sandboxes`, `containers`, `prepare`, `spec` | their lives, and what a container is made of |
+//! | `engine`, `network` | which engine makes the CTs, and who attaches them |
+//! | `notices` | what somebody else did to CTs on the host |
 //! | `watch` | one task a running sandbox: what its init reports, and its end |
 //! | `volumes`, `logs`, `stats`, `facts` | what a node asks of a host besides CRI |
 //! | `service` | the gRPC services on the unix socket |
 //! | `streaming` | exec, attach and port-forward |
 //!
 //! Tasks that live as long as the agent: the gRPC server, the streaming server's listeners, a watch for each running
-//! sandbox. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
+//! sandbox, the look at what others do. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
 
 mod beneath;
 mod config;
 mod containers;
 mod core;
+mod engine;
 mod error;
 mod facts;
 mod init_binary;
 mod ledger;
 mod logs;
+mod network;
+mod notices;
 mod prepare;
 mod recover;
 mod sandboxes;
@@ -42,17 +47,16 @@ use std::{
 };
 
 use moxlet_image::{DirLock, ImageStore};
-use moxlet_network::{Cni, CniConfig, forwarding};
-use moxlet_sandbox::{LxcConfig, LxcEngine, cgroup::ContainerCgroups};
 use moxlet_storage::{Driver, OverlayDriver, ZfsConfig, ZfsDriver, idmap, mounts};
 use tokio_util::sync::CancellationToken;
 
-pub use config::{CniSettings, Config, Storage};
+pub use config::{AddressSource, CniSettings, Config, EngineSettings, PveSettings, Storage};
 pub use error::{Error, Result};
 pub use service::ImageStoreService;
 
 use crate::{
     core::{Core, Parts, blocking},
+    engine::Opened,
     ledger::Ledger,
     service::Service,
     streaming::Streaming,
@@ -67,7 +71,7 @@ pub struct Agent {
 /// How long changes that are under way may take when the agent ends.
 const AT_THE_END: Duration = Duration::from_secs(30);
 /// How long a CT's start or a CNI plugin may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Agent {
     /// Opens the parts of the agent, each of which checks what it needs of the host, takes over what runs, and serves.
@@ -86,14 +90,7 @@ impl Agent {
         blocking("making the pods' directory shared", move || Ok(mounts::make_shared_dir(&pods)?)).await?;
         let init_binary = init_binary::install(config.init_binary.as_deref(), &root.join("init"))?;
         let (driver, image_dir, lock) = open_store(&config).await?;
-        let engine = LxcEngine::new(LxcConfig {
-            dir: root.join("lxc"),
-            map: config.map,
-            manage_subids: true,
-            start_timeout: PATIENCE,
-        })
-        .await?;
-        forwarding::record(&root.join("ip_forward"))?;
+        let Opened { engine, cgroups, network } = engine::open(&config).await?;
         let images = ImageStore::open_locked(
             moxlet_image::Config {
                 dir: image_dir,
@@ -108,19 +105,20 @@ impl Agent {
         )
         .await?;
         let core = Core::new(Parts {
-            cni: Cni::new(cni(&config)).await?,
+            network,
             volumes: Volumes::open(root.join("volumes"), config.map)?,
             shifted: idmap::Namespace::new(config.map)?,
             ledger: Ledger::open(&root.join("ledger"))?,
-            cgroups: ContainerCgroups::detect()?,
+            cgroups,
             driver,
-            engine: Arc::new(engine),
+            engine,
             images,
             init_binary,
             stop,
             config,
         });
         recover::recover(&core).await?;
+        notices::spawn(&core);
         let streaming = Streaming::start(core.clone()).await?;
         service::serve(&core, streaming)?;
         Ok(Self { core })
@@ -169,22 +167,6 @@ async fn open_store(config: &Config) -> Result<(Arc<dyn Driver>, PathBuf, DirLoc
             (Arc::new(driver), image_dir, lock)
         }
     })
-}
-
-fn cni(config: &Config) -> CniConfig {
-    let root = &config.root_dir;
-    CniConfig {
-        conf_dir: config.cni.use_host_conf.clone().unwrap_or_else(|| root.join("cni/net.d")),
-        bin_dirs: config.cni.bin_dirs.clone(),
-        cache_dir: root.join("cni/cache"),
-        ipam_dir: root.join("cni/ipam"),
-        pod_cidr: config.pod_cidr.clone(),
-        bridge_name: config.cni.bridge.clone(),
-        network_name: "moxlet".to_owned(),
-        ip_masq: true,
-        write_default: config.cni.use_host_conf.is_none(),
-        timeout: PATIENCE,
-    }
 }
 
 fn make_dir(path: &Path, mode: u32) -> Result<()> {

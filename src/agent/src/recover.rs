@@ -71,7 +71,7 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
                 core.engine.stop(&sandbox.id, Duration::from_secs(3)).await?;
             }
             sandboxes::ended(core, sandbox).await?;
-            core.cni.del(&sandbox.id, None).await?;
+            core.network.detach(&sandbox.id).await?;
         }
     }
     for container in core.containers_of(&sandbox.id) {
@@ -119,7 +119,7 @@ async fn strays(core: &Arc<Core>) {
     if let Ok(entries) = fs::read_dir(&core.pods_dir) {
         found.extend(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<SandboxId>().ok()));
     }
-    match core.cni.attached().await {
+    match core.network.attached().await {
         Ok(all) => found.extend(all),
         Err(error) => warn!(error = chain(&error), "cannot list the pods' addresses"),
     }

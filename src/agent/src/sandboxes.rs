@@ -27,6 +27,7 @@ use rustix::mount::{MountFlags, mount};
 use tracing::{info, warn};
 
 use crate::{
+    config::EngineSettings,
     containers,
     core::{Core, Sandbox, blocking, now_ns},
     error::{Error, Result, chain},
@@ -38,6 +39,8 @@ use crate::{
 const INIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a CT's init may take to end its containers when the sandbox is stopped.
 const STOP_GRACE: Duration = Duration::from_secs(3);
+/// How long a pod's containers may take to end when their host goes down.
+const HOST_DOWN_GRACE: Duration = Duration::from_secs(30);
 /// `/dev/shm` of a pod, as container runtimes size it.
 const SHM: &std::ffi::CStr = c"size=65536k,mode=1777";
 
@@ -202,6 +205,9 @@ async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxC
     let (shared, own) = (dir.clone(), core.clone());
     blocking("making a pod's directory", move || make_shared(&own, &shared, logs.as_deref(), &host, &resolv))
         .await?;
+    // Where the host stops CTs by itself when it goes down, their containers get their time.
+    let by_signal =
+        if matches!(core.config.engine, EngineSettings::Pve(_)) { HOST_DOWN_GRACE } else { STOP_GRACE };
     let spec = SandboxSpec {
         id: sandbox.id.clone(),
         pod_namespace: record.namespace.clone(),
@@ -212,21 +218,20 @@ async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxC
         map,
         shared_dir: dir.clone(),
         init_binary: core.init_binary.clone(),
-        init_args: vec!["--grace".into(), STOP_GRACE.as_secs().to_string()],
+        init_args: vec!["--grace".into(), by_signal.as_secs().to_string()],
         limits: limits(config),
         sysctls: config.linux.iter().flat_map(|l| l.sysctls.clone()).collect(),
+        stop_grace: HOST_DOWN_GRACE,
+        nics: core.network.nics(&record).await?,
     };
     core.engine.create(&spec).await?;
     let pid = core.engine.start(&sandbox.id).await?;
-    let netns = PathBuf::from(format!("/proc/{pid}/ns/net"));
     let socket = dir.join("run/init.sock");
-    let (attachment, client) = tokio::join!(
-        core.cni.add(&sandbox.id, &netns, &record.namespace, &record.name),
-        Client::connect(&socket, INIT_TIMEOUT),
-    );
-    let (attachment, client) = (attachment?, client?);
+    let (ips, client) =
+        tokio::join!(core.network.attach(core, &record, pid), Client::connect(&socket, INIT_TIMEOUT));
+    let (ips, client) = (ips?, client?);
     core.change_sandbox(sandbox, |r| {
-        r.ips = attachment.ips;
+        r.ips = ips;
         r.phase = Phase::Ready;
     })
     .await?;
@@ -253,6 +258,10 @@ pub(crate) async fn stop(core: &Arc<Core>, id: &str) -> Result<()> {
 async fn stop_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
     let running = matches!(core.engine.state(&sandbox.id).await?, Some(SandboxState::Running { .. }));
     if running {
+        // Not even asked to end: whoever holds it relies on its state.
+        if let Some(lock) = core.engine.held_by(&sandbox.id).await? {
+            return Err(Error::Held { sandbox: sandbox.id.to_string(), by: lock });
+        }
         if let Ok(client) = sandbox.client() {
             // It kills its containers and writes how they ended; what goes wrong here the engine ends.
             let _ = tokio::time::timeout(STOP_GRACE, client.shutdown(Duration::ZERO)).await;
@@ -260,7 +269,7 @@ async fn stop_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
         core.engine.stop(&sandbox.id, STOP_GRACE).await?;
     }
     ended(core, sandbox).await?;
-    core.cni.del(&sandbox.id, None).await?;
+    core.network.detach(&sandbox.id).await?;
     Ok(())
 }
 
@@ -300,7 +309,7 @@ pub(crate) async fn remove_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Re
     for container in core.containers_of(id) {
         containers::remove_parts(core, sandbox, &container).await?;
     }
-    core.cni.del(id, None).await?;
+    core.network.release(id).await?;
     remove_shared(core, id).await?;
     let (ledger, own) = (core.ledger.clone(), id.clone());
     blocking("writing the ledger", move || ledger.remove_sandbox(&own)).await?;
@@ -327,6 +336,6 @@ pub(crate) async fn remove_shared(core: &Core, id: &SandboxId) -> Result<()> {
 /// Removes what is left of a sandbox that the ledger does not know. Idempotent.
 pub(crate) async fn remove_stray(core: &Core, id: &SandboxId) -> Result<()> {
     core.engine.delete(id).await?;
-    core.cni.del(id, None).await?;
+    core.network.release(id).await?;
     remove_shared(core, id).await
 }

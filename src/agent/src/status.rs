@@ -1,5 +1,7 @@
 //! Sandboxes and containers as CRI shows them.
 
+use std::collections::{BTreeMap, HashMap};
+
 use moxlet_cri::v1;
 
 use crate::{
@@ -12,6 +14,15 @@ fn sandbox_state(phase: Phase) -> i32 {
         Phase::Ready => v1::PodSandboxState::SandboxReady as i32,
         Phase::Creating | Phase::NotReady | Phase::Removing => v1::PodSandboxState::SandboxNotready as i32,
     }
+}
+
+/// Says who else holds the CT of a pod (`backup`, `frozen`, …): its probes pause meanwhile.
+const HELD_BY: &str = "moxlet.dev/held-by";
+
+fn annotations(given: BTreeMap<String, String>, holder: Option<String>) -> HashMap<String, String> {
+    // The request's own under this name would be a lie.
+    let own = given.into_iter().filter(|(key, _)| key != HELD_BY);
+    own.chain(holder.map(|by| (HELD_BY.to_owned(), by))).collect()
 }
 
 /// `PodSandboxStatus`.
@@ -37,7 +48,7 @@ pub(crate) fn sandbox(sandbox: &Sandbox) -> v1::PodSandboxStatus {
         network: Some(network),
         linux: Some(v1::LinuxPodSandboxStatus { namespaces: Some(v1::Namespace { options: Some(options) }) }),
         labels: record.labels.into_iter().collect(),
-        annotations: record.annotations.into_iter().collect(),
+        annotations: annotations(record.annotations, sandbox.held_by()),
         ..v1::PodSandboxStatus::default()
     }
 }

@@ -14,6 +14,7 @@ use serde::Deserialize;
 use crate::{
     cli::{CommonArgs, LogFormat, UpArgs},
     duration::Span,
+    pve_config::Pve,
 };
 
 /// The largest configuration file that is read, in bytes.
@@ -26,6 +27,8 @@ pub(crate) enum Engine {
     /// Plain LXC on this machine.
     #[default]
     Lxc,
+    /// Proxmox VE, of which this machine is a host.
+    Pve,
 }
 
 /// Where images and container roots live.
@@ -85,6 +88,8 @@ pub(crate) struct Config {
     pub(crate) bridge: String,
     pub(crate) cni_conf_dir: Option<PathBuf>,
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
+
+    pub(crate) pve: Option<Pve>,
 }
 
 impl Default for Config {
@@ -127,6 +132,7 @@ impl Default for Config {
             bridge: "moxlet0".to_owned(),
             cni_conf_dir: None,
             cni_bin_dirs: vec![PathBuf::from("/usr/lib/cni"), PathBuf::from("/opt/cni/bin")],
+            pve: None,
         }
     }
 }
@@ -234,6 +240,11 @@ impl Config {
         }
         if self.container_root_quota == Some(0) {
             bail!("container_root_quota must be at least 1 byte; leave it out for no quota");
+        }
+        match (self.engine, &self.pve) {
+            (Engine::Lxc, Some(_)) => bail!("there is a section [pve], but engine is not \"pve\""),
+            (Engine::Pve, pve) => drop(pve.clone().unwrap_or_default().settings()?),
+            (Engine::Lxc, None) => {}
         }
         if self.container_log_max_files < 2 {
             bail!("container_log_max_files must be at least 2, as the kubelet's containerLogMaxFiles");

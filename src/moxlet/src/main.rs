@@ -10,6 +10,7 @@ mod duration;
 mod image;
 mod memory;
 mod preflight;
+mod pve_config;
 mod run;
 
 use std::process::ExitCode;

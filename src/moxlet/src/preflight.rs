@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
-use crate::config::Config;
+use crate::config::{Config, Engine};
 
 /// Checks the machine.
 ///
@@ -17,7 +17,8 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     let mut missing = Vec::new();
     missing.extend(kernel());
     missing.extend(programs());
-    if config.cni_conf_dir.is_none() {
+    // On Proxmox VE the CT's own configuration attaches it.
+    if config.cni_conf_dir.is_none() && config.engine == Engine::Lxc {
         missing.extend(plugins(&config.cni_bin_dirs));
     }
     if missing.is_empty() {

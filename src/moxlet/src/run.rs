@@ -93,7 +93,7 @@ async fn serve(config: Config, with_node: bool) -> Result<()> {
     let small = tokio::spawn(memory::keep_small(ended.clone()));
     // The agent outlives the node: a node that stops still talks to it.
     let agent_stop = CancellationToken::new();
-    let agent = moxlet_agent::Agent::start(agent_config(&config, with_node), agent_stop.clone())
+    let agent = moxlet_agent::Agent::start(agent_config(&config, with_node)?, agent_stop.clone())
         .await
         .context("the agent could not start")?;
     info!(socket = %config.cri_socket().display(), "agent ready");
@@ -150,19 +150,25 @@ fn alone(config: &Config) -> bool {
     config.kubeconfig.is_none() && config.bootstrap_kubeconfig.is_none()
 }
 
-fn agent_config(config: &Config, with_node: bool) -> moxlet_agent::Config {
-    let crate::config::Engine::Lxc = config.engine;
+fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_agent::Config> {
+    let engine = match config.engine {
+        crate::config::Engine::Lxc => moxlet_agent::EngineSettings::Lxc,
+        crate::config::Engine::Pve => {
+            moxlet_agent::EngineSettings::Pve(Box::new(config.pve.clone().unwrap_or_default().settings()?))
+        }
+    };
     let storage = match (config.storage, &config.zfs_dataset) {
         (crate::config::Storage::Zfs, Some(dataset)) => moxlet_agent::Storage::Zfs(dataset.clone()),
         // Checked when the configuration was read.
         _ => moxlet_agent::Storage::Overlay,
     };
     let defaults = moxlet_agent::Config::default();
-    moxlet_agent::Config {
+    Ok(moxlet_agent::Config {
         root_dir: config.root_dir.clone(),
         cri_socket: config.cri_socket(),
         stream_listen: config.stream_listen.or(defaults.stream_listen),
         init_binary: config.init_binary.clone(),
+        engine,
         storage,
         container_root_quota: config.container_root_quota,
         // Nobody allots a range to a machine without a cluster.
@@ -182,7 +188,7 @@ fn agent_config(config: &Config, with_node: bool) -> moxlet_agent::Config {
         log_max_files: config.container_log_max_files,
         sandbox_overhead_memory_bytes: config.sandbox_overhead_memory_bytes,
         ..defaults
-    }
+    })
 }
 
 fn node_config(config: &Config, endpoint: &str) -> moxlet_node::Config {

@@ -107,6 +107,12 @@ pub enum Error {
         /// Which range.
         cidr: String,
     },
+    /// A slice of addresses that is none.
+    #[error("the addresses {0}")]
+    BadSlice(String),
+    /// All addresses of the slice are given.
+    #[error("all addresses from {0} are given: delete pods, or widen the range")]
+    SliceFull(String),
     /// A file operation failed.
     #[error("could not {what} {}", path.display())]
     Io {

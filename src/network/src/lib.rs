@@ -3,17 +3,20 @@
 //! * [`Cni`]: runs the plugins of a conflist (ADD, DEL, CHECK; CNI spec 1.0) on a CT's network namespace, remembers
 //!   what it attached on disk, and writes a conflist of its own where it is told to.
 //! * [`files`]: the text of `resolv.conf` and `hosts`.
+//! * [`Slice`]: addresses for CTs that their engine attaches, one file each.
 //! * [`forwarding`]: records and restores the host's `ip_forward`, which CNI's bridge switches on.
 
 mod cni;
 mod error;
 pub mod files;
 pub mod forwarding;
+mod slice;
 
 use std::net::IpAddr;
 
 pub use cni::{Cni, CniConfig};
 pub use error::{Error, Result};
+pub use slice::{Slice, SliceConfig};
 
 /// What a pod got.
 #[derive(Debug, Clone, PartialEq, Eq)]

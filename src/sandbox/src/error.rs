@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use moxlet_ids::Vmid;
+
 /// Result with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -24,6 +26,81 @@ pub enum Error {
         value: String,
         /// Why not.
         reason: String,
+    },
+    /// All VMIDs of the range are taken.
+    #[error("all VMIDs from {first} to {last} are taken: delete guests, or widen vmid_min and vmid_max")]
+    NoVmid {
+        /// The first of the range.
+        first: Vmid,
+        /// The last.
+        last: Vmid,
+    },
+    /// What should be ours is somebody else's, or not as we left it; nothing of it is touched.
+    #[error("CT {vmid} is not Moxlet's: {reason}; it is left as it is")]
+    Foreign {
+        /// Its number.
+        vmid: Vmid,
+        /// What differs.
+        reason: String,
+    },
+    /// Somebody works on the CT.
+    #[error("CT {vmid} is locked ({lock}); it is left alone until that is over")]
+    Locked {
+        /// Its number.
+        vmid: Vmid,
+        /// By what: `backup`, `migrate`, `snapshot`, …, or `frozen`.
+        lock: String,
+    },
+    /// A lock could not be had in time.
+    #[error("CT {vmid} is busy: {what}")]
+    Busy {
+        /// Its number.
+        vmid: Vmid,
+        /// Who or what.
+        what: String,
+    },
+    /// The CT is on another host now.
+    #[error("CT {vmid} is on host {node} now; only an agent there could do anything about it")]
+    Moved {
+        /// Its number.
+        vmid: Vmid,
+        /// Where.
+        node: String,
+    },
+    /// The cluster's file system takes no changes.
+    #[error("could not write {}: the cluster has no quorum", path.display())]
+    NoQuorum {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// A CT's configuration cannot be read or written.
+    #[error("the configuration {} cannot be used", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: moxlet_pve::config::InvalidConfig,
+    },
+    /// A call to Proxmox VE failed.
+    #[error("could not {what} CT {vmid}")]
+    Pve {
+        /// What was attempted, a verb.
+        what: &'static str,
+        /// Which CT.
+        vmid: Vmid,
+        /// Why not.
+        source: Box<moxlet_pve::Error>,
+    },
+    /// A dataset of the name is there and is not ours.
+    #[error("the dataset {0} exists and is not Moxlet's")]
+    VolumeTaken(String),
+    /// The `zfs` program failed.
+    #[error("`{command}` failed: {stderr}")]
+    Zfs {
+        /// What was run.
+        command: String,
+        /// What it said.
+        stderr: String,
     },
     /// The host lacks something; the text says what to do.
     #[error("this host cannot run CTs: {0}")]
@@ -83,6 +160,18 @@ pub enum Error {
     /// The cgroup does not exist (any more).
     #[error("there is no cgroup {}", .0.display())]
     NoCgroup(PathBuf),
+}
+
+impl Error {
+    /// Whether the same may well succeed later without anybody changing anything.
+    #[must_use]
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::Locked { .. } | Self::Busy { .. } | Self::NoQuorum { .. } => true,
+            Self::Pve { source, .. } => source.is_temporary(),
+            _ => false,
+        }
+    }
 }
 
 pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {

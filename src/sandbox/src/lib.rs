@@ -19,11 +19,19 @@
 pub mod cgroup;
 mod error;
 pub mod fake;
+mod find;
 mod lxc;
 mod process;
+pub mod pve;
 pub mod subid;
+mod text;
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 pub use error::{Error, Result};
@@ -64,6 +72,47 @@ pub struct SandboxSpec {
     pub limits: Limits,
     /// Namespaced sysctls, dotted names.
     pub sysctls: BTreeMap<String, String>,
+    /// How long the pod may take to end when its host goes down.
+    pub stop_grace: Duration,
+    /// The interfaces that the engine attaches, in their order; see [`Engine::addresses`].
+    pub nics: Vec<Nic>,
+}
+
+/// A network interface that the engine attaches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// Its name in the CT.
+    pub name: String,
+    /// The host's bridge, or a virtual network.
+    pub bridge: String,
+    /// Its hardware address; without one it has one that the same sandbox always gets.
+    pub mac: Option<moxlet_pve::config::MacAddr>,
+    /// Its IPv4 address.
+    pub ipv4: Option<NicAddress<Ipv4Addr>>,
+    /// Its IPv6 address.
+    pub ipv6: Option<NicAddress<Ipv6Addr>>,
+    /// At least 64 and no more than the bridge's; without one it is the bridge's.
+    pub mtu: Option<u16>,
+    /// The VLAN, 1 to 4094.
+    pub vlan: Option<u16>,
+    /// Whether the firewall rules of the CT hold for it.
+    pub firewall: bool,
+}
+
+/// How an interface gets its address of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NicAddress<A> {
+    /// By DHCP; the host asks for it.
+    Dhcp,
+    /// This one.
+    Static {
+        /// The address.
+        address: A,
+        /// The length of the subnet's prefix.
+        prefix: u8,
+        /// The default route's gateway.
+        gateway: Option<A>,
+    },
 }
 
 /// Limits of a CT or of a container in it; `None`: unlimited (or the kernel's default).
@@ -119,4 +168,38 @@ pub trait Engine: Send + Sync {
     async fn state(&self, id: &SandboxId) -> Result<Option<SandboxState>>;
     /// Returns when the CT does not run (any more); at once if it is stopped or unknown.
     async fn wait(&self, id: &SandboxId) -> Result<()>;
+    /// The addresses of a running CT whose interfaces the engine attaches; `None` of an engine that leaves it to the caller.
+    async fn addresses(&self, _id: &SandboxId) -> Result<Option<Vec<IpAddr>>> {
+        Ok(None)
+    }
+    /// Who else holds a CT so that it cannot be changed now: `backup`, `frozen`, ….
+    async fn held_by(&self, _id: &SandboxId) -> Result<Option<String>> {
+        Ok(None)
+    }
+    /// Shows people which containers a CT has.
+    async fn describe(&self, _id: &SandboxId, _containers: &[String]) -> Result<()> {
+        Ok(())
+    }
+    /// Makes changed limits of a CT last beyond its next start; what is `None` stays. The cgroups of a running CT are the
+    /// caller's.
+    async fn resize(&self, _id: &SandboxId, _limits: &Limits) -> Result<()> {
+        Ok(())
+    }
+    /// What somebody else has done to CTs since the last look.
+    async fn look(&self) -> Result<Vec<Observation>> {
+        Ok(Vec::new())
+    }
+}
+
+/// What somebody else did to a CT, or to one that looks like ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Observation {
+    /// The sandbox of the CT; none if it is not ours.
+    pub sandbox: Option<SandboxId>,
+    /// A word for it, as the reason of an event: `CTEdited`, ….
+    pub reason: &'static str,
+    /// Whether somebody should do something about it.
+    pub warning: bool,
+    /// What was seen and what follows from it.
+    pub message: String,
 }

@@ -2,8 +2,10 @@
 
 use std::{collections::BTreeSet, fs, io::Read, path::Path};
 
+use futures::StreamExt;
 use moxlet_cri::host::{self, host_service_server::HostService};
 use moxlet_ids::PodUid;
+use tokio_stream::wrappers::BroadcastStream;
 use tonic::{Request, Response, Status};
 
 use super::{Parts, Service};
@@ -91,6 +93,20 @@ impl HostService for Service {
     async fn stream_logs(&self, request: Request<host::StreamLogsRequest>) -> Answer<Self::StreamLogsStream> {
         let chunks = logs::stream(self.core.clone(), request.into_inner())?;
         Ok(Response::new(Box::pin(chunks)))
+    }
+
+    type StreamNoticesStream = Parts<host::Notice>;
+
+    async fn stream_notices(
+        &self,
+        request: Request<host::StreamNoticesRequest>,
+    ) -> Answer<Self::StreamNoticesStream> {
+        let (late, next) = self.core.notices.since(request.into_inner().since_ns);
+        // A reader that is too slow loses some: they are for people, the states are in the pods' statuses.
+        let next = BroadcastStream::new(next).filter_map(|notice| std::future::ready(notice.ok()));
+        let all =
+            futures::stream::iter(late).chain(next).take_until(self.core.stop.clone().cancelled_owned());
+        Ok(Response::new(Box::pin(all.map(Ok))))
     }
 
     async fn termination_message(

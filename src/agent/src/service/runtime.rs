@@ -349,7 +349,7 @@ impl RuntimeService for Service {
         // Two families may be named; a range of the configuration goes before the cluster's.
         let v4 = network.pod_cidr.split(',').map(str::trim).find(|c| c.contains('.'));
         if let (Some(cidr), None) = (v4, &self.core.config.pod_cidr) {
-            self.core.cni.set_pod_cidr(cidr).await.map_err(Error::from)?;
+            self.core.network.set_pod_cidr(cidr).await?;
         }
         Ok(Response::new(v1::UpdateRuntimeConfigResponse {}))
     }
@@ -361,7 +361,7 @@ impl RuntimeService for Service {
             reason: if fault.is_some() { "NetworkPluginNotReady".into() } else { String::new() },
             message: fault.unwrap_or_default(),
         };
-        let network = self.core.cni.ready().await.err().map(|e| crate::error::chain(&e));
+        let network = self.core.network.ready().await.err().map(|e| crate::error::chain(&e));
         Ok(Response::new(v1::StatusResponse {
             status: Some(v1::RuntimeStatus {
                 conditions: vec![condition("RuntimeReady", None), condition("NetworkReady", network)],
@@ -446,6 +446,7 @@ impl RuntimeService for Service {
         let extra = containers::limits(&request.overhead.unwrap_or_default()).memory_bytes.unwrap_or(0);
         limits.memory_bytes = limits.memory_bytes.map(|m| m.saturating_add(extra));
         let (cgroups, id) = (self.core.cgroups.clone(), sandbox.id.clone());
+        self.core.engine.resize(&id, &limits).await.map_err(Error::from)?;
         blocking("writing a cgroup", move || Ok(cgroups.update(&id, None, &limits)?)).await?;
         Ok(Response::new(v1::UpdatePodSandboxResourcesResponse {}))
     }

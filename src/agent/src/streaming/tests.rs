@@ -65,7 +65,7 @@ async fn core(root: &Path) -> Arc<Core> {
         images: moxlet_image::ImageStore::open(images, driver.clone()).await.unwrap(),
         driver,
         engine: Arc::new(moxlet_sandbox::fake::FakeEngine::default()),
-        cni: moxlet_network::Cni::new(cni).await.unwrap(),
+        network: crate::network::Network::Cni(Box::new(moxlet_network::Cni::new(cni).await.unwrap())),
         cgroups: moxlet_sandbox::cgroup::ContainerCgroups::detect().unwrap(),
         volumes: Volumes::open(root.join("volumes"), config.map).unwrap(),
         ledger: Ledger::open(&root.join("ledger")).unwrap(),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use moxlet_ids::SandboxId;
+use moxlet_ids::{SandboxId, Vmid};
 
 use crate::{Error, Result, error::io, process::read_bounded};
 
@@ -31,38 +31,87 @@ impl Hierarchy {
     }
 
     /// The cgroup of a CT's processes.
-    pub(super) fn payload(&self, sandbox: &SandboxId) -> PathBuf {
-        self.base.join(format!("lxc.payload.{sandbox}"))
+    pub(super) fn payload(&self, names: &Names) -> PathBuf {
+        self.base.join(&names.payload)
+    }
+
+    /// The cgroup that has a CT's limits.
+    pub(super) fn whole(&self, names: &Names) -> PathBuf {
+        self.base.join(&names.whole)
     }
 
     /// All cgroups of a CT that are there, monitor and numbered ones (liblxc's evasion of left ones) included.
-    pub(super) fn all_of(&self, sandbox: &SandboxId) -> Vec<PathBuf> {
-        self.named(&[format!("lxc.payload.{sandbox}"), format!("lxc.monitor.{sandbox}")])
+    pub(super) fn all_of(&self, names: &Names) -> Vec<PathBuf> {
+        self.existing(names, &[&names.whole, &names.monitor])
     }
 
     /// The cgroups of a CT's processes without those of its containers; numbered ones included.
-    pub(super) fn payloads(&self, sandbox: &SandboxId) -> Vec<PathBuf> {
-        self.named(&[format!("lxc.payload.{sandbox}")])
+    pub(super) fn payloads(&self, names: &Names) -> Vec<PathBuf> {
+        self.existing(names, &[&names.payload])
     }
 
     /// The cgroups of a CT's monitors.
-    pub(super) fn monitors(&self, sandbox: &SandboxId) -> Vec<PathBuf> {
-        self.named(&[format!("lxc.monitor.{sandbox}")])
+    pub(super) fn monitors(&self, names: &Names) -> Vec<PathBuf> {
+        self.existing(names, &[&names.monitor])
     }
 
-    fn named(&self, names: &[String]) -> Vec<PathBuf> {
+    fn existing(&self, names: &Names, wanted: &[&String]) -> Vec<PathBuf> {
+        if !names.numbered {
+            return wanted.iter().map(|name| self.base.join(name)).filter(|dir| dir.is_dir()).collect();
+        }
         let Ok(entries) = std::fs::read_dir(&self.base) else { return Vec::new() };
         entries
             .flatten()
             .filter(|entry| {
                 let name = entry.file_name();
                 let Some(name) = name.to_str() else { return false };
-                names.iter().any(|n| {
+                wanted.iter().any(|n| {
                     name.strip_prefix(n.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
                 })
             })
             .map(|entry| entry.path())
             .collect()
+    }
+}
+
+/// What the cgroups of a CT are called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Names {
+    /// What has the limits.
+    whole: String,
+    /// What the CT takes for its root: `whole`, or below it.
+    payload: String,
+    /// Of the monitor.
+    monitor: String,
+    /// Whether liblxc may have appended a number.
+    numbered: bool,
+}
+
+impl Names {
+    /// As liblxc names them by itself.
+    pub(super) fn of_lxc(sandbox: &SandboxId) -> Self {
+        let whole = format!("lxc.payload.{sandbox}");
+        Self { payload: whole.clone(), whole, monitor: format!("lxc.monitor.{sandbox}"), numbered: true }
+    }
+
+    /// As Proxmox VE names them.
+    pub(super) fn of_pve(vmid: Vmid) -> Self {
+        Self {
+            whole: format!("lxc/{vmid}"),
+            payload: format!("lxc/{vmid}/ns"),
+            monitor: format!("lxc.monitor/{vmid}"),
+            numbered: false,
+        }
+    }
+
+    /// Of a CT that there is none of.
+    pub(super) fn of_nothing() -> Self {
+        Self {
+            whole: "lxc/none".into(),
+            payload: "lxc/none/ns".into(),
+            monitor: "lxc.monitor/none".into(),
+            numbered: false,
+        }
     }
 }
 
@@ -157,8 +206,11 @@ mod tests {
         assert!(!found[1].holds_controllers());
         assert!(found[2].v2);
         let id: SandboxId = "ab".parse().unwrap();
-        assert_eq!(found[2].payload(&id), Path::new("/sys/fs/cgroup/unified/lxc.payload.ab"));
-        assert_eq!(found[1].payload(&id), Path::new("/sys/fs/cgroup/systemd/lxc.payload.ab"));
+        assert_eq!(found[2].payload(&Names::of_lxc(&id)), Path::new("/sys/fs/cgroup/unified/lxc.payload.ab"));
+        assert_eq!(found[1].payload(&Names::of_lxc(&id)), Path::new("/sys/fs/cgroup/systemd/lxc.payload.ab"));
+        let names = Names::of_pve(Vmid::MIN);
+        assert_eq!(found[2].payload(&names), Path::new("/sys/fs/cgroup/unified/lxc/100/ns"));
+        assert_eq!(found[2].whole(&names), Path::new("/sys/fs/cgroup/unified/lxc/100"));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! liblxc puts a CT's processes into the cgroup `lxc.payload.<sandbox>` (its monitor into `lxc.monitor.<sandbox>`)
 //! below the cgroup of the host's PID 1; a container of the pod has the cgroup `<container>` in it.
 //!
+//! On Proxmox VE a CT has its limits in `lxc/<vmid>`, and `lxc/<vmid>/ns` is what it takes for its root.
+//!
 //! * cgroup v1 (and the hybrid layout): a CT's root would own the limits of what it makes itself, so the host makes
 //!   the container's cgroup, writes the limits and gives the CT's root only `cgroup.procs` and `tasks`.
 //! * cgroup v2: moxlet-init hands the controllers down and libcontainer writes the limits; here are only figures.
@@ -10,14 +12,16 @@
 mod hierarchy;
 
 use std::{
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
-use moxlet_ids::{ContainerId, SandboxId};
+use moxlet_ids::{ContainerId, SandboxId, Vmid};
 
-use self::hierarchy::Hierarchy;
+use self::hierarchy::{Hierarchy, Names};
 use crate::{
     Error, IdMap, Limits, Result,
     process::{kill_now, read_bounded},
@@ -47,14 +51,57 @@ pub struct Stats {
 pub struct ContainerCgroups {
     hierarchies: Vec<Hierarchy>,
     v1: bool,
+    /// The numbers of CTs whose cgroups are named by them; none: they are named by their sandboxes.
+    numbers: Option<Numbers>,
+}
+
+/// Which CT of Proxmox VE a sandbox has. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Numbers(Arc<RwLock<HashMap<SandboxId, Vmid>>>);
+
+impl Numbers {
+    /// The number of a sandbox' CT.
+    #[must_use]
+    pub fn get(&self, sandbox: &SandboxId) -> Option<Vmid> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(sandbox).copied()
+    }
+
+    pub(crate) fn put(&self, sandbox: &SandboxId, vmid: Vmid) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(sandbox.clone(), vmid);
+    }
+
+    pub(crate) fn remove(&self, sandbox: &SandboxId) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(sandbox);
+    }
 }
 
 impl ContainerCgroups {
-    /// Finds out how this host's cgroups are mounted.
+    /// Finds out how this host's cgroups are mounted; those of CTs are named as liblxc does by itself.
     pub fn detect() -> Result<Self> {
         let hierarchies = hierarchy::detect()?;
         let v1 = hierarchies.iter().any(|h| !h.v2 && h.has("memory"));
-        Ok(Self { hierarchies, v1 })
+        Ok(Self { hierarchies, v1, numbers: None })
+    }
+
+    /// The same for CTs of Proxmox VE, which are named by their numbers.
+    pub fn numbered(numbers: Numbers) -> Result<Self> {
+        Ok(Self { numbers: Some(numbers), ..Self::detect()? })
+    }
+
+    fn names(&self, sandbox: &SandboxId) -> Names {
+        match &self.numbers {
+            None => Names::of_lxc(sandbox),
+            Some(numbers) => numbers.get(sandbox).map_or_else(Names::of_nothing, Names::of_pve),
+        }
+    }
+
+    /// Whether a CT is frozen as a whole.
+    pub(crate) fn is_frozen(&self, sandbox: &SandboxId) -> bool {
+        let names = self.names(sandbox);
+        let v2 = self.hierarchies.iter().filter(|h| h.v2);
+        // A frozen ancestor freezes as well, so either of the two may have been told.
+        v2.flat_map(|h| [h.whole(&names), h.payload(&names)])
+            .any(|dir| read(&dir.join("cgroup.events")).is_ok_and(|text| field(&text, "frozen") == 1))
     }
 
     /// Whether cgroup v1 controllers are in use (alone or in the hybrid layout).
@@ -78,7 +125,7 @@ impl ContainerCgroups {
             .hierarchies
             .iter()
             .filter(|h| h.holds_controllers())
-            .try_for_each(|h| create_in(h, &h.payload(sandbox), container, map))
+            .try_for_each(|h| create_in(h, &h.payload(&self.names(sandbox)), container, map))
             .and_then(|()| self.update(sandbox, Some(container), limits));
         if made.is_err() {
             let _ = self.remove(sandbox, container);
@@ -119,7 +166,9 @@ impl ContainerCgroups {
 
     /// Removes the container's cgroup, killing what is still in it. Idempotent; may block for some milliseconds.
     pub fn remove(&self, sandbox: &SandboxId, container: &ContainerId) -> Result<()> {
-        self.hierarchies.iter().try_for_each(|h| clear(&h.payload(sandbox).join(container.as_str())))
+        self.hierarchies
+            .iter()
+            .try_for_each(|h| clear(&h.payload(&self.names(sandbox)).join(container.as_str())))
     }
 
     /// What a container, or the CT as a whole, uses. [`Error::NoCgroup`] if it does not run (any more).
@@ -168,7 +217,7 @@ impl ContainerCgroups {
     /// Kills what is left in a CT's cgroups (monitor included) and removes them. Idempotent.
     pub(crate) fn clear_sandbox(&self, sandbox: &SandboxId) -> Result<()> {
         for hierarchy in &self.hierarchies {
-            for dir in hierarchy.all_of(sandbox) {
+            for dir in hierarchy.all_of(&self.names(sandbox)) {
                 clear(&dir)?;
             }
         }
@@ -187,14 +236,14 @@ impl ContainerCgroups {
     /// The processes of liblxc's monitors of a CT.
     pub(crate) fn monitor_processes(&self, sandbox: &SandboxId) -> Vec<u32> {
         let Some(hierarchy) = self.hierarchies.first() else { return Vec::new() };
-        hierarchy.monitors(sandbox).iter().flat_map(|dir| processes(dir)).collect()
+        hierarchy.monitors(&self.names(sandbox)).iter().flat_map(|dir| processes(dir)).collect()
     }
 
     /// The processes of a CT, those of its containers included, in no useful order.
     pub(crate) fn payload_processes(&self, sandbox: &SandboxId) -> Vec<u32> {
         let Some(hierarchy) = self.hierarchies.first() else { return Vec::new() };
         let mut dirs = Vec::new();
-        for dir in hierarchy.payloads(sandbox) {
+        for dir in hierarchy.payloads(&self.names(sandbox)) {
             collect(&dir, &mut dirs, 0);
         }
         dirs.iter().flat_map(|dir| processes(dir)).collect()
@@ -219,11 +268,11 @@ impl ContainerCgroups {
             .iter()
             .find(|h| if self.v1 { !h.v2 && h.has(controller) } else { h.v2 })
             .ok_or_else(|| Error::Host(format!("the kernel has no cgroup controller {controller}")))?;
-        let mut dir = hierarchy.payload(sandbox);
-        if let Some(container) = container {
-            dir.push(container.as_str());
-        }
-        Ok(dir)
+        let names = self.names(sandbox);
+        Ok(match container {
+            Some(container) => hierarchy.payload(&names).join(container.as_str()),
+            None => hierarchy.whole(&names),
+        })
     }
 }
 

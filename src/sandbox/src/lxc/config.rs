@@ -2,7 +2,10 @@
 
 use std::{fmt::Write as _, path::Path};
 
-use crate::{Error, INIT_IN_CT, POD_DIR_IN_CT, Result, SandboxSpec};
+use crate::{
+    INIT_IN_CT, POD_DIR_IN_CT, Result, SandboxSpec,
+    text::{check_args, check_hostname, check_sysctl, mount_path, plain_path},
+};
 
 /// What the configuration depends on beside the spec.
 #[derive(Debug)]
@@ -17,61 +20,6 @@ pub(super) struct Surroundings<'a> {
     pub(super) limits: Vec<(String, String)>,
     /// Whether the CT gets an AppArmor profile.
     pub(super) apparmor: bool,
-}
-
-fn invalid(what: impl Into<String>, value: &str, reason: &str) -> Error {
-    Error::Invalid { what: what.into(), value: value.chars().take(200).collect(), reason: reason.into() }
-}
-
-/// A path as a mount entry wants it (`fstab(5)`: blanks as octal).
-fn mount_path(what: &str, path: &Path) -> Result<String> {
-    let Some(text) = path.to_str() else {
-        return Err(invalid(what, &path.to_string_lossy(), "it is not UTF-8"));
-    };
-    if !path.is_absolute() || text.chars().any(char::is_control) {
-        return Err(invalid(what, text, "it is not an absolute path without control characters"));
-    }
-    Ok(text.replace('\\', "\\134").replace(' ', "\\040").replace('#', "\\043"))
-}
-
-/// A path as the value of a key of its own.
-fn plain_path(what: &str, path: &Path) -> Result<String> {
-    let text = mount_path(what, path)?;
-    if text.contains('\\') {
-        return Err(invalid(what, &path.to_string_lossy(), "it has a blank, # or backslash"));
-    }
-    Ok(text)
-}
-
-fn check_hostname(name: &str) -> Result<()> {
-    let ok = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
-    if name.is_empty() || name.len() > 63 || !name.chars().all(ok) {
-        return Err(invalid("hostname", name, "it is not 1 to 63 letters, digits, dashes or dots"));
-    }
-    Ok(())
-}
-
-fn check_sysctl(name: &str, value: &str) -> Result<()> {
-    let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    if name.len() > 253 || !name.chars().all(ok) || name.contains("..") {
-        return Err(invalid("sysctl", name, "it is not a dotted name"));
-    }
-    let namespaced = name.starts_with("net.")
-        || name.starts_with("fs.mqueue.")
-        || name.starts_with("kernel.shm")
-        || name.starts_with("kernel.msg")
-        || name == "kernel.sem";
-    if !namespaced {
-        return Err(invalid("sysctl", name, "only sysctls of a pod's own namespaces can be set"));
-    }
-    if value.is_empty() || value.len() > 1024 || value.chars().any(char::is_control) {
-        return Err(invalid(
-            format!("value of sysctl {name}"),
-            value,
-            "it is empty, too long or not one line",
-        ));
-    }
-    Ok(())
 }
 
 /// The configuration file's text.
@@ -128,19 +76,6 @@ pub(super) fn render(spec: &SandboxSpec, around: &Surroundings<'_>) -> Result<St
     Ok(text)
 }
 
-/// Bounds of what becomes moxlet-init's command line.
-fn check_args(args: &[String]) -> Result<()> {
-    for arg in args {
-        if arg.len() > 4096 || arg.contains('\0') {
-            return Err(invalid("init argument", arg, "it is too long or has a NUL"));
-        }
-    }
-    if args.len() > 64 {
-        return Err(invalid("init arguments", &args.len().to_string(), "there are more than 64"));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -163,6 +98,8 @@ mod tests {
             init_args: vec![],
             limits: Limits::default(),
             sysctls: BTreeMap::from([("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())]),
+            stop_grace: std::time::Duration::from_secs(30),
+            nics: Vec::new(),
         }
     }
 

@@ -8,10 +8,9 @@
 //! ```
 //!
 //! `lxc-start` is the only program that is run. Its monitor outlives the agent in a session and cgroup of its own.
-//! Everything about a running CT is read from cgroups and `/proc` ([`mod@find`]) and done through pidfds.
+//! Everything about a running CT is read from cgroups and `/proc` (`find`) and done through pidfds.
 
 mod config;
-mod find;
 mod root;
 mod tool;
 
@@ -29,14 +28,12 @@ use moxlet_ids::SandboxId;
 use rustix::process::Signal;
 use tokio::sync::OwnedMutexGuard;
 
-use self::{
-    config::Surroundings,
-    find::{Found, find},
-};
+use self::config::Surroundings;
 use crate::{
     Engine, Error, IdMap, Result, SandboxInfo, SandboxSpec, SandboxState,
     cgroup::ContainerCgroups,
     error::io,
+    find::{Found, find},
     process::{Process, read_bounded, tail},
     subid,
 };

@@ -63,6 +63,8 @@ impl Ct {
             init_args: vec!["--grace".into(), "3".into()],
             limits: Limits::default(),
             sysctls: Default::default(),
+            stop_grace: Duration::from_secs(30),
+            nics: Vec::new(),
         };
         let mut ct = Self { engine, id, pid: 0, client: Client::new(Path::new("/")), shared, top: Some(top) };
         ct.engine.create(&spec).await.unwrap();

@@ -13,15 +13,15 @@ const STATUS_MAX: u64 = 64 * 1024;
 
 /// The processes of a CT that matter from outside.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Found {
+pub(crate) struct Found {
     /// PID 1 of the CT, by its number on the host.
-    pub(super) init: Option<u32>,
+    pub(crate) init: Option<u32>,
     /// liblxc's monitors.
-    pub(super) monitors: Vec<u32>,
+    pub(crate) monitors: Vec<u32>,
 }
 
 /// Looks for a CT's processes.
-pub(super) fn find(cgroups: &ContainerCgroups, id: &SandboxId) -> Found {
+pub(crate) fn find(cgroups: &ContainerCgroups, id: &SandboxId) -> Found {
     let monitors = cgroups.monitor_processes(id);
     let depth = status("self").map_or(1, |s| s.ns_pids.len());
     let is_init = |pid: &u32| {

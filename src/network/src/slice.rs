@@ -1,0 +1,291 @@
+//! Addresses of a slice of the pods' network that this host may give out, for CTs whose engine attaches them.
+//!
+//! ```text
+//! <dir>/10.10.1.7   whose it is: a sandbox id
+//! ```
+//! A file appears under its name only when it is complete and on disk (it is linked there, which fails if the name is
+//! taken), and goes when its CT is gone: an address is never two pods', whatever was killed when.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{ErrorKind, Write as _},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use moxlet_ids::SandboxId;
+
+use crate::{Error, Result, error::io};
+
+const MAX: u64 = 128;
+
+/// What a slice is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SliceConfig {
+    /// Its first address.
+    pub first: IpAddr,
+    /// Its last address.
+    pub last: IpAddr,
+    /// The length of the whole subnet's prefix, not the slice's.
+    pub prefix: u8,
+    /// The subnet's gateway; it is never given out.
+    pub gateway: Option<IpAddr>,
+}
+
+/// A slice and who has what of it. Two programs must not share its directory.
+#[derive(Debug)]
+pub struct Slice {
+    dir: PathBuf,
+    config: SliceConfig,
+    given: Mutex<Given>,
+}
+
+#[derive(Debug, Default)]
+struct Given {
+    owners: BTreeMap<IpAddr, SandboxId>,
+    /// The number of the address given last: the next ones come first, so that one is not used again at once.
+    last: u128,
+}
+
+fn number(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(v4) => u32::from(v4).into(),
+        IpAddr::V6(v6) => u128::from(v6),
+    }
+}
+
+impl SliceConfig {
+    fn address(&self, number: u128) -> IpAddr {
+        match self.first {
+            IpAddr::V4(_) => IpAddr::from(std::net::Ipv4Addr::from(u32::try_from(number).unwrap_or(0))),
+            IpAddr::V6(_) => IpAddr::from(std::net::Ipv6Addr::from(number)),
+        }
+    }
+
+    /// The network's own address and, of IPv4, the broadcast address.
+    fn ends(&self) -> [u128; 2] {
+        let bits: u8 = if self.first.is_ipv4() { 32 } else { 128 };
+        let host = u32::from(bits.saturating_sub(self.prefix));
+        let mask = 1u128.checked_shl(host).map_or(u128::MAX, |m| m - 1);
+        let network = number(self.first) & !mask;
+        [network, if self.first.is_ipv4() && host > 1 { network | mask } else { network }]
+    }
+
+    fn check(&self) -> Result<()> {
+        let wrong = |reason: &str| Err(Error::BadSlice(format!("{} to {}: {reason}", self.first, self.last)));
+        let bits = if self.first.is_ipv4() { 32 } else { 128 };
+        if self.first.is_ipv4() != self.last.is_ipv4()
+            || self.gateway.is_some_and(|g| g.is_ipv4() != self.first.is_ipv4())
+        {
+            return wrong("its ends and its gateway are not of one family");
+        }
+        if self.first > self.last {
+            return wrong("its first address is above its last");
+        }
+        if !(1..bits).contains(&self.prefix) {
+            return wrong("the prefix length is none of a network with more than one address");
+        }
+        let host = u32::from(bits - self.prefix);
+        let same = |ip: IpAddr| number(ip) >> host == number(self.first) >> host;
+        if !same(self.last) || !self.gateway.is_none_or(same) {
+            return wrong("its last address or its gateway is in another subnet than its first");
+        }
+        Ok(())
+    }
+}
+
+impl Slice {
+    /// Opens (and makes) its directory and reads what is given.
+    ///
+    /// # Errors
+    /// The slice is none, or a file cannot be read: to guess would be to give an address twice.
+    pub fn open(dir: &Path, config: SliceConfig) -> Result<Self> {
+        config.check()?;
+        fs::create_dir_all(dir).map_err(io("create", dir))?;
+        let mut given = Given::default();
+        for entry in fs::read_dir(dir).map_err(io("read", dir))? {
+            let path = entry.map_err(io("read", dir))?.path();
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            let Ok(ip) = name.parse::<IpAddr>() else {
+                // A draft that a crash left: nobody was told of it.
+                fs::remove_file(&path).map_err(io("remove", &path))?;
+                continue;
+            };
+            let size = fs::metadata(&path).map_err(io("look at", &path))?.len();
+            let text = if size > MAX {
+                String::new()
+            } else {
+                fs::read_to_string(&path).map_err(io("read", &path))?
+            };
+            let owner = text.trim().parse();
+            given.owners.insert(ip, owner.map_err(|e| io("understand", &path)(std::io::Error::other(e)))?);
+        }
+        Ok(Self { dir: dir.to_owned(), config, given: Mutex::new(given) })
+    }
+
+    /// What it is of.
+    #[must_use]
+    pub fn config(&self) -> &SliceConfig {
+        &self.config
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Given> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a sandbox an address; asked again, the same.
+    ///
+    /// # Errors
+    /// [`Error::SliceFull`], or a file could not be written.
+    pub fn allot(&self, sandbox: &SandboxId) -> Result<IpAddr> {
+        let mut given = self.lock();
+        if let Some((ip, _)) = given.owners.iter().find(|(_, owner)| *owner == sandbox) {
+            return Ok(*ip);
+        }
+        let (first, last) = (number(self.config.first), number(self.config.last));
+        let mut not = self.config.ends().to_vec();
+        not.extend(self.config.gateway.map(number));
+        let start = if (first..last).contains(&given.last) { given.last + 1 } else { first };
+        let free = |n: &u128| !not.contains(n) && !given.owners.contains_key(&self.config.address(*n));
+        let found = (start..=last).chain(first..start).find(free);
+        let number = found
+            .ok_or_else(|| Error::SliceFull(format!("{} to {}", self.config.first, self.config.last)))?;
+        let ip = self.config.address(number);
+        self.write(ip, sandbox)?;
+        given.owners.insert(ip, sandbox.clone());
+        given.last = number;
+        Ok(ip)
+    }
+
+    fn write(&self, ip: IpAddr, sandbox: &SandboxId) -> Result<()> {
+        let (draft, path) = (self.dir.join(format!(".{sandbox}")), self.dir.join(ip.to_string()));
+        let write = || {
+            let mut file = File::create(&draft)?;
+            file.write_all(sandbox.as_str().as_bytes())?;
+            file.sync_all()?;
+            fs::hard_link(&draft, &path)?;
+            fs::remove_file(&draft)?;
+            File::open(&self.dir)?.sync_all()
+        };
+        write().map_err(io("write", &path))
+    }
+
+    /// Takes a sandbox' address back: its CT must be gone. Idempotent.
+    ///
+    /// # Errors
+    /// A file could not be removed.
+    pub fn release(&self, sandbox: &SandboxId) -> Result<()> {
+        let mut given = self.lock();
+        let own: Vec<IpAddr> =
+            given.owners.iter().filter(|(_, o)| *o == sandbox).map(|(ip, _)| *ip).collect();
+        for ip in own {
+            let path = self.dir.join(ip.to_string());
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != ErrorKind::NotFound => return Err(io("remove", &path)(e)),
+                _ => given.owners.remove(&ip),
+            };
+        }
+        Ok(())
+    }
+
+    /// Who has an address.
+    #[must_use]
+    pub fn owners(&self) -> Vec<SandboxId> {
+        self.lock().owners.values().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use std::{collections::BTreeSet, sync::Arc};
+
+    use super::*;
+
+    fn config(first: &str, last: &str) -> SliceConfig {
+        SliceConfig {
+            first: first.parse().unwrap(),
+            last: last.parse().unwrap(),
+            prefix: 24,
+            gateway: Some("10.0.0.1".parse().unwrap()),
+        }
+    }
+
+    #[test]
+    fn each_sandbox_gets_one_of_its_own_and_keeps_it_over_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let slice = Slice::open(dir.path(), config("10.0.0.0", "10.0.0.3")).unwrap();
+        let (a, b, c) = (SandboxId::random(), SandboxId::random(), SandboxId::random());
+        // Neither the network's own address nor the gateway's.
+        assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.2");
+        assert_eq!(slice.allot(&b).unwrap().to_string(), "10.0.0.3");
+        assert!(matches!(slice.allot(&c), Err(Error::SliceFull(_))));
+        drop(slice);
+        fs::write(dir.path().join(".draft"), "").unwrap();
+        let slice = Slice::open(dir.path(), config("10.0.0.0", "10.0.0.3")).unwrap();
+        assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.2");
+        slice.release(&b).unwrap();
+        slice.release(&b).unwrap();
+        assert_eq!(slice.allot(&c).unwrap().to_string(), "10.0.0.3");
+        assert_eq!(slice.owners().len(), 2);
+        assert!(!dir.path().join(".draft").exists());
+    }
+
+    #[test]
+    fn an_address_that_was_taken_back_is_not_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let slice = Slice::open(dir.path(), config("10.0.0.10", "10.0.0.20")).unwrap();
+        let a = SandboxId::random();
+        assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.10");
+        slice.release(&a).unwrap();
+        assert_eq!(slice.allot(&SandboxId::random()).unwrap().to_string(), "10.0.0.11");
+    }
+
+    #[test]
+    fn asked_at_once_no_two_get_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let slice = Arc::new(Slice::open(dir.path(), config("10.0.0.10", "10.0.0.99")).unwrap());
+        let threads: Vec<_> = (0..8)
+            .map(|_| {
+                let slice = slice.clone();
+                std::thread::spawn(move || {
+                    (0..10).map(|_| slice.allot(&SandboxId::random()).unwrap()).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        let all: Vec<IpAddr> = threads.into_iter().flat_map(|t| t.join().unwrap()).collect();
+        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 80);
+    }
+
+    #[test]
+    fn what_is_no_slice_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut wrong = vec![
+            config("10.0.0.9", "10.0.0.8"),
+            config("10.0.0.9", "10.0.1.8"),
+            config("10.0.1.2", "10.0.1.8"),
+        ];
+        wrong.push(SliceConfig { last: "::9".parse().unwrap(), ..config("10.0.0.8", "10.0.0.9") });
+        wrong.push(SliceConfig { prefix: 0, ..config("10.0.0.8", "10.0.0.9") });
+        for wrong in wrong {
+            assert!(matches!(Slice::open(dir.path(), wrong.clone()), Err(Error::BadSlice(_))), "{wrong:?}");
+        }
+        fs::write(dir.path().join("10.0.0.8"), "?").unwrap();
+        assert!(Slice::open(dir.path(), config("10.0.0.8", "10.0.0.9")).is_err());
+    }
+
+    #[test]
+    fn ipv6_works_alike() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = SliceConfig {
+            first: "fd00::".parse().unwrap(),
+            last: "fd00::ffff".parse().unwrap(),
+            prefix: 64,
+            gateway: None,
+        };
+        let slice = Slice::open(dir.path(), config).unwrap();
+        assert_eq!(slice.allot(&SandboxId::random()).unwrap().to_string(), "fd00::1");
+    }
+}

@@ -1,0 +1,253 @@
+//! What host and token must have, checked at the start so that the first pod does not find out. All that is wrong is said at
+//! once, each with what to do about it.
+
+use std::{path::Path, process::Stdio, time::Duration};
+
+use moxlet_pve::{Client, NodeName, StorageId, api::access::Permissions};
+use tokio::process::Command;
+
+use super::VmidRange;
+use crate::{Error, Result, process::read_bounded};
+
+const MAX: u64 = 1 << 20;
+const DPKG: Duration = Duration::from_secs(20);
+/// Packages and the oldest versions that work. Earlier ones of pve-container cannot start a CT of `ostype: unmanaged`; earlier
+/// ones of lxc-pve keep nested containers from mounting their /proc.
+const PACKAGES: [(&str, &str); 2] = [("pve-container", "6.1.1"), ("lxc-pve", "6.0.5-2")];
+/// What the token needs on the CTs, and what for.
+const ON_CTS: [(&str, &str); 2] = [("VM.PowerMgmt", "start and stop"), ("VM.Allocate", "delete")];
+
+/// What is required, for a check.
+#[derive(Debug)]
+pub struct Requirements<'a> {
+    /// The API.
+    pub client: &'a Client,
+    /// This host.
+    pub node: &'a NodeName,
+    /// The storage of the CTs' roots.
+    pub storage: &'a StorageId,
+    /// The bridges that pods are put on.
+    pub bridges: &'a [String],
+    /// The numbers of the pods' CTs.
+    pub range: VmidRange,
+    /// The cluster's file system.
+    pub config_dir: &'a Path,
+    /// Where the kernel lists interfaces, `/sys/class/net`.
+    pub net_dir: &'a Path,
+}
+
+impl Requirements<'_> {
+    /// Checks all; the pool or dataset that the storage has. Three calls.
+    ///
+    /// # Errors
+    /// [`Error::Host`] with all that is missing, or the API cannot be reached.
+    pub async fn check(&self) -> Result<String> {
+        let mut missing = packages().await;
+        let pool = match storage_pool(self.config_dir, self.storage, self.node) {
+            Ok(pool) => pool,
+            Err(text) => {
+                missing.push(text);
+                String::new()
+            }
+        };
+        for bridge in self.bridges {
+            if bridge.contains('/') || !self.net_dir.join(bridge).exists() {
+                missing.push(format!("there is no bridge {bridge} on this host (key bridge)"));
+            }
+        }
+        self.client.check_version().await.map_err(|e| Error::Host(e.to_string()))?;
+        let held = self.client.permissions(None).await.map_err(|e| Error::Host(e.to_string()))?;
+        missing.extend(self.privileges(&held));
+        if !pool.is_empty() {
+            // Asking activates it: the pool is imported and mounted before anything of ours is.
+            match self.client.storage_status(self.node, self.storage).await {
+                Ok(status) if status.active => {}
+                Ok(_) => missing.push(format!(
+                    "the storage {} is not active on {}: is its pool imported?",
+                    self.storage, self.node
+                )),
+                Err(error) => {
+                    missing.push(format!("the storage {} cannot be asked after: {error}", self.storage));
+                }
+            }
+        }
+        if let Some(text) = self.range.overlap(next_id(self.config_dir)) {
+            tracing::warn!("{text}");
+        }
+        if missing.is_empty() { Ok(pool) } else { Err(Error::Host(missing.join("; "))) }
+    }
+
+    fn privileges(&self, held: &Permissions) -> Vec<String> {
+        let token = self.client.token_id();
+        let user = token.split('!').next().unwrap_or(token);
+        let path = format!("/vms/{}", self.range.first());
+        let cts =
+            ON_CTS.iter().map(|(privilege, what)| (path.as_str(), "/vms", *privilege, format!("{what} CTs")));
+        let storage = format!("/storage/{}", self.storage);
+        let all = cts.chain([(
+            storage.as_str(),
+            storage.as_str(),
+            "Datastore.Audit",
+            "see the storage".to_owned(),
+        )]);
+        all.filter(|(path, _, privilege, _)| !held.has(path, privilege))
+            .map(|(_, grant, privilege, what)| {
+                let role = format!("Moxlet-{privilege}");
+                format!(
+                    "the token {token} lacks {privilege} on {grant}, needed to {what}: pveum role add {role} --privs {privilege}; \
+                     pveum acl modify {grant} --users {user} --roles {role}; pveum acl modify {grant} --tokens '{token}' --roles {role}"
+                )
+            })
+            .collect()
+    }
+}
+
+/// The pool of a storage, from `storage.cfg`.
+fn storage_pool(
+    config_dir: &Path,
+    storage: &StorageId,
+    node: &NodeName,
+) -> std::result::Result<String, String> {
+    let path = config_dir.join("storage.cfg");
+    let text = read_bounded(&path, MAX).map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
+    let section = section(&text, storage.as_str())
+        .ok_or_else(|| format!("{} has no storage {storage} (key storage)", path.display()))?;
+    if section.kind != "zfspool" {
+        return Err(format!(
+            "the storage {storage} is of type {}, pods need one of type zfspool",
+            section.kind
+        ));
+    }
+    if !section.value("content").is_none_or(|c| c.split(',').any(|c| c.trim() == "rootdir")) {
+        return Err(format!(
+            "the storage {storage} does not hold containers: pvesm set {storage} --content rootdir,images"
+        ));
+    }
+    if section.value("disable").is_some_and(|v| v != "0") {
+        return Err(format!("the storage {storage} is disabled: pvesm set {storage} --disable 0"));
+    }
+    if section.value("nodes").is_some_and(|n| !n.split(',').any(|n| n.trim() == node.as_str())) {
+        return Err(format!("the storage {storage} is not for node {node}: see its list of nodes"));
+    }
+    section.value("pool").map(str::to_owned).ok_or_else(|| format!("the storage {storage} names no pool"))
+}
+
+/// A section of a configuration file as Proxmox VE writes them: `type: id`, then indented keys.
+struct Section<'a> {
+    kind: &'a str,
+    lines: Vec<&'a str>,
+}
+
+impl<'a> Section<'a> {
+    fn value(&self, key: &str) -> Option<&'a str> {
+        self.lines.iter().find_map(|line| {
+            let (name, value) = line.split_once(char::is_whitespace).unwrap_or((line, "1"));
+            (name == key).then_some(value.trim())
+        })
+    }
+}
+
+fn section<'a>(text: &'a str, id: &str) -> Option<Section<'a>> {
+    let mut lines = text.lines();
+    let kind = lines.by_ref().find_map(|line| {
+        let (kind, name) = line.split_once(':').filter(|_| !line.starts_with(char::is_whitespace))?;
+        (name.trim() == id).then_some(kind)
+    })?;
+    let own = lines.take_while(|line| line.starts_with(char::is_whitespace) && !line.trim().is_empty());
+    Some(Section { kind, lines: own.map(str::trim).collect() })
+}
+
+/// The range in which Proxmox VE looks for free VMIDs, the second excluded, from `datacenter.cfg`.
+fn next_id(config_dir: &Path) -> (u32, u32) {
+    let text = read_bounded(&config_dir.join("datacenter.cfg"), MAX).unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("next-id:")).unwrap_or_default();
+    let field = |name: &str| {
+        line.split(',').find_map(|p| p.trim().strip_prefix(name)?.strip_prefix('=')?.trim().parse().ok())
+    };
+    (field("lower").unwrap_or(100), field("upper").unwrap_or(1_000_000))
+}
+
+/// Packages that are too old; those that are not installed are not looked for.
+async fn packages() -> Vec<String> {
+    let names = PACKAGES.map(|(name, _)| name);
+    let asked = Command::new("dpkg-query")
+        .args(["-W", "-f", "${Package} ${Version}\n"])
+        .args(names)
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let Ok(Ok(output)) = tokio::time::timeout(DPKG, asked).await else { return Vec::new() };
+    too_old(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn too_old(listed: &str) -> Vec<String> {
+    let installed = |package: &str| listed.lines().find_map(|l| l.strip_prefix(package)?.strip_prefix(' '));
+    PACKAGES
+        .iter()
+        .filter_map(|(package, oldest)| {
+            let version = installed(package).filter(|v| !v.trim().is_empty())?;
+            (numbers(version) < numbers(oldest)).then(|| {
+                format!("{package} {version} is too old, {oldest} or later is needed: apt update && apt install {package}")
+            })
+        })
+        .collect()
+}
+
+/// The numbers of a Debian version, its epoch left out.
+fn numbers(version: &str) -> Vec<u64> {
+    let plain = version.split_once(':').map_or(version, |(_, rest)| rest);
+    plain.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    const CFG: &str = "dir: local\n\tpath /var/lib/vz\n\tcontent iso\n\nzfspool: local-zfs\n\tpool rpool/data\n\tcontent images,rootdir\n\
+        \tsparse 1\n\nzfspool: other\n\tpool tank\n\tcontent images\n\nzfspool: away\n\tpool tank\n\tcontent rootdir\n\tnodes pve7\n\
+        \nzfspool: off\n\tdisable\n\tpool tank\n\tcontent rootdir\n";
+
+    fn pool(storage: &str) -> std::result::Result<String, String> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("storage.cfg"), CFG).unwrap();
+        storage_pool(dir.path(), &storage.parse().unwrap(), &"pve1".parse().unwrap())
+    }
+
+    #[test]
+    fn a_storage_that_cannot_hold_a_ct_is_refused_with_the_reason() {
+        assert_eq!(pool("local-zfs").unwrap(), "rpool/data");
+        for (storage, word) in [
+            ("local", "zfspool"),
+            ("other", "rootdir"),
+            ("away", "not for node"),
+            ("off", "disabled"),
+            ("none", "no storage"),
+        ] {
+            let error = pool(storage).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn packages_that_are_too_old_are_named() {
+        assert!(too_old("pve-container 6.1.1\nlxc-pve 6.0.5-2\n").is_empty());
+        assert!(too_old("pve-container 6.1.10\nlxc-pve 6.0.5-11\n").is_empty());
+        assert!(too_old("").is_empty());
+        let old = too_old("pve-container 6.0.19\nlxc-pve 6.0.5-1\n");
+        assert!(old[0].contains("pve-container 6.0.19") && old[1].contains("lxc-pve"), "{old:?}");
+    }
+
+    #[test]
+    fn the_range_of_new_vmids_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(next_id(dir.path()), (100, 1_000_000));
+        std::fs::write(dir.path().join("datacenter.cfg"), "keyboard: de\nnext-id: lower=200,upper=300\n")
+            .unwrap();
+        assert_eq!(next_id(dir.path()), (200, 300));
+    }
+}

@@ -1,0 +1,353 @@
+//! The files of CTs in the cluster's file system (`/etc/pve`), written as Proxmox VE writes them.
+//!
+//! A new file is created exclusively: across the whole cluster only one succeeds for a VMID. Later changes are made to a file
+//! beside it that then replaces it. Both are done under the lock that Proxmox VE itself takes for a CT
+//! (`/run/lock/lxc/pve-config-ID.lock`), and a `lock:` in the configuration is respected. The file system takes no changes of
+//! modes and owners, and none at all without quorum.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self as std_io, ErrorKind, Write as _},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use moxlet_ids::Vmid;
+use moxlet_pve::{NodeName, config::LxcConfig};
+
+use crate::{Error, Result, error::io, process::read_bounded};
+
+/// The largest file that the cluster's file system takes.
+const MAX: u64 = 1 << 20;
+/// How long the lock of a CT is waited for, as Proxmox VE does.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// A CT's file as it was read.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Content {
+    /// The main section.
+    pub(super) config: LxcConfig,
+    /// Snapshots and pending changes: all from the first further section on, as it stands there.
+    rest: String,
+    /// The names of those sections.
+    pub(super) sections: Vec<String>,
+}
+
+impl Content {
+    pub(super) fn parse(text: &str) -> std::result::Result<Self, moxlet_pve::config::InvalidConfig> {
+        let read = LxcConfig::from_file(text)?;
+        let at = if read.sections.is_empty() { text.len() } else { section_start(text) };
+        Ok(Self {
+            config: read.config,
+            rest: text.get(at..).unwrap_or_default().to_owned(),
+            sections: read.sections,
+        })
+    }
+
+    fn text(&self, path: &Path) -> Result<String> {
+        let mut text =
+            self.config.to_file().map_err(|e| Error::Config { path: path.to_owned(), source: e })?;
+        if !self.rest.is_empty() {
+            text.push('\n');
+            text.push_str(&self.rest);
+        }
+        Ok(text)
+    }
+}
+
+/// Where the first line begins that opens a section.
+fn section_start(text: &str) -> usize {
+    let mut at = 0;
+    for line in text.split_inclusive('\n') {
+        let bare = line.trim_end();
+        if bare.starts_with('[') && bare.ends_with(']') {
+            return at;
+        }
+        at += line.len();
+    }
+    at
+}
+
+/// The lock of one CT, held.
+#[derive(Debug)]
+pub(super) struct Held {
+    _file: File,
+    vmid: Vmid,
+}
+
+/// The cluster's file system as this node has it.
+#[derive(Debug, Clone)]
+pub(super) struct ConfigDir {
+    dir: PathBuf,
+    node: NodeName,
+    locks: PathBuf,
+}
+
+impl ConfigDir {
+    /// Checks that it is there.
+    pub(super) fn open(dir: &Path, node: NodeName, locks: &Path) -> Result<Self> {
+        let this = Self { dir: dir.to_owned(), node, locks: locks.to_owned() };
+        let own = this.own_dir();
+        match fs::metadata(&own) {
+            Ok(meta) if meta.is_dir() => {}
+            _ => {
+                return Err(Error::Host(format!(
+                    "{} is no directory: this is no Proxmox VE host, its pve-cluster service is down, or its node is not called {} \
+                     (keys config_dir and node)",
+                    own.display(),
+                    this.node
+                )));
+            }
+        }
+        fs::create_dir_all(locks).map_err(io("create", locks))?;
+        Ok(this)
+    }
+
+    /// The folder itself.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn own_dir(&self) -> PathBuf {
+        self.dir.join("nodes").join(self.node.as_str()).join("lxc")
+    }
+
+    pub(super) fn path(&self, vmid: Vmid) -> PathBuf {
+        self.own_dir().join(format!("{vmid}.conf"))
+    }
+
+    /// On which other node a CT of this number is that includes this file.
+    pub(super) fn elsewhere(&self, vmid: Vmid, include: &Path) -> Option<String> {
+        let nodes = fs::read_dir(self.dir.join("nodes")).ok()?;
+        nodes.flatten().find_map(|node| {
+            let name = node.file_name().into_string().ok()?;
+            let path = node.path().join("lxc").join(format!("{vmid}.conf"));
+            let text = read_bounded(&path, MAX).ok().filter(|_| name != self.node.as_str())?;
+            let include = include.to_str()?;
+            text.lines()
+                .any(|line| line.starts_with("lxc.include") && line.trim_end().ends_with(include))
+                .then_some(name)
+        })
+    }
+
+    /// The VMIDs of this node's CTs.
+    pub(super) fn own_cts(&self) -> Result<Vec<Vmid>> {
+        let dir = self.own_dir();
+        let entries = fs::read_dir(&dir).map_err(io("read", &dir))?;
+        Ok(entries
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.strip_suffix(".conf")?.parse().ok())
+            .collect())
+    }
+
+    /// Whether HA looks after a CT: it is one of its resources.
+    pub(super) fn is_under_ha(&self, vmid: Vmid) -> bool {
+        let text = read_bounded(&self.dir.join("ha/resources.cfg"), MAX).unwrap_or_default();
+        let head = vmid.to_string();
+        text.lines().any(|l| l.strip_prefix("ct:").is_some_and(|id| id.trim() == head))
+    }
+
+    /// Fails if the cluster has no quorum, as far as the file system's own list of members says.
+    pub(super) fn check_quorum(&self, path: &Path) -> Result<()> {
+        let Ok(text) = read_bounded(&self.dir.join(".members"), MAX) else { return Ok(()) };
+        let members: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        match members["cluster"]["quorate"].as_u64() {
+            Some(0) => Err(Error::NoQuorum { path: path.to_owned() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the lock of a CT, waiting for whoever has it.
+    pub(super) fn lock(&self, vmid: Vmid) -> Result<Held> {
+        let path = self.locks.join(format!("pve-config-{vmid}.lock"));
+        let open = OpenOptions::new().create(true).append(true).open(&path);
+        let file = open.map_err(io("open", &path))?;
+        let since = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Held { _file: file, vmid }),
+                Err(TryLockError::WouldBlock) if since.elapsed() < LOCK_WAIT => thread::sleep(LOCK_PAUSE),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Busy { vmid, what: format!("somebody holds {}", path.display()) });
+                }
+                Err(TryLockError::Error(e)) => return Err(io("lock", path)(e)),
+            }
+        }
+    }
+
+    /// Reads a CT's file; none if this node has no such CT.
+    pub(super) fn read(&self, vmid: Vmid) -> Result<Option<Content>> {
+        let path = self.path(vmid);
+        let text = match read_bounded(&path, MAX) {
+            Ok(text) => text,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(io("read", path)(e)),
+        };
+        Content::parse(&text).map(Some).map_err(|source| Error::Config { path, source })
+    }
+
+    /// Creates a CT's file; false if there is one of the number anywhere in the cluster.
+    pub(super) fn create(&self, held: &Held, config: &LxcConfig) -> Result<bool> {
+        let path = self.path(held.vmid);
+        let text = config.to_file().map_err(|source| Error::Config { path: path.clone(), source })?;
+        self.check_quorum(&path)?;
+        let mut file = match OpenOptions::new().write(true).create_new(true).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => return Ok(false),
+            Err(e) => return Err(refused(path, e)),
+        };
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|e| refused(path, e))?;
+        Ok(true)
+    }
+
+    /// Replaces a CT's file as a whole.
+    pub(super) fn replace(&self, held: &Held, content: &Content) -> Result<()> {
+        let path = self.path(held.vmid);
+        let text = content.text(&path)?;
+        self.check_quorum(&path)?;
+        let draft = self.own_dir().join(format!("{}.conf.tmp.{}", held.vmid, std::process::id()));
+        let write = || {
+            let mut file = File::create(&draft)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            drop(file);
+            fs::rename(&draft, &path)
+        };
+        write().map_err(|e| {
+            let _ = fs::remove_file(&draft);
+            refused(path.clone(), e)
+        })
+    }
+
+    /// Removes a CT's file and what a crash left beside it. Idempotent.
+    pub(super) fn remove(&self, held: &Held) -> Result<()> {
+        let path = self.path(held.vmid);
+        self.sweep(held);
+        if !path.exists() {
+            return Ok(());
+        }
+        self.check_quorum(&path)?;
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(refused(path, e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes replacements that a crash left; the lock is held, so nobody is writing one.
+    pub(super) fn sweep(&self, held: &Held) {
+        let prefix = format!("{}.conf.tmp.", held.vmid);
+        let Ok(entries) = fs::read_dir(self.own_dir()) else { return };
+        for entry in entries.flatten() {
+            if entry.file_name().to_str().is_some_and(|n| n.starts_with(&prefix)) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+/// A failed write: without quorum the cluster's file system is read-only for all, root included.
+fn refused(path: PathBuf, error: std_io::Error) -> Error {
+    match error.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Error::NoQuorum { path },
+        _ => io("write", path)(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    fn folder() -> (tempfile::TempDir, ConfigDir) {
+        let dir = tempfile::tempdir().unwrap();
+        for node in ["pve1", "pve2"] {
+            fs::create_dir_all(dir.path().join("pve/nodes").join(node).join("lxc")).unwrap();
+        }
+        let config =
+            ConfigDir::open(&dir.path().join("pve"), "pve1".parse().unwrap(), &dir.path().join("lock"))
+                .unwrap();
+        (dir, config)
+    }
+
+    fn v(number: u32) -> Vmid {
+        Vmid::new(number).unwrap()
+    }
+
+    fn named(name: &str) -> LxcConfig {
+        LxcConfig { hostname: Some(name.into()), ..LxcConfig::default() }
+    }
+
+    #[test]
+    fn only_the_first_of_a_number_is_created() {
+        let (_dir, folder) = folder();
+        let held = folder.lock(v(100)).unwrap();
+        assert!(folder.create(&held, &named("one")).unwrap());
+        assert!(!folder.create(&held, &named("two")).unwrap());
+        assert_eq!(folder.read(v(100)).unwrap().unwrap().config, named("one"));
+        assert_eq!(folder.own_cts().unwrap(), [v(100)]);
+        folder.remove(&held).unwrap();
+        folder.remove(&held).unwrap();
+        assert!(folder.read(v(100)).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_change_keeps_snapshots_and_pending_values() {
+        let (_dir, folder) = folder();
+        let rest = "[pve:pending]\nmemory: 7\n\n[snap]\nhostname: old\n";
+        fs::write(folder.path(v(100)), format!("hostname: a\nmemory: 5\n\n{rest}")).unwrap();
+        let held = folder.lock(v(100)).unwrap();
+        let mut content = folder.read(v(100)).unwrap().unwrap();
+        assert_eq!(content.sections, ["pve:pending", "snap"]);
+        content.config.memory = Some(6);
+        fs::write(folder.own_dir().join("100.conf.tmp.1"), "left").unwrap();
+        folder.replace(&held, &content).unwrap();
+        folder.sweep(&held);
+        assert_eq!(
+            fs::read_to_string(folder.path(v(100))).unwrap(),
+            format!("hostname: a\nmemory: 6\n\n{rest}")
+        );
+        assert_eq!(fs::read_dir(folder.own_dir()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn no_quorum_is_told_apart() {
+        let (dir, folder) = folder();
+        fs::write(
+            dir.path().join("pve/.members"),
+            r#"{"nodename":"pve1","cluster":{"name":"c","quorate":0}}"#,
+        )
+        .unwrap();
+        let held = folder.lock(v(100)).unwrap();
+        assert!(matches!(folder.create(&held, &named("a")), Err(Error::NoQuorum { .. })));
+        let denied = refused("/x".into(), ErrorKind::PermissionDenied.into());
+        assert!(matches!(denied, Error::NoQuorum { .. }), "{denied}");
+    }
+
+    #[test]
+    fn a_ct_on_another_node_is_found_there() {
+        let (dir, folder) = folder();
+        fs::write(dir.path().join("pve/nodes/pve2/lxc/100.conf"), "memory: 5\nlxc.include: /x/100-u.conf\n")
+            .unwrap();
+        assert_eq!(folder.elsewhere(v(100), Path::new("/x/100-u.conf")).as_deref(), Some("pve2"));
+        // The number was used again there.
+        assert_eq!(folder.elsewhere(v(100), Path::new("/x/100-v.conf")), None);
+        assert_eq!(folder.elsewhere(v(101), Path::new("/x/100-u.conf")), None);
+    }
+
+    #[test]
+    fn a_resource_of_ha_is_known_by_its_number() {
+        let (dir, folder) = folder();
+        fs::create_dir(dir.path().join("pve/ha")).unwrap();
+        fs::write(dir.path().join("pve/ha/resources.cfg"), "ct: 1000\n\tstate started\n\nvm: 101\n").unwrap();
+        assert!(folder.is_under_ha(v(1000)) && !folder.is_under_ha(v(101)) && !folder.is_under_ha(v(100)));
+    }
+
+    #[test]
+    fn a_host_that_is_none_of_proxmox_ves_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = ConfigDir::open(dir.path(), "pve1".parse().unwrap(), dir.path()).unwrap_err().to_string();
+        assert!(error.contains("nodes/pve1/lxc") && error.contains("pve-cluster"), "{error}");
+    }
+}

@@ -1,0 +1,154 @@
+//! How a CT is made: record, mark, file (exclusively, locked `create`), root volume, file without the lock. A crash after any
+//! step leaves what [`super::remove`] finds by the record.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use moxlet_ids::Vmid;
+use moxlet_pve::config::LxcConfig;
+
+use super::{
+    Inner, ROOT_BYTES, Standing, blocking,
+    config::{self, Surroundings},
+    record::{Phase, Record},
+    vmid,
+};
+use crate::{Error, NicAddress, Result, SandboxSpec};
+
+/// How many numbers are tried before the race for them is given up.
+const TRIES: usize = 64;
+
+impl Inner {
+    pub(super) async fn make(self: &Arc<Self>, spec: &SandboxSpec) -> Result<()> {
+        if self.record(&spec.id).await?.is_some() {
+            return Err(Error::Exists(spec.id.to_string()));
+        }
+        // Whatever cannot be written is refused before anything is made.
+        self.rendered(spec, self.config.range.first())?;
+        let mut avoid = BTreeSet::new();
+        for _ in 0..TRIES {
+            let record = self.claim(spec, &mut avoid).await?;
+            let made = self.volumes.create(&record.volume(), ROOT_BYTES, &spec.id, spec.map).await;
+            match made {
+                Ok(()) => return self.complete(record).await,
+                Err(Error::VolumeTaken(dataset)) => {
+                    tracing::warn!(vmid = %record.vmid, dataset, "a dataset of somebody else has the number of a new CT; it gets another");
+                    avoid.insert(record.vmid);
+                    self.unclaim(record).await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::Host(format!("of {TRIES} free VMIDs each was taken by somebody else at the same time")))
+    }
+
+    fn rendered(&self, spec: &SandboxSpec, vmid: Vmid) -> Result<(LxcConfig, String)> {
+        let record =
+            Record::new(spec.id.clone(), spec.pod_uid.clone(), vmid, self.config.node.clone(), spec.map);
+        let config = config::render(
+            spec,
+            &Surroundings {
+                node: &self.config.node,
+                storage: &self.config.storage,
+                volume: &record.volume(),
+                root_bytes: ROOT_BYTES,
+                include: &record.mark().path(&self.layout.includes),
+                guard: &self.layout.guard,
+                memory_bytes: self.config.memory_bytes,
+                cores: self.config.cores,
+                protection: self.config.protection,
+            },
+        )?;
+        Ok((config, config::include_text(spec)?))
+    }
+
+    /// Takes a number: its record, its mark, its file.
+    async fn claim(self: &Arc<Self>, spec: &SandboxSpec, avoid: &mut BTreeSet<Vmid>) -> Result<Record> {
+        let _one = self.claiming.lock().await;
+        let (inner, spec, mut tried) = (Arc::clone(self), spec.clone(), avoid.clone());
+        let (record, tried) = blocking(move || {
+            for _ in 0..TRIES {
+                let mut taken = vmid::in_use(inner.folder.dir())?;
+                taken.extend(inner.records.all()?.into_iter().map(|r| r.vmid));
+                taken.extend(tried.iter().copied());
+                let vmid = inner.config.range.lowest_free(&taken)?;
+                match inner.claim_one(&spec, vmid) {
+                    Ok(Some(record)) => return Ok((record, tried)),
+                    Ok(None) | Err(Error::Foreign { .. }) => tried.insert(vmid),
+                    Err(error) => return Err(error),
+                };
+            }
+            Err(Error::Host(format!(
+                "of {TRIES} free VMIDs each was taken by somebody else at the same time"
+            )))
+        })
+        .await?;
+        *avoid = tried;
+        Ok(record)
+    }
+
+    /// Takes this number; none if somebody else has it by now.
+    fn claim_one(&self, spec: &SandboxSpec, vmid: Vmid) -> Result<Option<Record>> {
+        let (mut config, include) = self.rendered(spec, vmid)?;
+        let mut record =
+            Record::new(spec.id.clone(), spec.pod_uid.clone(), vmid, self.config.node.clone(), spec.map);
+        record.namespace.clone_from(&spec.pod_namespace);
+        record.name.clone_from(&spec.pod_name);
+        record.attempt = spec.attempt;
+        for nic in &spec.nics {
+            if let Some(NicAddress::Static { address, .. }) = &nic.ipv4 {
+                record.ips.push((*address).into());
+            }
+            if let Some(NicAddress::Static { address, .. }) = &nic.ipv6 {
+                record.ips.push((*address).into());
+            }
+        }
+        record.dhcp = spec.nics.first().is_some_and(|nic| matches!(nic.ipv4, Some(NicAddress::Dhcp)));
+        record.notes = config.description.clone().unwrap_or_default();
+        config.lock = Some("create".to_owned());
+        let path = self.folder.path(vmid);
+        record.known = config.to_file().map_err(|source| Error::Config { path, source })?;
+        self.records.put(&record)?;
+        self.numbers.put(&record.id, vmid);
+        let mark = record.mark();
+        mark.write(&self.layout.includes, &include)?;
+        let held = self.folder.lock(vmid)?;
+        if self.folder.create(&held, &config)? {
+            return Ok(Some(record));
+        }
+        mark.remove(&self.layout.includes)?;
+        Ok(None)
+    }
+
+    /// Gives a number back that cannot be used.
+    async fn unclaim(self: &Arc<Self>, record: Record) -> Result<()> {
+        let inner = Arc::clone(self);
+        blocking(move || {
+            let held = inner.folder.lock(record.vmid)?;
+            if matches!(inner.standing(&record)?, Standing::Ours(_) | Standing::Torn) {
+                inner.folder.remove(&held)?;
+            }
+            record.mark().remove(&inner.layout.includes)
+        })
+        .await
+    }
+
+    /// Takes the lock `create` away: the CT is complete.
+    async fn complete(self: &Arc<Self>, mut record: Record) -> Result<()> {
+        let inner = Arc::clone(self);
+        blocking(move || {
+            let held = inner.folder.lock(record.vmid)?;
+            let Standing::Ours(mut content) = inner.standing(&record)? else {
+                let reason = "its file was changed while it was being made".to_owned();
+                return Err(Error::Foreign { vmid: record.vmid, reason });
+            };
+            content.config.lock = None;
+            inner.folder.replace(&held, &content)?;
+            drop(held);
+            let path = inner.folder.path(record.vmid);
+            record.known = content.config.to_file().map_err(|source| Error::Config { path, source })?;
+            record.phase = Phase::Made;
+            inner.records.put(&record)
+        })
+        .await
+    }
+}

@@ -1,0 +1,524 @@
+//! The engine on Proxmox VE: the CT of a pod is one that Proxmox VE sees, lists, limits, starts and removes.
+//!
+//! ```text
+//! <dir>/ct/<sandbox>.json             a CT's record: written before all else of it, removed after all else of it
+//! <dir>/include/<vmid>-<pod uid>.conf what its configuration includes; the mark that it is ours
+//! <dir>/guard/                        empty; a mount point of every CT that keeps Proxmox VE from migrating or cloning it
+//! /etc/pve/nodes/<node>/lxc/<vmid>.conf
+//! <pool>/subvol-<vmid>-disk-0         its small root
+//! ```
+//!
+//! The API cannot make such a CT, so its file is written here ([`mod@file`]); it starts, stops and goes as tasks of Proxmox VE.
+//! What runs is read from cgroups and `/proc`, never asked of the API: an idle host makes no calls.
+//!
+//! | module | subject |
+//! |---|---|
+//! | `config` | what a CT's files say; pure |
+//! | `vmid` | its number |
+//! | `file` | the cluster's file system: exclusive creation, replacement, locks, quorum |
+//! | `marker` | whose a CT is |
+//! | `record` | what is remembered |
+//! | `volume` | its root |
+//! | `make`, `remove` | its beginning and end, each to be repeated from any point |
+//! | `task` | waiting for tasks with few calls |
+//! | `look` | what an administrator did to it |
+//! | `inits` | its processes and addresses |
+//! | `check` | what the host and the token must have, at the start |
+
+mod check;
+mod config;
+mod file;
+mod inits;
+mod look;
+mod make;
+mod marker;
+mod record;
+mod remove;
+mod task;
+mod vmid;
+mod volume;
+
+pub mod fake;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    net::IpAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use moxlet_ids::{SandboxId, Vmid};
+use moxlet_pve::{Client, NodeName, StorageId, config::LxcConfig};
+use tokio::sync::{OwnedMutexGuard, Semaphore};
+
+pub use check::Requirements;
+pub use inits::{CgroupInits, Inits};
+pub use vmid::VmidRange;
+pub use volume::{VolumeOwner, Volumes, ZfsVolumes};
+
+use self::{
+    config::Layout,
+    file::{ConfigDir, Content},
+    look::Seen,
+    record::{Phase, Record, Records},
+};
+use crate::{
+    Engine, Error, Limits, Observation, Result, SandboxInfo, SandboxSpec, SandboxState, cgroup::Numbers,
+    error::io,
+};
+
+/// Removals at once: each takes a cluster-wide lock that is waited for only 10 s.
+const DELETES: usize = 2;
+/// The size of a CT's root: mount points alone.
+const ROOT_BYTES: u64 = 64 << 20;
+/// How long an address may take to come by DHCP.
+const DHCP_WAIT: Duration = Duration::from_secs(30);
+const DHCP_PAUSE: Duration = Duration::from_millis(200);
+
+/// What the engine needs to know.
+#[derive(Debug, Clone)]
+pub struct PveConfig {
+    /// The engine's own directory.
+    pub dir: PathBuf,
+    /// The cluster's file system, `/etc/pve`.
+    pub config_dir: PathBuf,
+    /// Where Proxmox VE locks CTs, `/run/lock/lxc`.
+    pub lock_dir: PathBuf,
+    /// This host's name in the cluster.
+    pub node: NodeName,
+    /// The storage of the CTs' roots, of type `zfspool`.
+    pub storage: StorageId,
+    /// The numbers of the pods' CTs.
+    pub range: VmidRange,
+    /// Whether CTs are written as protected.
+    pub protection: bool,
+    /// Memory of a pod without a limit, in bytes.
+    pub memory_bytes: u64,
+    /// The host's processors.
+    pub cores: u32,
+    /// How long a start may take.
+    pub start_timeout: Duration,
+}
+
+/// CTs by Proxmox VE. Clones share their locks; two engines must not share a directory.
+#[derive(Debug, Clone)]
+pub struct PveEngine {
+    inner: Arc<Inner>,
+}
+
+type Locks = Mutex<HashMap<SandboxId, Arc<tokio::sync::Mutex<()>>>>;
+
+#[derive(Debug)]
+struct Inner {
+    config: PveConfig,
+    client: Client,
+    volumes: Arc<dyn Volumes>,
+    inits: Arc<dyn Inits>,
+    folder: ConfigDir,
+    layout: Layout,
+    records: Records,
+    numbers: Numbers,
+    /// Held while a number is chosen and claimed.
+    claiming: tokio::sync::Mutex<()>,
+    deletes: Semaphore,
+    /// How the last look found each CT.
+    seen: Mutex<BTreeMap<SandboxId, Seen>>,
+    locks: Locks,
+}
+
+/// How a CT stands that we have a record of.
+#[derive(Debug)]
+enum Standing {
+    /// It is as its record says.
+    Ours(Box<Content>),
+    /// Its file is one that a crash left half written.
+    Torn,
+    /// Proxmox VE has removed all of it but the file.
+    Destroyed,
+    /// It is not there.
+    Gone,
+    /// It is on that host.
+    Moved(String),
+    /// There is one of its number that is not ours, for this reason.
+    Foreign(String),
+}
+
+/// Runs something that waits for files outside the async threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => Err(Error::Host(format!("a task failed: {error}"))),
+    }
+}
+
+fn api(what: &'static str, vmid: Vmid) -> impl FnOnce(moxlet_pve::Error) -> Error {
+    move |source| match source.reason() {
+        moxlet_pve::Error::Locked { lock, .. } => Error::Locked { vmid, lock: lock.clone() },
+        _ => Error::Pve { what, vmid, source: Box::new(source) },
+    }
+}
+
+impl PveEngine {
+    /// Opens (and makes) the engine's directory and takes over its CTs. Nothing is asked of the API; see [`Requirements`].
+    ///
+    /// # Errors
+    /// This is no host of Proxmox VE, or a record cannot be read or is of a CT outside the range.
+    pub fn new(
+        config: PveConfig,
+        client: Client,
+        volumes: Arc<dyn Volumes>,
+        inits: Arc<dyn Inits>,
+        numbers: Numbers,
+    ) -> Result<Self> {
+        let dir = std::path::absolute(&config.dir).map_err(io("find", &config.dir))?;
+        let layout = Layout::below(&dir);
+        // The guard is bound by the CT's root, who passes through the directories above it.
+        for (path, mode) in
+            [(&dir, 0o711), (&layout.records, 0o700), (&layout.includes, 0o700), (&layout.guard, 0o755)]
+        {
+            fs::create_dir_all(path).map_err(io("create", path))?;
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                .map_err(io("set the mode of", path))?;
+        }
+        let folder = ConfigDir::open(&config.config_dir, config.node.clone(), &config.lock_dir)?;
+        let records = Records::open(&layout.records);
+        for record in records.all()? {
+            if !config.range.contains(record.vmid) {
+                return Err(Error::Host(format!(
+                    "CT {} of pod {}/{} is outside the range {} to {}: let vmid_min and vmid_max hold all CTs of pods until they \
+                     are gone",
+                    record.vmid,
+                    record.namespace,
+                    record.name,
+                    config.range.first(),
+                    config.range.last()
+                )));
+            }
+            numbers.put(&record.id, record.vmid);
+        }
+        let inner = Inner {
+            config,
+            client,
+            volumes,
+            inits,
+            folder,
+            layout,
+            records,
+            numbers,
+            claiming: tokio::sync::Mutex::default(),
+            deletes: Semaphore::new(DELETES),
+            seen: Mutex::default(),
+            locks: Mutex::default(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The number of a sandbox' CT.
+    #[must_use]
+    pub fn vmid(&self, id: &SandboxId) -> Option<Vmid> {
+        self.inner.numbers.get(id)
+    }
+}
+
+impl Inner {
+    async fn lock(&self, id: &SandboxId) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            locks.entry(id.clone()).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+
+    async fn record(self: &Arc<Self>, id: &SandboxId) -> Result<Option<Record>> {
+        let (inner, id) = (Arc::clone(self), id.clone());
+        blocking(move || inner.records.get(&id)).await
+    }
+
+    async fn existing(self: &Arc<Self>, id: &SandboxId) -> Result<Record> {
+        self.record(id).await?.ok_or_else(|| Error::NotFound(id.to_string()))
+    }
+
+    async fn put(self: &Arc<Self>, record: Record) -> Result<()> {
+        let inner = Arc::clone(self);
+        blocking(move || inner.records.put(&record)).await
+    }
+
+    /// How the CT of a record stands, from what is on disk.
+    fn standing(&self, record: &Record) -> Result<Standing> {
+        if record.node != self.config.node {
+            return Ok(Standing::Foreign(format!("its record is of host {}", record.node)));
+        }
+        let content = match self.folder.read(record.vmid) {
+            Ok(Some(content)) => content,
+            Ok(None) => {
+                let elsewhere =
+                    self.folder.elsewhere(record.vmid, &record.mark().path(&self.layout.includes));
+                return Ok(elsewhere.map_or(Standing::Gone, Standing::Moved));
+            }
+            Err(Error::Config { path, source }) => {
+                if record.phase != Phase::Made && self.is_torn(record) {
+                    return Ok(Standing::Torn);
+                }
+                return Ok(Standing::Foreign(format!("{} cannot be read: {source}", path.display())));
+            }
+            Err(error) => return Err(error),
+        };
+        let reason = match record.mark().agrees(&self.layout.includes, &content.config) {
+            Ok(()) => return Ok(Standing::Ours(Box::new(content))),
+            Err(reason) => reason,
+        };
+        if record.phase != Phase::Made && self.is_torn(record) {
+            return Ok(Standing::Torn);
+        }
+        let bare = LxcConfig { lock: Some("destroyed".into()), ..LxcConfig::default() };
+        if content.config == bare && content.sections.is_empty() {
+            return Ok(Standing::Destroyed);
+        }
+        Ok(Standing::Foreign(reason))
+    }
+
+    /// Whether a CT's file is a beginning of what we were about to write when we were killed.
+    fn is_torn(&self, record: &Record) -> bool {
+        let path = self.folder.path(record.vmid);
+        crate::process::read_bounded(&path, 1 << 20)
+            .is_ok_and(|text| record.known.starts_with(&text) && text != record.known)
+    }
+
+    /// The configuration of a CT that is ours.
+    async fn own(self: &Arc<Self>, record: &Record) -> Result<Content> {
+        let (inner, record) = (Arc::clone(self), record.clone());
+        blocking(move || match inner.standing(&record)? {
+            Standing::Ours(content) => Ok(*content),
+            other => Err(other.error(&record)),
+        })
+        .await
+    }
+
+    /// Changes the configuration of a CT that is ours and not locked. `change` says whether it changed anything.
+    async fn edit(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        change: impl FnOnce(&mut Content, &mut Record) -> bool + Send + 'static,
+    ) -> Result<()> {
+        let (inner, id) = (Arc::clone(self), id.clone());
+        blocking(move || {
+            let Some(mut record) = inner.records.get(&id)? else {
+                return Err(Error::NotFound(id.to_string()));
+            };
+            let held = inner.folder.lock(record.vmid)?;
+            let mut content = match inner.standing(&record)? {
+                Standing::Ours(content) => content,
+                other => return Err(other.error(&record)),
+            };
+            if let Some(lock) = content.config.lock.clone() {
+                return Err(Error::Locked { vmid: record.vmid, lock });
+            }
+            let before = content.clone();
+            if !change(&mut content, &mut record) {
+                return Ok(());
+            }
+            // Remembered first: after a crash between the two an edit of ours looks like one that was undone by somebody.
+            if let Ok(text) = content.config.to_file() {
+                record.known = text;
+            }
+            inner.records.put(&record)?;
+            if content == before {
+                return Ok(());
+            }
+            inner.folder.replace(&held, &content)
+        })
+        .await
+    }
+
+    /// Who holds a CT: a lock of Proxmox VE, or that it is frozen.
+    async fn held_by(self: &Arc<Self>, record: &Record) -> Result<Option<String>> {
+        let (inner, record) = (Arc::clone(self), record.clone());
+        blocking(move || {
+            let lock = match inner.standing(&record)? {
+                Standing::Ours(content) => content.config.lock,
+                _ => None,
+            };
+            Ok(lock.or_else(|| inner.inits.is_frozen(&record.id).then(|| "frozen".to_owned())))
+        })
+        .await
+    }
+
+    async fn start(self: &Arc<Self>, id: &SandboxId) -> Result<u32> {
+        let record = self.existing(id).await?;
+        if let Some(pid) = self.inits.init(id) {
+            return Ok(pid);
+        }
+        let vmid = record.vmid;
+        if record.phase != Phase::Made {
+            return Err(Error::Busy { vmid, what: "it is half made or half removed".into() });
+        }
+        if let Some(lock) = self.own(&record).await?.config.lock {
+            return Err(Error::Locked { vmid, lock });
+        }
+        if self.folder.is_under_ha(vmid) {
+            return Err(Error::Foreign {
+                vmid,
+                reason: "HA looks after it and starts it; remove it from HA".into(),
+            });
+        }
+        let task = self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))?;
+        self.until_running(&record, &task).await
+    }
+
+    async fn stop(self: &Arc<Self>, record: &Record, grace: Duration) -> Result<()> {
+        let (id, vmid) = (&record.id, record.vmid);
+        if self.inits.init(id).is_none() {
+            return Ok(());
+        }
+        self.own(record).await?;
+        if let Some(lock) = self.held_by(record).await? {
+            return Err(Error::Locked { vmid, lock });
+        }
+        let ct = self.client.ct(&self.config.node, vmid);
+        let asked = if grace.is_zero() {
+            ct.stop(true).await
+        } else {
+            ct.shutdown(Some(grace.max(Duration::from_secs(1))), true).await
+        };
+        match asked {
+            Ok(task) => self.until_stopped(record, &task, grace).await,
+            Err(moxlet_pve::Error::NotRunning { .. } | moxlet_pve::Error::Gone { .. }) => Ok(()),
+            Err(error) => Err(api("stop", vmid)(error)),
+        }
+    }
+}
+
+impl Standing {
+    fn error(self, record: &Record) -> Error {
+        let vmid = record.vmid;
+        match self {
+            Self::Moved(node) => Error::Moved { vmid, node },
+            Self::Foreign(reason) => Error::Foreign { vmid, reason },
+            Self::Gone => Error::NotFound(format!("{vmid} of sandbox {}", record.id)),
+            Self::Destroyed => Error::Locked { vmid, lock: "destroyed".into() },
+            Self::Torn | Self::Ours(_) => Error::Busy { vmid, what: "it is half made".into() },
+        }
+    }
+}
+
+#[async_trait]
+impl Engine for PveEngine {
+    async fn create(&self, spec: &SandboxSpec) -> Result<()> {
+        let _lock = self.inner.lock(&spec.id).await;
+        self.inner.make(spec).await
+    }
+
+    async fn start(&self, id: &SandboxId) -> Result<u32> {
+        let _lock = self.inner.lock(id).await;
+        self.inner.start(id).await
+    }
+
+    async fn stop(&self, id: &SandboxId, grace: Duration) -> Result<()> {
+        // Not under the lock: a delete in the meantime shall not wait for the grace time.
+        match self.inner.record(id).await? {
+            Some(record) => self.inner.stop(&record, grace).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn delete(&self, id: &SandboxId) -> Result<()> {
+        let _lock = self.inner.lock(id).await;
+        self.inner.remove(id).await
+    }
+
+    async fn list(&self) -> Result<Vec<SandboxInfo>> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            let all = inner.records.all()?.into_iter();
+            Ok(all.map(|record| SandboxInfo { state: inner.state(&record.id), id: record.id }).collect())
+        })
+        .await
+    }
+
+    async fn state(&self, id: &SandboxId) -> Result<Option<SandboxState>> {
+        let Some(record) = self.inner.record(id).await? else { return Ok(None) };
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            let there = inner.folder.path(record.vmid).exists();
+            let state = inner.state(&record.id);
+            Ok((there || state != SandboxState::Stopped).then_some(state))
+        })
+        .await
+    }
+
+    async fn wait(&self, id: &SandboxId) -> Result<()> {
+        self.inner.inits.ended(id).await
+    }
+
+    async fn addresses(&self, id: &SandboxId) -> Result<Option<Vec<IpAddr>>> {
+        let record = self.inner.existing(id).await?;
+        if !record.dhcp {
+            return Ok(Some(record.ips));
+        }
+        let since = tokio::time::Instant::now();
+        loop {
+            let Some(pid) = self.inner.inits.init(id) else {
+                return Err(Error::NotFound(format!("a running CT of {id}")));
+            };
+            let found = self.inner.inits.addresses(pid);
+            if !found.is_empty() {
+                return Ok(Some(found));
+            }
+            if since.elapsed() >= DHCP_WAIT {
+                let seconds = DHCP_WAIT.as_secs();
+                let (ct, tail) =
+                    (record.vmid.to_string(), ": does a DHCP server answer on the bridge?".to_owned());
+                return Err(Error::Timeout { what: "an address by DHCP", ct, seconds, tail });
+            }
+            tokio::time::sleep(DHCP_PAUSE).await;
+        }
+    }
+
+    async fn held_by(&self, id: &SandboxId) -> Result<Option<String>> {
+        match self.inner.record(id).await? {
+            Some(record) => self.inner.held_by(&record).await,
+            None => Ok(None),
+        }
+    }
+
+    async fn describe(&self, id: &SandboxId, containers: &[String]) -> Result<()> {
+        let containers = containers.to_vec();
+        let node = self.inner.config.node.clone();
+        let change = move |content: &mut Content, record: &mut Record| {
+            // What somebody else wrote there stays.
+            if content.config.description.as_deref().unwrap_or_default() != record.notes {
+                return false;
+            }
+            let notes = config::notes(&record.named(), &node, &containers);
+            if notes == record.notes {
+                return false;
+            }
+            content.config.description = Some(notes.clone());
+            record.notes = notes;
+            true
+        };
+        self.inner.edit(id, change).await
+    }
+
+    async fn resize(&self, id: &SandboxId, limits: &Limits) -> Result<()> {
+        let (limits, all) = (*limits, self.inner.config.memory_bytes);
+        let cores = self.inner.config.cores;
+        self.inner.edit(id, move |content, _| config::resize(&mut content.config, &limits, all, cores)).await
+    }
+
+    async fn look(&self) -> Result<Vec<Observation>> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.look()).await
+    }
+}
+
+impl Inner {
+    fn state(&self, id: &SandboxId) -> SandboxState {
+        self.inits.init(id).map_or(SandboxState::Stopped, |pid| SandboxState::Running { pid })
+    }
+}

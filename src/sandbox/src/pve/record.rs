@@ -1,0 +1,203 @@
+//! What the engine remembers of its CTs: one small file each, replaced as a whole.
+//!
+//! A record is written before anything else of a CT is made and removed after all else of it is gone: whatever a crash
+//! leaves is found by it.
+
+use std::{
+    fs::{self, File},
+    io::{ErrorKind, Write as _},
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use moxlet_ids::{PodUid, SandboxId, Vmid};
+use moxlet_pve::NodeName;
+use serde::{Deserialize, Serialize};
+
+use super::{config::Named, marker::Mark};
+use crate::{Error, IdMap, Result, error::io, process::read_bounded};
+
+const VERSION: u32 = 1;
+const MAX: u64 = 1 << 20;
+
+/// How far a CT is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) enum Phase {
+    /// Being made; found after a crash it is removed.
+    Making,
+    /// Complete.
+    Made,
+    /// Being removed; found after a crash that is ended.
+    Removing,
+}
+
+/// A CT as it is remembered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Record {
+    version: u32,
+    pub(super) id: SandboxId,
+    pub(super) phase: Phase,
+    pub(super) vmid: Vmid,
+    pub(super) node: NodeName,
+    pub(super) uid: PodUid,
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) attempt: u32,
+    pub(super) map: IdMap,
+    /// Addresses that were written into its configuration.
+    pub(super) ips: Vec<IpAddr>,
+    /// Whether its first interface asks for one by DHCP.
+    pub(super) dhcp: bool,
+    /// Its configuration as we last wrote or saw it.
+    pub(super) known: String,
+    /// Its notes as we last wrote them.
+    pub(super) notes: String,
+}
+
+impl Record {
+    pub(super) fn new(id: SandboxId, uid: PodUid, vmid: Vmid, node: NodeName, map: IdMap) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            phase: Phase::Making,
+            vmid,
+            node,
+            uid,
+            namespace: String::new(),
+            name: String::new(),
+            attempt: 0,
+            map,
+            ips: Vec::new(),
+            dhcp: false,
+            known: String::new(),
+            notes: String::new(),
+        }
+    }
+
+    /// What its included file must say.
+    pub(super) fn mark(&self) -> Mark {
+        Mark::new(self.vmid, self.uid.clone(), self.id.clone(), self.node.clone())
+    }
+
+    /// The name of its root volume.
+    pub(super) fn volume(&self) -> String {
+        format!("subvol-{}-disk-0", self.vmid)
+    }
+
+    /// Who it is for.
+    pub(super) fn named(&self) -> Named<'_> {
+        Named {
+            namespace: &self.namespace,
+            name: &self.name,
+            uid: self.uid.as_str(),
+            attempt: self.attempt,
+            sandbox: self.id.as_str(),
+        }
+    }
+}
+
+/// The directory of the records.
+#[derive(Debug, Clone)]
+pub(super) struct Records {
+    dir: PathBuf,
+}
+
+impl Records {
+    /// Takes over a directory, without replacements that a crash left half written.
+    pub(super) fn open(dir: &Path) -> Self {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(|n| n.starts_with('.')) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        Self { dir: dir.to_owned() }
+    }
+
+    fn path(&self, id: &SandboxId) -> PathBuf {
+        self.dir.join(format!("{id}.json"))
+    }
+
+    pub(super) fn get(&self, id: &SandboxId) -> Result<Option<Record>> {
+        read(&self.path(id))
+    }
+
+    pub(super) fn put(&self, record: &Record) -> Result<()> {
+        let (path, draft) = (self.path(&record.id), self.dir.join(format!(".{}.new", record.id)));
+        let bytes = serde_json::to_vec(record).map_err(|e| io("write", &path)(e.into()))?;
+        let write = || {
+            let mut file = File::create(&draft)?;
+            file.write_all(&bytes)?;
+            file.sync_data()?;
+            fs::rename(&draft, &path)?;
+            File::open(&self.dir)?.sync_all()
+        };
+        write().map_err(io("write", &path))
+    }
+
+    pub(super) fn remove(&self, id: &SandboxId) -> Result<()> {
+        let path = self.path(id);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(io("remove", path)(e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// All of them. One that cannot be read is an error: its CT must not be taken for nobody's.
+    pub(super) fn all(&self) -> Result<Vec<Record>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(io("read", &self.dir))? {
+            let path = entry.map_err(io("read", &self.dir))?.path();
+            if path.extension().is_some_and(|e| e == "json") {
+                all.extend(read(&path)?);
+            }
+        }
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(all)
+    }
+}
+
+fn read(path: &Path) -> Result<Option<Record>> {
+    let text = match read_bounded(path, MAX) {
+        Ok(text) => text,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io("read", path)(e)),
+    };
+    let record: Record = serde_json::from_str(&text).map_err(|e| io("understand", path)(e.into()))?;
+    if record.version > VERSION {
+        return Err(Error::Host(format!("{} is of a later version of Moxlet", path.display())));
+    }
+    Ok(Some(record))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn what_is_put_is_found_until_it_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path());
+        let id = SandboxId::random();
+        let record = Record::new(
+            id.clone(),
+            "u".parse().unwrap(),
+            Vmid::MIN,
+            "pve1".parse().unwrap(),
+            IdMap::default(),
+        );
+        records.put(&record).unwrap();
+        fs::write(dir.path().join(".x.new"), "{").unwrap();
+        assert_eq!(records.all().unwrap(), std::slice::from_ref(&record));
+        drop(Records::open(dir.path()));
+        assert!(!dir.path().join(".x.new").exists());
+        assert_eq!(records.get(&id).unwrap(), Some(record));
+        records.remove(&id).unwrap();
+        records.remove(&id).unwrap();
+        assert_eq!(records.get(&id).unwrap(), None);
+        fs::write(dir.path().join("a.json"), "nonsense").unwrap();
+        assert!(records.all().is_err());
+    }
+}

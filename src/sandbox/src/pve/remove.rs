@@ -1,0 +1,143 @@
+//! How a CT goes: by a task of Proxmox VE if it is complete, else by removing what was made of it. Each step can be repeated,
+//! and what is somebody else's stays.
+
+use std::{sync::Arc, time::Duration};
+
+use moxlet_ids::SandboxId;
+use moxlet_pve::api::ct::Delete;
+
+use super::{
+    Inner, Standing, VolumeOwner, api, blocking,
+    record::{Phase, Record},
+};
+use crate::{Error, Result};
+
+/// How often what is found is dealt with before it is given up: each time something of it is gone.
+const ROUNDS: u32 = 4;
+/// How long a removal by Proxmox VE may take.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// What is to be done with what is there.
+enum Next {
+    /// Nothing is there (any more) that is ours.
+    Done,
+    /// Its file was removed; look again.
+    Again,
+    /// Proxmox VE has to remove it.
+    Api,
+    /// A CT of its number is not ours, for this reason.
+    NotOurs(Error),
+}
+
+impl Inner {
+    pub(super) async fn remove(self: &Arc<Self>, id: &SandboxId) -> Result<()> {
+        let Some(mut record) = self.record(id).await? else { return Ok(()) };
+        let complete = record.phase == Phase::Made;
+        for _ in 0..ROUNDS {
+            match self.next(&record, complete).await? {
+                Next::Done => return self.forget(record).await,
+                Next::Again => {}
+                Next::Api => {
+                    if record.phase != Phase::Removing {
+                        record.phase = Phase::Removing;
+                        self.put(record.clone()).await?;
+                    }
+                    self.by_api(&record).await?;
+                }
+                Next::NotOurs(error) => {
+                    // Ours was removed and its number used again; unless its root is still there: then it was made to look so.
+                    if self.volumes.owner(&record.volume()).await? == VolumeOwner::Sandbox(record.id.clone())
+                    {
+                        return Err(error);
+                    }
+                    return self.forget(record).await;
+                }
+            }
+        }
+        Err(Error::Busy { vmid: record.vmid, what: "it is still there after it was removed".into() })
+    }
+
+    /// Looks what is there and removes a file that is all that is left of it.
+    async fn next(self: &Arc<Self>, record: &Record, complete: bool) -> Result<Next> {
+        let (inner, record) = (Arc::clone(self), record.clone());
+        blocking(move || {
+            let held = inner.folder.lock(record.vmid)?;
+            inner.folder.sweep(&held);
+            match inner.standing(&record)? {
+                Standing::Gone => Ok(Next::Done),
+                // It was never ours: another was quicker with this number.
+                Standing::Foreign(reason) if record.phase == Phase::Making => {
+                    tracing::info!(vmid = %record.vmid, reason, "a CT has the number that a half-made one was to get; it stays");
+                    Ok(Next::Done)
+                }
+                foreign @ Standing::Foreign(_) => Ok(Next::NotOurs(foreign.error(&record))),
+                Standing::Torn | Standing::Destroyed => {
+                    inner.folder.remove(&held)?;
+                    Ok(Next::Again)
+                }
+                Standing::Ours(mut content) => match content.config.lock.as_deref() {
+                    // Not complete, so it never ran.
+                    Some("create") if !complete => {
+                        inner.folder.remove(&held)?;
+                        Ok(Next::Again)
+                    }
+                    Some(lock) => Err(Error::Locked { vmid: record.vmid, lock: lock.to_owned() }),
+                    None if inner.inits.is_frozen(&record.id) => {
+                        Err(Error::Locked { vmid: record.vmid, lock: "frozen".into() })
+                    }
+                    None => {
+                        // Without it Proxmox VE would stop the CT, free its volumes, and fail at its file.
+                        inner.folder.check_quorum(&inner.folder.path(record.vmid))?;
+                        if content.config.protection == Some(true) {
+                            content.config.protection = None;
+                            inner.folder.replace(&held, &content)?;
+                        }
+                        Ok(Next::Api)
+                    }
+                },
+                other => Err(other.error(&record)),
+            }
+        })
+        .await
+    }
+
+    async fn by_api(&self, record: &Record) -> Result<()> {
+        let vmid = record.vmid;
+        let _few = self.deletes.acquire().await.map_err(|_| Error::Host("the engine has ended".into()))?;
+        let options = Delete { force: true, purge: true, destroy_unreferenced_disks: false };
+        let removing = async {
+            match self.client.ct(&self.config.node, vmid).delete(options).await {
+                Ok(task) => self.follow("remove", vmid, &task).await,
+                Err(error) => Err(api("remove", vmid)(error)),
+            }
+        };
+        let done = tokio::time::timeout(LIMIT, removing).await;
+        match done {
+            Ok(Err(Error::Pve { source, .. })) if source.is_gone() => Ok(()),
+            // It may have got as far as `lock: destroyed`, which is looked at next.
+            Ok(Err(error @ Error::Pve { .. })) => match self.standing(record)? {
+                Standing::Destroyed | Standing::Gone => Ok(()),
+                _ => Err(error),
+            },
+            Ok(other) => other,
+            Err(_) => Err(Error::Busy {
+                vmid,
+                what: format!("its removal takes longer than {} s", LIMIT.as_secs()),
+            }),
+        }
+    }
+
+    /// Removes what is ours beside the CT, its record last.
+    async fn forget(self: &Arc<Self>, record: Record) -> Result<()> {
+        self.volumes.destroy(&record.volume(), &record.id).await?;
+        let inner = Arc::clone(self);
+        blocking(move || {
+            record.mark().remove(&inner.layout.includes)?;
+            inner.records.remove(&record.id)?;
+            inner.numbers.remove(&record.id);
+            inner.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&record.id);
+            Ok(())
+        })
+        .await
+    }
+}

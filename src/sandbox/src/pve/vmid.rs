@@ -1,0 +1,168 @@
+//! Which VMID a new CT gets: the lowest free one of a range.
+//!
+//! Proxmox VE keeps about a megabyte of graphs for each VMID that ever was on each host, so they are used again. Free is
+//! what neither a guest of any node has nor something of ours that is left over. Between the look and the making another
+//! may take it: the exclusive creation of its file decides.
+
+use std::{collections::BTreeSet, fs, io::ErrorKind, path::Path};
+
+use moxlet_ids::Vmid;
+
+use crate::{Error, Result, error::io};
+
+/// The VMIDs that CTs of pods get, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmidRange {
+    first: Vmid,
+    last: Vmid,
+}
+
+impl VmidRange {
+    /// A range.
+    ///
+    /// # Errors
+    /// The first is above the last.
+    pub fn new(first: Vmid, last: Vmid) -> Result<Self> {
+        if first > last {
+            return Err(Error::Invalid {
+                what: "VMID range".into(),
+                value: format!("{first} to {last}"),
+                reason: "its first is above its last".into(),
+            });
+        }
+        Ok(Self { first, last })
+    }
+
+    /// Its first.
+    #[must_use]
+    pub fn first(&self) -> Vmid {
+        self.first
+    }
+
+    /// Its last.
+    #[must_use]
+    pub fn last(&self) -> Vmid {
+        self.last
+    }
+
+    /// Whether a VMID is one of it.
+    #[must_use]
+    pub fn contains(&self, vmid: Vmid) -> bool {
+        (self.first..=self.last).contains(&vmid)
+    }
+
+    /// What to say where Proxmox VE itself hands out VMIDs of the range; `next` is where it looks, the second excluded.
+    #[must_use]
+    pub fn overlap(&self, next: (u32, u32)) -> Option<String> {
+        let (lower, upper) = next;
+        (self.first.get() < upper && lower <= self.last.get()).then(|| {
+            format!(
+                "Proxmox VE hands out VMIDs from {lower} to {}, which is in the range of the pods ({} to {}): a new guest and a \
+                 new pod may want the same one, and the later is refused; set another range here, or `next-id: \
+                 lower=100,upper={}` in the datacenter's options",
+                upper.saturating_sub(1),
+                self.first,
+                self.last,
+                self.first
+            )
+        })
+    }
+
+    /// The lowest that is not taken.
+    ///
+    /// # Errors
+    /// [`Error::NoVmid`]: all are.
+    pub(super) fn lowest_free(&self, taken: &BTreeSet<Vmid>) -> Result<Vmid> {
+        let mut next = self.first.get();
+        // Those taken come in order: the first gap is it.
+        for vmid in taken.range(self.first..=self.last) {
+            if vmid.get() != next {
+                break;
+            }
+            next += 1;
+        }
+        Vmid::new(next)
+            .ok()
+            .filter(|v| self.contains(*v))
+            .ok_or(Error::NoVmid { first: self.first, last: self.last })
+    }
+}
+
+/// The VMIDs of all guests of the cluster: of CTs and of virtual machines, on whatever node.
+pub(super) fn in_use(config_dir: &Path) -> Result<BTreeSet<Vmid>> {
+    let mut found = BTreeSet::new();
+    let nodes = config_dir.join("nodes");
+    for node in fs::read_dir(&nodes).map_err(io("read", &nodes))? {
+        let node = node.map_err(io("read", &nodes))?.path();
+        for kind in ["lxc", "qemu-server"] {
+            let dir = node.join(kind);
+            let entries = match fs::read_dir(&dir) {
+                Ok(entries) => entries,
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
+                Err(e) => return Err(io("read", dir)(e)),
+            };
+            for entry in entries {
+                let name = entry.map_err(io("read", &dir))?.file_name();
+                found.extend(name.to_str().and_then(|n| n.strip_suffix(".conf")?.parse::<Vmid>().ok()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn v(number: u32) -> Vmid {
+        Vmid::new(number).unwrap()
+    }
+
+    fn range(first: u32, last: u32) -> VmidRange {
+        VmidRange::new(v(first), v(last)).unwrap()
+    }
+
+    #[test]
+    fn guests_of_all_nodes_and_kinds_are_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in [
+            "nodes/a/lxc/100.conf",
+            "nodes/b/qemu-server/101.conf",
+            "nodes/b/lxc/102.conf.tmp.7",
+            "nodes/c/lxc/x.conf",
+        ] {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        assert_eq!(in_use(dir.path()).unwrap(), BTreeSet::from([v(100), v(101)]));
+        assert!(in_use(&dir.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn an_exhausted_range_says_so() {
+        let error =
+            range(100, 101).lowest_free(&BTreeSet::from([v(100), v(101), v(102)])).unwrap_err().to_string();
+        assert!(error.contains("100") && error.contains("101"), "{error}");
+        assert!(VmidRange::new(v(101), v(100)).is_err());
+    }
+
+    #[test]
+    fn a_range_that_proxmox_ve_hands_out_from_is_warned_of() {
+        assert!(range(1_000_000, 1_009_999).overlap((100, 1_000_000)).is_none());
+        assert!(range(999_999, 1_009_999).overlap((100, 1_000_000)).unwrap().contains("upper=999999"));
+        assert!(range(200, 300).overlap((301, 400)).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn the_lowest_free_one_is_taken(taken in proptest::collection::btree_set(100u32..140, 0..45)) {
+            let set: BTreeSet<Vmid> = taken.iter().map(|n| v(*n)).collect();
+            let expected = (105..=130).find(|n| !taken.contains(n));
+            prop_assert_eq!(range(105, 130).lowest_free(&set).ok().map(Vmid::get), expected);
+        }
+    }
+}

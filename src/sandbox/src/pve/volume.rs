@@ -1,0 +1,221 @@
+//! The root volume of a CT: a dataset `<pool>/subvol-<vmid>-disk-0`, which Proxmox VE takes for a volume of this CT by its
+//! name alone. It holds mount points and nothing else; the pod's own containers have roots of their own.
+//!
+//! Moxlet makes it, since the API makes none without an archive; Proxmox VE mounts it at each start and destroys it with the
+//! CT. A user property says that it is ours and whose: a dataset of the name without it belongs to somebody else.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, lchown},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use moxlet_ids::SandboxId;
+use tokio::process::Command;
+
+use crate::{Error, INIT_IN_CT, IdMap, Result, error::io};
+
+/// The property that says whose a dataset is.
+const OWNER: &str = "dev.moxlet:owner";
+const ZFS: &str = "zfs";
+const LIMIT: Duration = Duration::from_secs(120);
+const DIRS: [&str; 11] = ["bin", "dev", "etc", "mnt", "proc", "root", "run", "sbin", "sys", "tmp", "var"];
+/// How often a dataset that is still busy is tried again.
+const BUSY_TRIES: u32 = 20;
+const BUSY_PAUSE: Duration = Duration::from_millis(250);
+
+/// Whose a volume is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeOwner {
+    /// There is none of the name.
+    Nobody,
+    /// This sandbox.
+    Sandbox(SandboxId),
+    /// Not Moxlet.
+    Other,
+}
+
+/// What holds the root volumes of CTs.
+#[async_trait]
+pub trait Volumes: Send + Sync + std::fmt::Debug {
+    /// Makes a volume of so many bytes for a sandbox and fills it; made again it is completed.
+    /// [`Error::VolumeTaken`] if there is one of the name that is not this sandbox'.
+    async fn create(&self, name: &str, bytes: u64, owner: &SandboxId, map: IdMap) -> Result<()>;
+    /// Whose a volume is.
+    async fn owner(&self, name: &str) -> Result<VolumeOwner>;
+    /// Removes a volume of this sandbox with all snapshots of it. One of somebody else is left alone. Idempotent.
+    async fn destroy(&self, name: &str, owner: &SandboxId) -> Result<()>;
+}
+
+/// Datasets on the pool (or a dataset) that a storage of type `zfspool` has.
+#[derive(Debug)]
+pub struct ZfsVolumes {
+    pool: String,
+}
+
+impl ZfsVolumes {
+    /// Volumes below this pool or dataset.
+    ///
+    /// # Errors
+    /// There is none of the name, or no `zfs` program.
+    pub async fn open(pool: &str) -> Result<Self> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:/".contains(c);
+        if pool.is_empty() || pool.starts_with(['-', '/']) || !pool.chars().all(plain) {
+            return Err(Error::Invalid {
+                what: "pool".into(),
+                value: pool.into(),
+                reason: "it is no dataset's name".into(),
+            });
+        }
+        run(&["list", "-H", "-o", "name", pool]).await?;
+        Ok(Self { pool: pool.to_owned() })
+    }
+
+    fn dataset(&self, name: &str) -> String {
+        format!("{}/{name}", self.pool)
+    }
+}
+
+#[async_trait]
+impl Volumes for ZfsVolumes {
+    async fn create(&self, name: &str, bytes: u64, owner: &SandboxId, map: IdMap) -> Result<()> {
+        let dataset = self.dataset(name);
+        let quota = format!("refquota={bytes}");
+        let own = format!("{OWNER}={owner}");
+        // Not mounted with all others at the boot: Proxmox VE mounts it when it starts the CT.
+        let options =
+            ["-o", "acltype=posixacl", "-o", "xattr=sa", "-o", "canmount=noauto", "-o", &quota, "-o", &own];
+        let mut args = vec!["create"];
+        args.extend(options);
+        args.push(&dataset);
+        match run(&args).await {
+            Ok(_) => {}
+            Err(error) if said(&error, "dataset already exists") => match self.owner(name).await? {
+                VolumeOwner::Sandbox(id) if id == *owner => {}
+                _ => return Err(Error::VolumeTaken(dataset)),
+            },
+            Err(error) => return Err(error),
+        }
+        match run(&["mount", &dataset]).await {
+            Ok(_) => {}
+            Err(error) if said(&error, "already mounted") => {}
+            Err(error) => return Err(error),
+        }
+        let text = run(&["get", "-Hp", "-o", "value", "mountpoint", &dataset]).await?;
+        let mountpoint = PathBuf::from(text.trim());
+        if !mountpoint.is_absolute() {
+            return Err(Error::Host(format!(
+                "the dataset {dataset} would be mounted at {:?}: give {} a mountpoint, as Proxmox VE's storages have",
+                text.trim(),
+                self.pool
+            )));
+        }
+        let filled = tokio::task::spawn_blocking(move || fill(&mountpoint, map));
+        filled.await.map_err(|e| Error::Host(format!("filling a root volume failed: {e}")))?
+    }
+
+    async fn owner(&self, name: &str) -> Result<VolumeOwner> {
+        match run(&["get", "-H", "-o", "value", OWNER, &self.dataset(name)]).await {
+            Ok(text) => Ok(text.trim().parse().map_or(VolumeOwner::Other, VolumeOwner::Sandbox)),
+            Err(error) if said(&error, "dataset does not exist") => Ok(VolumeOwner::Nobody),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn destroy(&self, name: &str, owner: &SandboxId) -> Result<()> {
+        let dataset = self.dataset(name);
+        for attempt in 0..BUSY_TRIES {
+            if self.owner(name).await? != VolumeOwner::Sandbox(owner.clone()) {
+                return Ok(());
+            }
+            match run(&["destroy", "-r", &dataset]).await {
+                Err(error) if said(&error, "busy") && attempt + 1 < BUSY_TRIES => {
+                    tokio::time::sleep(BUSY_PAUSE).await;
+                }
+                Err(error) if said(&error, "dataset does not exist") => return Ok(()),
+                done => return done.map(drop),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn said(error: &Error, words: &str) -> bool {
+    matches!(error, Error::Zfs { stderr, .. } if stderr.contains(words))
+}
+
+async fn run(args: &[&str]) -> Result<String> {
+    let command = || format!("{ZFS} {}", args.join(" "));
+    let child = Command::new(ZFS)
+        .args(args)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(LIMIT, child).await;
+    let output = output
+        .map_err(|_| Error::Zfs {
+            command: command(),
+            stderr: format!("no answer within {} s", LIMIT.as_secs()),
+        })?
+        .map_err(|source| Error::Spawn { program: ZFS.into(), source })?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let stderr: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(1500).collect();
+    Err(Error::Zfs { command: command(), stderr })
+}
+
+/// Makes the small root of a CT. No CT has run on it, so nothing in it leads elsewhere.
+fn fill(root: &Path, map: IdMap) -> Result<()> {
+    let own = |path: &Path| lchown(path, Some(map.host_base), Some(map.host_base)).map_err(io("own", path));
+    own(root)?;
+    for dir in DIRS {
+        let path = root.join(dir);
+        match fs::DirBuilder::new().mode(0o755).create(&path) {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(io("create", path)(e)),
+            _ => own(&path)?,
+        }
+    }
+    let init = root.join(&INIT_IN_CT[1..]);
+    let open = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o755).open(&init);
+    open.map_err(io("create", &init))?;
+    own(&init)?;
+    // What `pct enter` runs.
+    let shell = root.join("bin/sh");
+    match std::os::unix::fs::symlink(INIT_IN_CT, &shell) {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(io("create", shell)(e)),
+        _ => own(&shell)?,
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn a_root_has_mount_points_and_a_shell_that_is_the_init() {
+        let dir = tempfile::tempdir().unwrap();
+        // SAFETY of the test: the ids of whoever runs it, so that it needs no privilege.
+        let map = IdMap { host_base: rustix::process::getuid().as_raw(), size: 1 };
+        fill(dir.path(), map).unwrap();
+        fill(dir.path(), map).unwrap();
+        assert_eq!(fs::read_link(dir.path().join("bin/sh")).unwrap(), Path::new("/sbin/moxlet-init"));
+        assert!(dir.path().join("sbin/moxlet-init").is_file() && dir.path().join("run").is_dir());
+    }
+
+    #[tokio::test]
+    async fn a_pool_that_could_be_an_option_is_refused() {
+        for bad in ["", "-r", "/tank", "a b"] {
+            assert!(matches!(ZfsVolumes::open(bad).await, Err(Error::Invalid { .. })), "{bad:?}");
+        }
+    }
+}
