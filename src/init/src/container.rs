@@ -58,6 +58,8 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct Container {
     pub(crate) id: String,
+    /// What people call it.
+    pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) created_at_ns: i64,
     pub(crate) bundle: PathBuf,
@@ -100,6 +102,9 @@ impl Container {
         self.changed.notify_all();
         self.readers.clear();
         lock(&self.stdin).take();
+        if let Status::Exited { code, .. } = &exited.status {
+            pod.console.say(&format!("{} has exited with {code}", self.name));
+        }
         pod.bus.publish(&Event::Exited { container: exited });
     }
 

@@ -5,9 +5,10 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use crate::sys::now_ns;
+use crate::{console::Console, sys::now_ns};
 
 /// A longer line is written in parts (`P`) of this size, as containerd does.
 pub(crate) const MAX_LINE: usize = 16 << 10;
@@ -28,6 +29,8 @@ pub(crate) struct LogFile {
     max_bytes: u64,
     max_files: u32,
     pending: Vec<u8>,
+    /// Where lines are shown as well, under which name.
+    console: Option<(Arc<Console>, String)>,
 }
 
 impl LogFile {
@@ -36,6 +39,11 @@ impl LogFile {
         let mut log = Self { path, max_bytes, max_files: max_files.max(1), ..Self::default() };
         log.reopen()?;
         Ok(log)
+    }
+
+    /// Shows each line on the console, too.
+    pub(crate) fn show_on(&mut self, console: &Arc<Console>, name: &str) {
+        self.console = console.is_there().then(|| (Arc::clone(console), name.to_owned()));
     }
 
     /// Opens the file anew, after someone else renamed it.
@@ -56,6 +64,9 @@ impl LogFile {
     }
 
     fn add(&mut self, head: &[u8], tag: &[u8], line: &[u8]) {
+        if let Some((console, name)) = &self.console {
+            console.show(name, line);
+        }
         if self.path.is_none() {
             return;
         }

@@ -7,9 +7,11 @@
 //! PID 1 has a few small threads and no runtime: one for signals and reaping (the main one), one that accepts, one for each
 //! request, one for each container's output. What must be single-threaded (libcontainer forks by raw `clone3`, `setns` into
 //! a mount namespace) happens in a short-lived child: this same binary again, as `moxlet-init create` or `moxlet-init exec`.
+//! Called `sh` it lists the containers and enters one; see [`shell`].
 
 mod attach;
 mod cgroup;
+mod console;
 mod container;
 mod error;
 mod events;
@@ -20,6 +22,7 @@ mod output;
 mod pod;
 mod reaper;
 mod server;
+mod shell;
 mod spec;
 mod sys;
 
@@ -73,7 +76,11 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
 }
 
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1).peekable();
+    let mut args = std::env::args();
+    if shell::is_wanted(args.next().as_deref()) {
+        return shell::main(&args.collect::<Vec<_>>());
+    }
+    let mut args = args.peekable();
     let done = match args.peek().map(String::as_str) {
         Some("create") => return helper::create::main(args.skip(1)),
         Some("exec") => return helper::exec::main(args.skip(1)),

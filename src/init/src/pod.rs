@@ -25,6 +25,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::{
     Options, cgroup,
+    console::Console,
     container::{Container, Phase, State},
     error::{Context, Error, Result},
     events::Bus,
@@ -33,7 +34,7 @@ use crate::{
     log::{LogFile, Stream},
     output::{self, Source},
     reaper::Reaper,
-    spec,
+    shell, spec,
     sys::{Wake, lock, now_ns, pipe, spawn_self, thread, trim_memory},
 };
 
@@ -50,6 +51,7 @@ pub(crate) struct Pod {
     pub(crate) reaper: Reaper,
     pub(crate) bus: Bus,
     pub(crate) execs: Execs,
+    pub(crate) console: Arc<Console>,
     /// `None`: being made.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     stopping: AtomicBool,
@@ -62,6 +64,7 @@ impl Pod {
             reaper: Reaper::default(),
             bus: Bus::default(),
             execs: Execs::default(),
+            console: Arc::new(Console::open()),
             containers: Mutex::default(),
             stopping: AtomicBool::new(false),
         }
@@ -119,6 +122,7 @@ impl Pod {
     }
 
     fn make(self: &Arc<Self>, request: &mut CreateRequest) -> Result<Arc<Container>> {
+        let name = shell::name_in(&request.spec).unwrap_or(&request.id).to_owned();
         let prepared = spec::prepare(request)?;
         let bundle = self.options.run.join("bundles").join(&request.id);
         fs::create_dir_all(&bundle).context(format!("making {}", bundle.display()))?;
@@ -131,8 +135,9 @@ impl Pod {
             .and_then(|mut file| file.write_all(&prepared.config))
             .context("writing the bundle")?;
         let log_name = request.log_path.as_ref().map(|p| p.display().to_string()).unwrap_or_default();
-        let log = LogFile::open(request.log_path.take(), request.log_max_bytes, request.log_max_files)
+        let mut log = LogFile::open(request.log_path.take(), request.log_max_bytes, request.log_max_files)
             .context(format!("opening the log {log_name}"))?;
+        log.show_on(&self.console, &name);
         let mut stdin = None;
         let mut sources = Vec::new();
         let stdio = if request.tty {
@@ -167,6 +172,7 @@ impl Pod {
         }
         let container = Arc::new(Container {
             id: request.id.clone(),
+            name,
             pid,
             created_at_ns: now_ns(),
             bundle,
@@ -242,6 +248,7 @@ impl Pod {
         };
         if executed.is_ok() {
             // Before the end of a short one can be told.
+            self.console.say(&format!("{} runs", container.name));
             self.bus.publish(&Event::Started { container: report.clone() });
         } else {
             let _ = self.reaper.signal(container.pid, libc::SIGKILL);

@@ -52,6 +52,7 @@ pub(crate) fn run(options: Options) -> Result<()> {
     let listener = listen(&options)?;
     let grace = options.grace;
     let pod = Arc::new(Pod::new(options));
+    pod.console.say("the pod is ready for its containers");
     let server = Arc::clone(&pod);
     thread("accept", move || accept(&server, &listener))?;
     let mut stopping = false;
@@ -73,6 +74,7 @@ pub(crate) fn run(options: Options) -> Result<()> {
 
 /// Stops the containers and ends this process, and with it the CT.
 fn stop(pod: &Pod, grace: Duration) {
+    pod.console.say("the pod is being stopped");
     pod.stop_all(grace);
     let _ = fs::remove_file(&pod.options.socket);
     std::process::exit(0);
