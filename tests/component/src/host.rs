@@ -24,7 +24,7 @@ use tonic::{
     transport::{Channel, Endpoint, Uri},
 };
 
-use crate::{forwarding::Forwarding, init_binary, registry, repository, traces, wait::until};
+use crate::{forwarding::Forwarding, init_binary, pve, registry, repository, traces, wait::until};
 
 /// A sandbox that was made.
 #[derive(Debug, Clone)]
@@ -76,6 +76,7 @@ impl Host {
             pod_cidr: Some(format!("10.248.{number}.0/24")),
             cni: CniSettings { bridge, ..CniSettings::default() },
             plain_http_registries: vec![registry.to_owned()],
+            engine: pve::engine(number),
             ..Config::default()
         };
         let (channel, made) = (channel(config.cri_socket.clone()), Mutex::default());
@@ -267,7 +268,9 @@ impl Host {
 
     /// What is left of all sandboxes.
     pub fn traces(&self) -> Vec<String> {
-        traces::of(self.root(), &self.config.cni.bridge, &self.made.lock().unwrap())
+        let mut left = traces::of(self.root(), &self.config.cni.bridge, &self.made.lock().unwrap());
+        left.extend(pve::traces(&self.config));
+        left
     }
 
     /// Waits until nothing is left of any sandbox; the kernel takes its time with an interface.

@@ -3,6 +3,7 @@
 
 pub mod forwarding;
 pub mod host;
+pub mod pve;
 pub mod registry;
 pub mod traces;
 pub mod wait;

@@ -29,10 +29,11 @@ fn cgroups() -> Vec<String> {
     all
 }
 
-/// Host-local's allotments: the addresses in use.
+/// The addresses in use: host-local's allotments, or the agent's own.
 #[must_use]
 pub fn allotted(root: &Path) -> Vec<String> {
-    let all = names(&root.join("cni/ipam/moxlet"));
+    let mut all = names(&root.join("cni/ipam/moxlet"));
+    all.extend(crate::pve::allotted(root));
     all.into_iter().filter(|n| n.parse::<std::net::IpAddr>().is_ok()).collect()
 }
 

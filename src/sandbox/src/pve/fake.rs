@@ -44,8 +44,10 @@ impl Volumes for FileVolumes {
             VolumeOwner::Sandbox(id) if id != *owner => return Err(Error::VolumeTaken(name.to_owned())),
             _ => {}
         }
-        let path = self.owners.join(name);
-        fs::write(&path, owner.as_str()).map_err(io("write", path))?;
+        // At once or not at all, as a property of a dataset.
+        let (draft, path) = (self.owners.with_file_name(format!(".owner-{name}")), self.owners.join(name));
+        let write = || fs::write(&draft, owner.as_str()).and_then(|()| fs::rename(&draft, &path));
+        write().map_err(io("write", &path))?;
         let path = self.dir.join(name);
         fs::write(&path, bytes.to_string()).map_err(io("write", path))
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use moxlet_cri::{annotations, host, v1};
 use moxlet_tests_component::{
     host::{Host, container, sleeper},
+    pve,
     wait::until,
 };
 use tonic::Code;
@@ -15,7 +16,8 @@ async fn a_container_lives_and_nothing_is_left_of_its_pod() {
     let pod = host.pod("life").await;
     let ready = host.pod_status(&pod.id).await.unwrap();
     assert_eq!(ready.state(), v1::PodSandboxState::SandboxReady);
-    assert!(ready.network.unwrap().ip.starts_with("10.248."));
+    let range = if pve::is_engine() { "10.10." } else { "10.248." };
+    assert!(ready.network.unwrap().ip.starts_with(range));
 
     let mut config = container("main", "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.1; done");
     config.envs = vec![v1::KeyValue { key: "COLOUR".into(), value: b"red".to_vec() }];

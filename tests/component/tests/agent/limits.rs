@@ -8,6 +8,7 @@ use std::{
 use moxlet_cri::{annotations, v1};
 use moxlet_tests_component::{
     host::{Host, container, sleeper},
+    pve,
     wait::until,
 };
 
@@ -135,6 +136,7 @@ async fn a_container_is_under_the_profile_of_its_ct_where_the_host_has_apparmor(
         fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.trim() == "Y");
     let process = read(&id, "cgroup.procs", "cgroup.procs");
     let label = fs::read_to_string(format!("/proc/{process}/attr/current")).unwrap_or_default();
-    assert_eq!(label.contains(&pod.id) && label.trim_end().ends_with("(enforce)"), has_apparmor, "{label}");
+    let name = pve::vmid(host.root(), &pod.id).unwrap_or_else(|| pod.id.clone());
+    assert_eq!(label.contains(&name) && label.trim_end().ends_with("(enforce)"), has_apparmor, "{label}");
     host.end().await;
 }

@@ -8,16 +8,21 @@ use moxlet_cri::{
 };
 use moxlet_tests_component::{
     host::{Host, container, mounted, sleeper},
-    traces,
+    pve, traces,
     wait::until,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
 /// All processes of a CT as the host numbers them.
 pub(crate) fn processes(sandbox: &str) -> Vec<u32> {
-    let payload = format!("/lxc.payload.{sandbox}");
+    let payload = if pve::is_engine() { "/lxc/".to_owned() } else { format!("/lxc.payload.{sandbox}") };
+    // Proxmox VE's cgroups have numbers; then the pod is known by what is mounted.
+    let mounted = format!("/pods/{sandbox}/");
+    let has = |pid: &u32, file: &str, text: &str| {
+        fs::read_to_string(format!("/proc/{pid}/{file}")).is_ok_and(|t| t.contains(text))
+    };
     let all = fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
-    all.filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|t| t.contains(&payload)))
+    all.filter(|pid| has(pid, "cgroup", &payload) && (!pve::is_engine() || has(pid, "mountinfo", &mounted)))
         .collect()
 }
 
@@ -173,14 +178,20 @@ async fn what_no_sandbox_of_the_ledger_owns_is_removed() {
     fs::remove_file(root.join(format!("ledger/sandboxes/{}.json", lost.id))).unwrap();
     // And single things as a crash leaves them.
     let stray = |digit: &str| digit.repeat(32);
-    fs::create_dir(root.join(format!("lxc/ct/{}", stray("a")))).unwrap();
+    if !pve::is_engine() {
+        fs::create_dir(root.join(format!("lxc/ct/{}", stray("a")))).unwrap();
+    }
     let shared = root.join(format!("pods/{}/ctr/x/rootfs", stray("b")));
     fs::DirBuilder::new().recursive(true).mode(0o711).create(&shared).unwrap();
     let flags = rustix::mount::MountFlags::NODEV;
     rustix::mount::mount("stray", &shared, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
-    let allotments = root.join("cni/ipam/moxlet");
-    let range = host.config.pod_cidr.as_deref().unwrap().trim_end_matches(".0/24").to_owned();
-    fs::write(allotments.join(format!("{range}.77")), format!("{}\r\neth0", stray("c"))).unwrap();
+    if pve::is_engine() {
+        fs::write(root.join("addresses/10.10.99.99"), stray("c")).unwrap();
+    } else {
+        let allotments = root.join("cni/ipam/moxlet");
+        let range = host.config.pod_cidr.as_deref().unwrap().trim_end_matches(".0/24").to_owned();
+        fs::write(allotments.join(format!("{range}.77")), format!("{}\r\neth0", stray("c"))).unwrap();
+    }
     let roots = root.join("storage/roots");
     let own = fs::read_dir(&roots).unwrap().next().unwrap().unwrap().path();
     fs::create_dir_all(roots.join(stray("d")).join("upper")).unwrap();

@@ -1,0 +1,255 @@
+//! Living with the administrator: each thing that can be done to a pod's CT has its reaction.
+
+use std::{fs, time::Duration};
+
+use moxlet_ids::{SandboxId, Vmid};
+use moxlet_pve::{
+    api::ct::{ConfigChange, Delete, Migrate},
+    api::task::Wait,
+    config::LxcConfig,
+};
+use moxlet_sandbox::{Engine, Error, SandboxState};
+use serde_json::json;
+
+use crate::world::{World, spec};
+
+fn number(world: &World, id: &SandboxId) -> Vmid {
+    Vmid::new(world.vmid(id)).unwrap()
+}
+
+async fn ended(world: &World, task: moxlet_pve::Upid) -> moxlet_pve::Result<()> {
+    world.admin.wait(&task, &Wait::within(Duration::from_secs(30))).await.map(drop)
+}
+
+async fn set_lock(world: &World, id: &SandboxId, lock: Option<&str>) {
+    let path = world.place.conf(world.vmid(id));
+    let text: String = fs::read_to_string(&path)
+        .unwrap()
+        .lines()
+        .filter(|l| !l.starts_with("lock:"))
+        .map(|l| format!("{l}\n"))
+        .collect();
+    let at = text.find("memory:").unwrap();
+    let lock = lock.map(|l| format!("lock: {l}\n")).unwrap_or_default();
+    fs::write(&path, format!("{}{lock}{}", &text[..at], &text[at..])).unwrap();
+}
+
+#[tokio::test]
+async fn stopped_by_hand_it_is_stopped_and_can_be_deleted() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let vmid = number(&world, &id);
+    let task = world.admin.ct(&world.node, vmid).stop(false).await.unwrap();
+    ended(&world, task).await.unwrap();
+    world.engine.wait(&id).await.unwrap();
+    assert_eq!(world.engine.state(&id).await.unwrap(), Some(SandboxState::Stopped));
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn deleted_by_hand_it_is_gone_and_leaves_nothing() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let options = Delete { force: true, purge: true, ..Delete::default() };
+    let task = world.admin.ct(&world.node, number(&world, &id)).delete(options).await.unwrap();
+    ended(&world, task).await.unwrap();
+    assert_eq!(world.seen().await, ["CTDeleted"]);
+    assert!(world.seen().await.is_empty());
+    assert_eq!(world.engine.state(&id).await.unwrap(), None);
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn deleted_by_hand_and_its_number_used_again_the_new_one_is_left_alone() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let vmid = number(&world, &id);
+    let options = Delete { force: true, purge: true, ..Delete::default() };
+    let task = world.admin.ct(&world.node, vmid).delete(options).await.unwrap();
+    ended(&world, task).await.unwrap();
+    let conf = world.place.conf(vmid.get());
+    let text =
+        format!("arch: amd64\nhostname: new\nmemory: 64\nrootfs: local-zfs:subvol-{vmid}-disk-0,size=1G\n");
+    fs::write(&conf, &text).unwrap();
+    fs::write(world.place.volume(vmid.get()), "7").unwrap();
+    fs::remove_file(world.place.dir.join(format!("owners/subvol-{vmid}-disk-0"))).unwrap();
+    assert_eq!(world.seen().await, ["CTForeign"]);
+    assert!(world.engine.start(&id).await.is_err());
+    world.engine.delete(&id).await.unwrap();
+    assert_eq!(fs::read_to_string(&conf).unwrap(), text);
+    assert_eq!(fs::read_to_string(world.place.volume(vmid.get())).unwrap(), "7");
+    world.assert_foreigners_untouched();
+}
+
+#[tokio::test]
+async fn an_edit_is_accepted_and_told_once_also_after_a_restart() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let set = LxcConfig { memory: Some(300), ..LxcConfig::default() };
+    let change = ConfigChange { set, ..ConfigChange::default() };
+    world.admin.ct(&world.node, number(&world, &id)).set_config(&change).await.unwrap();
+    // Noticed also by an agent that was away meanwhile.
+    let again = world.place.engine(&world.sim.hosts()[0].url, crate::world::FIRST + 99, &world.calls);
+    let seen = again.look().await.unwrap();
+    let own: Vec<_> = seen.iter().filter(|o| o.sandbox.as_ref() == Some(&id)).collect();
+    assert_eq!(own.len(), 1);
+    assert!(own[0].reason == "CTEdited" && own[0].message.contains("memory 65 to 300"), "{own:?}");
+    assert!(again.look().await.unwrap().is_empty());
+    assert!(world.conf(&id).contains("memory: 300"));
+    again.stop(&id, Duration::ZERO).await.unwrap();
+    again.start(&id).await.unwrap();
+    again.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn renamed_it_stays_renamed() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let set =
+        LxcConfig { hostname: Some("mine".into()), tags: vec!["x".parse().unwrap()], ..LxcConfig::default() };
+    let change = ConfigChange { set, ..ConfigChange::default() };
+    world.admin.ct(&world.node, number(&world, &id)).set_config(&change).await.unwrap();
+    assert!(world.seen().await.contains(&"CTRelabelled"));
+    assert!(world.seen().await.is_empty());
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn locked_by_a_backup_it_is_neither_stopped_nor_deleted_until_that_is_over() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    set_lock(&world, &id, Some("backup")).await;
+    assert_eq!(world.engine.held_by(&id).await.unwrap().as_deref(), Some("backup"));
+    assert_eq!(world.seen().await, ["CTLocked"]);
+    world.calls.take();
+    for refused in [world.engine.delete(&id).await, world.engine.stop(&id, Duration::ZERO).await] {
+        let refused = refused.unwrap_err();
+        assert!(matches!(&refused, Error::Locked { lock, .. } if lock == "backup") && refused.is_temporary());
+    }
+    assert!(world.calls.take().is_empty());
+    set_lock(&world, &id, None).await;
+    assert_eq!(world.seen().await, ["CTUnlocked"]);
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn frozen_it_waits() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let run = world.place.state().join(format!("run/ct/pve1-{}.json", world.vmid(&id)));
+    let text = fs::read_to_string(&run).unwrap();
+    fs::write(&run, text.replace("\"frozen\":false", "\"frozen\":true")).unwrap();
+    assert_eq!(world.seen().await, ["CTFrozen"]);
+    assert_eq!(world.engine.held_by(&id).await.unwrap().as_deref(), Some("frozen"));
+    assert!(matches!(world.engine.delete(&id).await, Err(Error::Locked { .. })));
+    fs::write(&run, text).unwrap();
+    assert_eq!(world.seen().await, ["CTThawed"]);
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn migration_snapshot_and_clone_are_refused_by_proxmox_ve_itself() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let vmid = number(&world, &id);
+    let before = world.conf(&id);
+    let to = Migrate { target: "pve2".parse().unwrap(), restart: true, timeout: None, target_storage: None };
+    let refused = match world.admin.ct(&world.node, vmid).migrate(&to).await {
+        Ok(task) => ended(&world, task).await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert!(refused.to_string().contains("bind"), "{refused}");
+    assert_eq!(world.conf(&id), before);
+    assert!(matches!(world.engine.state(&id).await.unwrap(), Some(SandboxState::Running { .. })));
+}
+
+#[tokio::test]
+async fn on_another_host_it_is_reported_and_left_there() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    world.engine.stop(&id, Duration::ZERO).await.unwrap();
+    let here = world.place.conf(world.vmid(&id));
+    let there = here.to_string_lossy().replace("/pve1/", "/pve2/");
+    fs::rename(&here, &there).unwrap();
+    assert_eq!(world.seen().await, ["CTMigrated"]);
+    for refused in [world.engine.start(&id).await.map(drop), world.engine.delete(&id).await] {
+        assert!(matches!(refused, Err(Error::Moved { node, .. }) if node == "pve2"));
+    }
+    fs::rename(&there, &here).unwrap();
+    assert_eq!(world.seen().await, ["CTBack"]);
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn under_ha_it_is_reported_and_not_started_by_us() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let resources = world.place.etc_pve().join("ha/resources.cfg");
+    fs::create_dir_all(resources.parent().unwrap()).unwrap();
+    fs::write(&resources, format!("ct: {}\n\tstate started\n", world.vmid(&id))).unwrap();
+    assert_eq!(world.seen().await, ["CTUnderHA"]);
+    fs::remove_file(world.place.state().join(format!("run/ct/pve1-{}.json", world.vmid(&id)))).unwrap();
+    let error = world.engine.start(&id).await.unwrap_err().to_string();
+    assert!(error.contains("HA"), "{error}");
+    // Deleted it leaves HA, too.
+    world.engine.delete(&id).await.unwrap();
+    assert!(!fs::read_to_string(&resources).unwrap_or_default().contains("ct:"));
+    fs::remove_file(&resources).unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_removal_that_ended_at_lock_destroyed_is_finished() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    world.control("PUT", "/locks/user.cfg", json!({"held": true})).await;
+    world.engine.delete(&id).await.unwrap();
+    assert!(!world.place.conf(crate::world::FIRST).exists());
+    world.control("PUT", "/locks/user.cfg", json!({"held": false})).await;
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_copy_of_a_pods_ct_is_reported_once_and_left_alone() {
+    let world = World::new().await;
+    let seen = world.engine.look().await.unwrap();
+    assert_eq!(
+        seen.iter().map(|o| (o.reason, o.sandbox.is_none())).collect::<Vec<_>>(),
+        [("CTForeign", true)]
+    );
+    assert!(seen[0].message.contains("1000002"), "{}", seen[0].message);
+    assert!(world.seen().await.is_empty());
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn without_quorum_nothing_is_made_and_nothing_is_lost() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    world.control("PUT", "/quorum", json!({"quorate": false})).await;
+    let members = world.place.etc_pve().join(".members");
+    let own = !members.exists();
+    if own {
+        fs::write(&members, r#"{"cluster":{"quorate":0}}"#).unwrap();
+    }
+    let pod = spec("late");
+    let error = world.engine.create(&pod).await.unwrap_err();
+    assert!(error.is_temporary() && matches!(error, Error::NoQuorum { .. }), "{error}");
+    assert!(matches!(world.engine.state(&id).await.unwrap(), Some(SandboxState::Running { .. })));
+    let error = world.engine.delete(&id).await.unwrap_err();
+    assert!(error.is_temporary(), "{error:?}");
+    world.no_faults().await;
+    if own {
+        fs::remove_file(&members).unwrap();
+    }
+    world.engine.delete(&pod.id).await.unwrap();
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}

@@ -1,0 +1,7 @@
+//! The engine on Proxmox VE against the simulator without LXC: files, calls, what an administrator does, and kills.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod admin;
+mod crash;
+mod life;
+mod world;
