@@ -1,7 +1,7 @@
 //! The layers below one that is extracted side by side with them: what OverlayFS would show of them at a path.
 //!
 //! They are looked through from the top, as OverlayFS does (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque
-//! directories"). No link is followed.
+//! directories"). No link is followed here.
 
 use std::{collections::HashMap, io, os::fd::OwnedFd, path::PathBuf, rc::Rc};
 
@@ -13,7 +13,7 @@ use rustix::{
 
 use super::{
     Fault, Outcome,
-    root::{READ_DIR, base, is_dir, is_whiteout, list, parent},
+    root::{READ_DIR, base, is_dir, is_link, is_whiteout, list, parent},
 };
 
 /// The layers below, the topmost one first.
@@ -44,8 +44,8 @@ pub(super) enum Found {
     Directory(Rc<OwnedFd>),
     /// Something else, in this directory.
     Other(Rc<OwnedFd>, Stat),
-    /// Something that is no directory lies on the way; where, and whether it is a link.
-    Blocked(Vec<u8>, Stat),
+    /// Something that is no directory lies on the way.
+    Blocked(Stat),
 }
 
 /// The parts of one directory, the topmost one first.
@@ -97,7 +97,7 @@ impl Stack {
             }
             at = match self.step(&at, part)? {
                 Step::Nothing => return Ok(Found::Nothing),
-                Step::Other(_, stat) => return Ok(Found::Blocked(part.to_vec(), stat)),
+                Step::Other(_, stat) => return Ok(Found::Blocked(stat)),
                 Step::Directory(parts) => parts,
             };
             if self.known.len() >= MAX_KNOWN {
@@ -110,6 +110,16 @@ impl Stack {
             Step::Other(dir, stat) => Found::Other(dir, stat),
             Step::Directory(parts) => parts.first().map(Rc::clone).map_or(Found::Nothing, Found::Directory),
         })
+    }
+
+    /// Where the symbolic link at a path leads, if there is one.
+    pub(super) fn link(&mut self, path: &[u8]) -> Outcome<Option<Vec<u8>>> {
+        let Found::Other(dir, stat) = self.find(path)? else { return Ok(None) };
+        if !is_link(&stat) {
+            return Ok(None);
+        }
+        let to = rustix::fs::readlinkat(&*dir, base(path), Vec::new());
+        Ok(Some(to.map_err(|e| self.fault("read", path, e))?.into_bytes()))
     }
 
     /// A name in a directory whose parts are open.

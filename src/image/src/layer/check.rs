@@ -14,9 +14,10 @@ use rustix::fs::{FileType, Mode, OFlags, Stat, major, minor};
 
 use super::{
     Fault, MAX_UNPACKED, Outcome,
+    again::{Whose, place_key},
     archive::{Archive, Entry, Kind},
-    below::lies_in,
-    root::{Obstacle, Root, base, clean, is_dir, is_whiteout, parent},
+    extract::joined,
+    root::{Root, base, clean, is_dir, is_whiteout, parent},
     settle::xattrs,
     shown,
     stream::Hashing,
@@ -46,9 +47,12 @@ pub(crate) fn check(view: &Path, tape: &Path, style: WhiteoutStyle, bottom: bool
         bottom,
         plan: Plan::default(),
         found: Vec::new(),
+        places: HashMap::new(),
     };
     // What comes last is known only at the end: once without the contents, once with them.
-    let mut hollow = Tape::open(tape)?.over(view)?.hollow();
+    let mut first = Tape::open(tape)?;
+    checker.places = first.places();
+    let mut hollow = first.over(view)?.hollow();
     let mut archive = Archive::new(io::BufReader::new(&mut hollow), None);
     let mut number = 0;
     while let Some(entry) = archive.next().map_err(plain)? {
@@ -90,8 +94,6 @@ struct Plan {
     last: HashMap<u64, (u32, u32)>,
     /// Paths that may be there without an entry.
     others: HashSet<u64>,
-    /// What the layer removes from those below.
-    removed: HashSet<u64>,
     root_is_opaque: bool,
 }
 
@@ -137,6 +139,8 @@ struct Checker {
     bottom: bool,
     plan: Plan,
     found: Vec<String>,
+    /// Where symbolic links led entries to.
+    places: HashMap<u64, Vec<u8>>,
 }
 
 impl Checker {
@@ -144,16 +148,14 @@ impl Checker {
         let path = clean(&entry.path)?;
         if is_marked(&path) {
             let name = base(&path).strip_prefix(b".wh.").unwrap_or_default();
-            if name == b".wh..opq" && parent(&path).is_empty() {
+            let removed = self.located(joined(parent(&path), name), number, Whose::Entry)?;
+            if name == b".wh..opq" && parent(&removed).is_empty() {
                 self.plan.root_is_opaque = true;
             }
-            let dir = parent(&path);
-            let removed = if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() };
             self.plan.allow(&removed);
-            self.plan.removed.insert(self.plan.hash(&removed));
             return Ok(());
         }
-        let path = self.located(path)?;
+        let path = self.located(path, number, Whose::Entry)?;
         let hash = self.plan.hash(&path);
         let known = self.plan.last.entry(hash).or_default();
         known.0 = number;
@@ -162,24 +164,18 @@ impl Checker {
         }
         self.plan.allow(parent(&path));
         if entry.kind == Kind::HardLink {
-            let target = clean(&entry.link)?;
-            let target = self.located(target)?;
+            let target = self.located(clean(&entry.link)?, number, Whose::Target)?;
             self.plan.allow(&target);
         }
         Ok(())
     }
 
-    fn located(&mut self, path: Vec<u8>) -> Outcome<Vec<u8>> {
-        match self.root.dir(parent(&path))? {
-            Err(Obstacle::NotADirectory) => {
-                let dir = match self.root.resolve(parent(&path)) {
-                    // A loop that came after what was in its place.
-                    Err(Fault::Bad(_)) => return Ok(path),
-                    dir => dir?,
-                };
-                Ok(if dir.is_empty() { base(&path).to_vec() } else { [&dir[..], b"/", base(&path)].concat() })
-            }
-            _ => Ok(path),
+    /// Where an entry, or the target of a hard link, is.
+    fn located(&self, path: Vec<u8>, number: u32, whose: Whose) -> Outcome<Vec<u8>> {
+        match self.places.get(&place_key(u64::from(number), whose)) {
+            // A damaged tape may say anything.
+            Some(place) => clean(place),
+            None => Ok(path),
         }
     }
 
@@ -199,11 +195,7 @@ impl Checker {
         if is_marked(&path) {
             return self.mark(number, &path);
         }
-        // What came before a link that is now on the way to it went when the link came.
-        if self.plan.was_replaced(number, &path) {
-            return Ok(());
-        }
-        let path = self.located(path)?;
+        let path = self.located(path, number, Whose::Entry)?;
         if !self.plan.lasts(number, &path) {
             return Ok(());
         }
@@ -212,11 +204,7 @@ impl Checker {
             Err(_) => None,
         };
         let Some((dir, stat)) = found else {
-            // It may have gone to where a link of a layer below led, before this layer removed the link.
-            let led = lies_in(&path, |dir| self.plan.removed.contains(&self.plan.hash(dir)));
-            if !led || self.style == WhiteoutStyle::Overlay {
-                self.tell(&path, "is missing");
-            }
+            self.tell(&path, "is missing");
             return Ok(());
         };
         if entry.kind == Kind::HardLink {
@@ -231,12 +219,11 @@ impl Checker {
         let name = base(path).strip_prefix(b".wh.").filter(|n| !n.starts_with(b".wh."));
         // What AUFS kept for itself is passed over.
         let Some(name) = name.filter(|_| !is_marked(parent(path))) else { return Ok(()) };
-        if self.style == WhiteoutStyle::Apply || self.bottom || self.plan.was_replaced(number, path) {
+        let removed = self.located(joined(parent(path), name), number, Whose::Entry)?;
+        if self.style == WhiteoutStyle::Apply || self.bottom || self.plan.was_replaced(number, &removed) {
             return Ok(());
         }
-        let dir = parent(path);
-        let removed = if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() };
-        let there = match self.root.dir(dir)? {
+        let there = match self.root.dir(parent(&removed))? {
             Ok(dir) => self.root.look(&dir, &removed)?.is_some(),
             Err(_) => false,
         };
@@ -247,11 +234,10 @@ impl Checker {
     }
 
     fn link(&mut self, number: u32, entry: &Entry, path: &[u8], stat: &Stat) -> Outcome<()> {
-        let target = clean(&entry.link)?;
+        let target = self.located(clean(&entry.link)?, number, Whose::Target)?;
         if self.plan.was_replaced(0, &target) {
             return Ok(());
         }
-        let target = self.located(target)?;
         // Where the target was replaced after the link was made they are two files.
         let earlier = self.plan.last.get(&self.plan.hash(&target)).is_some_and(|(last, _)| *last < number);
         if earlier

@@ -6,7 +6,7 @@
 //! layers below as well, so what the layer has brought is kept in mind.
 //!
 //! An entry whose directory is a symbolic link goes to where the link leads, with the layer's directory as the root of
-//! all paths, as in containerd. The link is followed here, name by name; files are still made beneath the root and without
+//! all paths. The link is followed here, name by name, and marks of what is removed are such entries as well; files are still made beneath the root and without
 //! links.
 
 use std::{
@@ -24,10 +24,11 @@ use rustix::fs::{
 
 use super::{
     Below, Fault, Outcome, Target,
+    again::{Whose, again},
     archive::{Archive, Entry, Kind, MAX_ENTRIES},
-    below::lies_in,
+    below::{Stack, lies_in},
     root::{Leaving, Obstacle, Ours, Root, base, clean, is_dir, is_whiteout, parent},
-    settle::{link_fault, modified, no_target, xattrs},
+    settle::{Settled, link_fault, modified, no_target, xattrs},
     shown,
     tape::Recorder,
 };
@@ -43,21 +44,23 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// Extracts an archive, which is read up to its end; what it takes on disk.
 pub(super) fn extract<R: BufRead>(input: R, target: Target<'_>) -> Outcome<(R, Usage)> {
-    let tape = target.tape.map(|path| {
+    let (root, tape) = (target.root, target.tape);
+    let recorder = tape.map(|path| {
         Recorder::create(path).map_err(|source| Fault::System { what: "create", path: path.into(), source })
     });
-    let mut archive = Archive::new(input, tape.transpose()?);
+    let recorder = recorder.transpose()?;
     let mut extraction = Extraction::new(target)?;
-    while let Some(entry) = archive.next()? {
-        extraction.entry(&entry, &mut archive)?;
+    let (input, recorder) = extraction.run(Archive::new(input, recorder))?;
+    let settled = extraction.settle()?;
+    Recorder::complete(recorder)?;
+    match (settled, tape) {
+        (Settled::Done, _) => Ok((input, extraction.usage)),
+        (Settled::Again(stack), Some(tape)) => Ok((input, again(root, tape, *stack)?)),
+        (Settled::Again(_), None) => {
+            let why = "it has entries behind a symbolic link of a layer below, and no tape to make them from";
+            Err(Fault::Bad(why.into()))
+        }
     }
-    let (input, tape) = archive.rest()?;
-    extraction.settle()?;
-    if let Some(tape) = tape {
-        let path = tape.path().to_owned();
-        tape.finish().map_err(|source| Fault::System { what: "write", path, source })?;
-    }
-    Ok((input, extraction.usage))
 }
 
 pub(super) struct Extraction<'a> {
@@ -65,6 +68,12 @@ pub(super) struct Extraction<'a> {
     pub(super) style: WhiteoutStyle,
     bottom: bool,
     pub(super) below: Option<Below<'a>>,
+    /// The layers below, where they are at hand from the beginning.
+    pub(super) stack: Option<Stack>,
+    /// Names that links of the layer led through and that it does not have itself.
+    pub(super) passed: BTreeSet<Vec<u8>>,
+    /// How many entries have come.
+    pub(super) number: u64,
     ours: Ours,
     /// Directories of the layers below whose times were noted.
     noted: Ours,
@@ -85,7 +94,7 @@ pub(super) struct Extraction<'a> {
 }
 
 impl<'a> Extraction<'a> {
-    fn new(target: Target<'a>) -> Outcome<Self> {
+    pub(super) fn new(target: Target<'a>) -> Outcome<Self> {
         let mut implied = BTreeMap::new();
         if target.style == WhiteoutStyle::Overlay && !target.bottom {
             implied.insert(Vec::new(), true);
@@ -95,6 +104,9 @@ impl<'a> Extraction<'a> {
             style: target.style,
             bottom: target.bottom,
             below: target.below,
+            stack: None,
+            passed: BTreeSet::new(),
+            number: 0,
             ours: Ours::default(),
             noted: Ours::default(),
             named: Ours::default(),
@@ -108,7 +120,16 @@ impl<'a> Extraction<'a> {
         })
     }
 
+    /// Extracts all entries; what is left of the archive is read.
+    pub(super) fn run<R: BufRead>(&mut self, mut archive: Archive<R>) -> Outcome<(R, Option<Recorder>)> {
+        while let Some(entry) = archive.next()? {
+            self.entry(&entry, &mut archive)?;
+        }
+        archive.rest()
+    }
+
     fn entry<R: BufRead>(&mut self, entry: &Entry, archive: &mut Archive<R>) -> Outcome<()> {
+        self.number += 1;
         let path = clean(&entry.path)?;
         if path.is_empty() {
             if entry.kind != Kind::Directory {
@@ -123,6 +144,7 @@ impl<'a> Extraction<'a> {
         }
         let meta = |path: &[u8]| path.split(|b| *b == b'/').any(|c| c.starts_with(WHITEOUT_META));
         if base(&path) == OPAQUE && !meta(parent(&path)) {
+            let path = self.located(path, Whose::Entry, archive)?;
             return self.opaque(&path);
         }
         if meta(&path) {
@@ -133,23 +155,16 @@ impl<'a> Extraction<'a> {
             if matches!(name, b"" | b"." | b"..") {
                 return Err(Fault::Bad(format!("the whiteout {} names no file", shown(&path))));
             }
-            return self.whiteout(&joined(parent(&path), name));
+            let path = self.located(joined(parent(&path), name), Whose::Entry, archive)?;
+            return self.whiteout(&path);
         }
-        let path = self.located(path)?;
+        let path = self.located(path, Whose::Entry, archive)?;
         self.forget(&path, entry.kind);
         self.make(entry, &path, archive)?;
         if self.style == WhiteoutStyle::Apply {
             self.ours.insert(&path);
         }
         Ok(())
-    }
-
-    /// Where an entry belongs: its name, unless it leads through symbolic links.
-    fn located(&mut self, path: Vec<u8>) -> Outcome<Vec<u8>> {
-        match self.root.dir(parent(&path))? {
-            Ok(_) | Err(Obstacle::Missing) => Ok(path),
-            Err(Obstacle::NotADirectory) => Ok(joined(&self.root.resolve(parent(&path))?, base(&path))),
-        }
     }
 
     /// What was noted of a path does not hold any more once an entry takes it.
@@ -170,7 +185,7 @@ impl<'a> Extraction<'a> {
     }
 
     /// Notes something that is looked at once more at the end.
-    fn keep(&mut self, bytes: usize) -> Outcome<()> {
+    pub(super) fn keep(&mut self, bytes: usize) -> Outcome<()> {
         self.kept += bytes + size_of::<(Vec<u8>, Timespec)>();
         if self.kept > MAX_KEPT {
             return Err(Fault::Bad("the names that have to be kept in mind are too long in all".into()));
@@ -361,7 +376,7 @@ impl<'a> Extraction<'a> {
         if from.is_empty() {
             return Err(link_fault(path, &entry.link, "is one to the root directory"));
         }
-        let from = self.located(from)?;
+        let from = self.located(from, Whose::Target, archive)?;
         if from == path {
             return Err(link_fault(path, &from, "is one to itself"));
         }
@@ -380,7 +395,7 @@ impl<'a> Extraction<'a> {
             // It may be in a layer below.
             None if self.style == WhiteoutStyle::Overlay
                 && !self.bottom
-                && self.below.is_some()
+                && (self.below.is_some() || self.stack.is_some())
                 && !lies_in(&from, |dir| self.hidden.contains(dir)) =>
             {
                 return self.defer(dir, path, from, archive);
@@ -493,20 +508,8 @@ impl<'a> Extraction<'a> {
         }
     }
 
-    /// Refuses a mark that lies behind a symbolic link: it would remove what is elsewhere.
-    fn refuse_link(&mut self, mark: &[u8]) -> Outcome<()> {
-        let dir = parent(mark);
-        if let Err(Obstacle::NotADirectory) = self.root.dir(dir)?
-            && self.root.resolve(dir)? != dir
-        {
-            return Err(Fault::Bad(format!("the whiteout of {} leads through a symbolic link", shown(mark))));
-        }
-        Ok(())
-    }
-
     /// Removes what the layers below have at a path.
     fn whiteout(&mut self, path: &[u8]) -> Outcome<()> {
-        self.refuse_link(path)?;
         if self.bottom {
             return Ok(());
         }
@@ -536,7 +539,6 @@ impl<'a> Extraction<'a> {
     /// Removes what the layers below have in the directory of a mark.
     fn opaque(&mut self, mark: &[u8]) -> Outcome<()> {
         let path = parent(mark);
-        self.refuse_link(mark)?;
         if self.bottom {
             return Ok(());
         }
@@ -601,7 +603,7 @@ impl<'a> Extraction<'a> {
     }
 }
 
-fn joined(dir: &[u8], name: &[u8]) -> Vec<u8> {
+pub(super) fn joined(dir: &[u8], name: &[u8]) -> Vec<u8> {
     if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() }
 }
 

@@ -1,5 +1,6 @@
 //! One layer: from the bytes of its blob to a tree on disk, with every claim about it checked on the way.
 
+mod again;
 mod archive;
 mod below;
 mod check;

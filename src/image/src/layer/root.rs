@@ -41,6 +41,9 @@ pub(super) enum Obstacle {
     NotADirectory,
 }
 
+/// Tells where the link leads that is at a path outside of the draft, if there is one.
+pub(super) type Beyond<'a> = &'a mut dyn FnMut(&[u8]) -> Outcome<Option<Vec<u8>>>;
+
 /// Who looks at what is removed before it goes.
 pub(super) struct Leaving<'a> {
     tape: Option<&'a mut Recorder>,
@@ -295,8 +298,8 @@ impl Root {
     }
 
     /// Where a directory is once all symbolic links on the way to it are followed, with our root as theirs. What is
-    /// missing of it is taken as it stands.
-    pub(super) fn resolve(&mut self, path: &[u8]) -> Outcome<Vec<u8>> {
+    /// missing of it is taken as it stands, unless `beyond` knows where a link leads that is there.
+    pub(super) fn resolve(&mut self, path: &[u8], beyond: Beyond<'_>) -> Outcome<Vec<u8>> {
         let refuse = |why: &str| Err(Fault::Bad(format!("the directory {} {why}", shown(path))));
         let parts = |path: &[u8]| -> Vec<Vec<u8>> {
             path.split(|b| *b == b'/')
@@ -319,26 +322,37 @@ impl Root {
             if base(&child).len() > MAX_NAME || child.len() > MAX_PATH {
                 return refuse("leads to a name that is too long");
             }
-            // Where nothing is, or no directory, there is no link to follow.
-            if let Ok(dir) = self.dir(&at)?
-                && let Some(stat) = self.look(&dir, &child)?
-                && FileType::from_raw_mode(stat.st_mode) == FileType::Symlink
-            {
-                links += 1;
-                if links > MAX_LINKS {
-                    return refuse("leads through too many symbolic links");
-                }
-                let to = rustix::fs::readlinkat(&*dir, base(&child), Vec::new());
-                let to = to.map_err(|e| self.fault("read", &child, e))?;
-                if to.to_bytes().starts_with(b"/") {
-                    at.clear();
-                }
-                rest.extend(parts(to.to_bytes()));
+            let Some(to) = self.link(&at, &child, beyond)? else {
+                at = child;
                 continue;
+            };
+            links += 1;
+            if links > MAX_LINKS {
+                return refuse("leads through too many symbolic links");
             }
-            at = child;
+            if to.starts_with(b"/") {
+                at.clear();
+            }
+            rest.extend(parts(&to));
         }
         Ok(at)
+    }
+
+    /// Where the link at a path in a directory leads, if there is one.
+    fn link(&mut self, dir: &[u8], path: &[u8], beyond: Beyond<'_>) -> Outcome<Option<Vec<u8>>> {
+        let dir = match self.dir(dir)? {
+            Ok(dir) => dir,
+            Err(Obstacle::Missing) => return beyond(path),
+            Err(Obstacle::NotADirectory) => return Ok(None),
+        };
+        match self.look(&dir, path)? {
+            None => beyond(path),
+            Some(stat) if is_link(&stat) => {
+                let to = rustix::fs::readlinkat(&*dir, base(path), Vec::new());
+                Ok(Some(to.map_err(|e| self.fault("read", path, e))?.into_bytes()))
+            }
+            Some(_) => Ok(None),
+        }
     }
 }
 
@@ -357,6 +371,10 @@ pub(super) fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Vec<u8>>> {
 
 pub(super) fn is_dir(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+}
+
+pub(super) fn is_link(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Symlink
 }
 
 /// Whether something is what OverlayFS takes for a removed file.

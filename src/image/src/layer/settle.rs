@@ -16,14 +16,23 @@ use super::{
     Fault, Outcome,
     below::{Found, Stack, lies_in},
     extract::{Extraction, times},
-    root::{Leaving, Obstacle, base, is_dir, parent},
+    root::{Leaving, Obstacle, base, is_dir, is_link, parent},
     shown,
 };
 
+/// How an extraction has ended.
+pub(super) enum Settled {
+    Done,
+    /// It has to be done again with the layers below at hand, since links of theirs lead to where entries belong.
+    Again(Box<Stack>),
+}
+
 impl Extraction<'_> {
-    pub(super) fn settle(&mut self) -> Outcome<()> {
-        if self.style == WhiteoutStyle::Overlay {
-            self.copy_up()?;
+    pub(super) fn settle(&mut self) -> Outcome<Settled> {
+        if self.style == WhiteoutStyle::Overlay
+            && let Some(stack) = self.copy_up()?
+        {
+            return Ok(Settled::Again(Box::new(stack)));
         }
         // Of two notes of a directory the first is what it was in the layers below, the last its own entry.
         for (path, mtime) in std::mem::take(&mut self.dirs) {
@@ -32,26 +41,38 @@ impl Extraction<'_> {
             rustix::fs::utimensat(&*dir, ".", &times(mtime), AtFlags::empty())
                 .map_err(|e| self.root.fault("set the times of", &path, e))?;
         }
-        Ok(())
+        Ok(Settled::Done)
     }
 
-    fn copy_up(&mut self) -> Outcome<()> {
+    /// The layers below come back where the layer has to be extracted again.
+    fn copy_up(&mut self) -> Outcome<Option<Stack>> {
         let implied = std::mem::take(&mut self.implied);
         let links = std::mem::take(&mut self.deferred);
-        if implied.is_empty() && links.is_empty() && !self.hidden.contains(&b""[..]) {
-            return Ok(());
+        let all_hidden = self.hidden.contains(&b""[..]);
+        if implied.is_empty() && links.is_empty() && self.passed.is_empty() && !all_hidden {
+            return Ok(None);
         }
-        let Some(below) = self.below.take() else {
-            if self.hidden.contains(&b""[..]) {
+        let mut stack = match (self.stack.take(), self.below.take()) {
+            (Some(stack), _) => stack,
+            (None, Some(below)) => {
+                let mut stack = Stack::open(below()?)?;
+                let names = implied.keys().chain(&self.passed);
+                if self.meets_link(&mut stack, names)? || leads_on(&mut stack, links.values())? {
+                    return Ok(Some(stack));
+                }
+                stack
+            }
+            (None, None) if all_hidden => {
                 let why = "its root directory is opaque, and what lies below is not known";
                 return Err(Fault::Bad(why.into()));
             }
-            return match links.into_iter().next() {
-                Some((path, target)) => Err(no_target(&path, &target)),
-                None => Ok(()),
-            };
+            (None, None) => {
+                return match links.into_iter().next() {
+                    Some((path, target)) => Err(no_target(&path, &target)),
+                    None => Ok(None),
+                };
+            }
         };
-        let mut stack = Stack::open(below()?)?;
         if self.hidden.contains(&b""[..]) {
             self.hide_all(&stack)?;
         }
@@ -66,7 +87,7 @@ impl Extraction<'_> {
         for (target, paths) in by_target {
             self.link_up(&mut stack, &target, &paths)?;
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Whether something of the layers below is hidden by this one, itself apart.
@@ -74,14 +95,8 @@ impl Extraction<'_> {
         lies_in(path, |dir| self.hidden.contains(dir))
     }
 
-    /// Gives a directory without an entry what the layers below have there. What came before its entry would have
-    /// gone elsewhere, had there been a link.
+    /// Gives a directory without an entry what the layers below have there.
     fn adopt(&mut self, stack: &mut Stack, path: &[u8], as_below: bool) -> Outcome<()> {
-        let through_link = |at: &[u8]| {
-            let (path, at) = (shown(path), shown(at));
-            let why = "which is a symbolic link in a layer below; OverlayFS cannot follow it";
-            Fault::Bad(format!("it has entries in {path} but none for it, and so lies in {at}, {why}"))
-        };
         match stack.find(path)? {
             Found::Directory(lower) if as_below && (path.is_empty() || !self.is_hidden(path)) => {
                 // It may have been replaced since.
@@ -92,8 +107,6 @@ impl Extraction<'_> {
                 self.dirs.push((path.to_vec(), modified(&stat)));
                 Ok(())
             }
-            Found::Other(_, stat) if is_link(&stat) => Err(through_link(path)),
-            Found::Blocked(at, stat) if is_link(&stat) => Err(through_link(&at)),
             _ => Ok(()),
         }
     }
@@ -281,8 +294,11 @@ pub(super) fn modified(stat: &Stat) -> Timespec {
     Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as i64 }
 }
 
-fn is_link(stat: &Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::Symlink
+/// Whether one of the paths leads through a link of the layers below.
+fn leads_on<'p>(stack: &mut Stack, mut paths: impl Iterator<Item = &'p Vec<u8>>) -> Outcome<bool> {
+    paths.try_fold(false, |found, path| {
+        Ok(found || matches!(stack.find(path)?, Found::Blocked(stat) if is_link(&stat)))
+    })
 }
 
 pub(super) fn link_fault(path: &[u8], target: &[u8], why: &str) -> Fault {

@@ -43,6 +43,8 @@ const MAX_PATH: usize = 4096;
 pub(crate) const MAX_EXTENTS: usize = 1 << 18;
 /// Bytes of the index.
 const MAX_INDEX: u64 = 256 << 20;
+/// Entries, and targets of hard links, that were led elsewhere.
+const MAX_PLACES: u64 = 8 << 20;
 /// Files whose content was kept.
 const MAX_KEPT: u64 = 4 << 20;
 

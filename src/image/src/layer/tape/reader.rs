@@ -13,8 +13,8 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use zstd::stream::read::Decoder;
 
 use super::{
-    END, Extent, FILE, LITERAL, MAGIC, MAX_EXTENTS, MAX_INDEX, MAX_KEPT, MAX_LITERAL, MAX_PATH, SPARSE,
-    Section, TRAILER, damaged, get_bytes, get_number,
+    END, Extent, FILE, LITERAL, MAGIC, MAX_EXTENTS, MAX_INDEX, MAX_KEPT, MAX_LITERAL, MAX_PATH, MAX_PLACES,
+    SPARSE, Section, TRAILER, damaged, get_bytes, get_number,
 };
 use crate::layer::shown;
 
@@ -29,6 +29,7 @@ pub(crate) struct Tape {
     /// Where the records end.
     records_end: u64,
     kept: HashMap<Vec<u8>, Vec<Kept>>,
+    places: HashMap<u64, Vec<u8>>,
 }
 
 /// Where the content of a file is that is not in the layer any more.
@@ -90,7 +91,20 @@ impl Tape {
             let offset = place.ok_or_else(|| damaged("its index makes no sense"))?;
             kept.entry(path).or_default().push(Kept { until, size, offset, length });
         }
-        Ok(Self { file, records_end, kept })
+        let count = get_number(&mut index)?;
+        if count > MAX_PLACES {
+            return Err(damaged("its index makes no sense"));
+        }
+        let mut places = HashMap::new();
+        for _ in 0..count {
+            places.insert(get_number(&mut index)?, get_bytes(&mut index, MAX_PATH)?);
+        }
+        Ok(Self { file, records_end, kept, places })
+    }
+
+    /// Where entries and the targets of hard links went that symbolic links led elsewhere, by the recorder's keys.
+    pub(crate) fn places(&mut self) -> HashMap<u64, Vec<u8>> {
+        std::mem::take(&mut self.places)
     }
 
     /// The archive, made from the files beneath `view`, the layer's directory.

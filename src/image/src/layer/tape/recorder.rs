@@ -12,6 +12,7 @@ use std::{
 use zstd::stream::write::Encoder;
 
 use super::{Extent, FILE, LITERAL, MAGIC, MAX_LITERAL, SPARSE, put_number};
+use crate::layer::Fault;
 
 /// Headers are mostly zeros: more effort makes the tape hardly smaller and a pull slower.
 const LEVEL: i32 = 1;
@@ -27,6 +28,9 @@ pub(crate) struct Recorder {
     /// Files that were recorded.
     files: u64,
     kept: Option<Kept>,
+    /// Where entries went that went elsewhere than to their names.
+    places: Vec<u8>,
+    placed: u64,
     /// The further names of files, as hashes: what is removed at one of these is no recorded content.
     links: HashSet<u64>,
     state: RandomState,
@@ -54,6 +58,8 @@ impl Recorder {
             records: Vec::with_capacity(2 * MAX_LITERAL),
             files: 0,
             kept: None,
+            places: Vec::new(),
+            placed: 0,
             links: HashSet::new(),
             state: RandomState::new(),
         })
@@ -101,6 +107,14 @@ impl Recorder {
         self.links.insert(self.state.hash_one(path));
     }
 
+    /// An entry, or the target of a hard link, was led to `path` by symbolic links. Each key is used once.
+    pub(crate) fn place(&mut self, key: u64, path: &[u8]) {
+        self.placed += 1;
+        put_number(&mut self.places, key);
+        put_number(&mut self.places, path.len() as u64);
+        self.places.extend_from_slice(path);
+    }
+
     /// What the layer has at `path` is about to go, since a later entry takes its place. Whether that is the content of
     /// a file, which is to be given to [`Self::keep`]. Each content is kept once, however many names it had.
     pub(crate) fn wants(&mut self, path: &[u8]) -> bool {
@@ -130,6 +144,13 @@ impl Recorder {
         Ok(())
     }
 
+    /// Completes a tape, if there is one.
+    pub(crate) fn complete(tape: Option<Self>) -> Result<(), Fault> {
+        let Some(tape) = tape else { return Ok(()) };
+        let path = tape.path().to_owned();
+        tape.finish().map_err(|source| Fault::System { what: "write", path, source })
+    }
+
     /// Completes the tape, on disk.
     pub(crate) fn finish(mut self) -> io::Result<()> {
         self.end_literal()?;
@@ -145,6 +166,8 @@ impl Recorder {
             io::copy(&mut kept.file, &mut file)?;
             index.append(&mut kept.index);
         }
+        put_number(&mut index, self.placed);
+        index.append(&mut self.places);
         let offset = file.stream_position()?;
         file.write_all(&index)?;
         file.write_all(&offset.to_le_bytes())?;

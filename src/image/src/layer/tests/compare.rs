@@ -13,7 +13,7 @@ use super::*;
 enum Step {
     File(String),
     Dir(String, u32),
-    Link(String),
+    Link(String, &'static str),
     HardLink(String, String),
     Whiteout(String),
     Opaque(String),
@@ -23,11 +23,14 @@ fn path() -> impl Strategy<Value = String> {
     prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 1..4).prop_map(|p| p.join("/"))
 }
 
+/// Where links lead to.
+const LEADS: &[&str] = &["nowhere", "a", "b/c", "/c", "../b", "../../a/b", ".", ".."];
+
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => path().prop_map(Step::File),
         2 => (path(), prop::sample::select(vec![0o700, 0o1777, 0o755])).prop_map(|(p, m)| Step::Dir(p, m)),
-        1 => path().prop_map(Step::Link),
+        1 => (path(), prop::sample::select(LEADS)).prop_map(|(p, t)| Step::Link(p, t)),
         1 => (path(), path()).prop_map(|(p, t)| Step::HardLink(p, t)),
         2 => path().prop_map(Step::Whiteout),
         1 => path().prop_map(Step::Opaque),
@@ -46,7 +49,7 @@ fn archive(layer: usize, steps: &[Step]) -> Vec<u8> {
                 tar.header(header, b"")
             }
             Step::HardLink(path, target) => tar.link(path, target),
-            Step::Link(path) => tar.symlink(path, "nowhere"),
+            Step::Link(path, to) => tar.symlink(path, to),
             Step::Whiteout(path) => {
                 let (dir, name) = path.rsplit_once('/').unwrap_or((".", path));
                 tar.file(&format!("{dir}/.wh.{name}"), "")
@@ -70,7 +73,7 @@ fn tree(root: &Path) -> BTreeMap<String, String> {
                 waiting.push(path.clone());
                 format!("directory {:o} of {}", meta.mode(), meta.uid() % 100_000)
             } else if meta.is_symlink() {
-                "link".to_owned()
+                format!("link to {}", fs::read_link(&path).unwrap().display())
             } else {
                 fs::read_to_string(&path).unwrap()
             };
@@ -92,15 +95,20 @@ async fn stacked(dir: &Path, layers: &[Vec<u8>]) -> Option<BTreeMap<String, Stri
         for chain in chains.iter().rev() {
             views.push(driver.open_layer(chain).await.unwrap());
         }
+        let tape = dir.join(format!("{n}.tape"));
         let work = move || {
             let target = Target {
                 root: draft.path(),
                 style: WhiteoutStyle::Overlay,
                 bottom: n == 0,
-                tape: None,
+                tape: Some(&tape),
                 below: Some(Box::new(move || Ok(Lower::from(views)))),
             };
-            unpack(pieces(&tar, true), &claim(&tar, &tar), target).map(|_| draft)
+            unpack(pieces(&tar, true), &claim(&tar, &tar), target)?;
+            assert!(rebuilt(&tape, draft.path()).unwrap() == tar, "the archive is another one");
+            let check = check(draft.path(), &tape, WhiteoutStyle::Overlay, n == 0).unwrap();
+            assert_eq!(check.differences, Vec::<String>::new());
+            Ok(draft)
         };
         match tokio::task::spawn_blocking(work).await.unwrap() {
             Ok(draft) => driver.commit_layer(draft, &chain, moxlet_storage::Usage::default()).await.unwrap(),
@@ -124,6 +132,104 @@ async fn stacked(dir: &Path, layers: &[Vec<u8>]) -> Option<BTreeMap<String, Stri
     Some(seen)
 }
 
+/// What both ways show of an image; nothing where one of them refuses it.
+fn both(layers: &[Vec<u8>]) -> Option<[BTreeMap<String, String>; 2]> {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let stacked = runtime.block_on(stacked(&dir.path().join("driver"), layers));
+    let root = dir.path().join("applied");
+    fs::create_dir(&root).unwrap();
+    for (n, tar) in layers.iter().enumerate() {
+        extract_as(&root, WhiteoutStyle::Apply, n == 0, tar).ok()?;
+    }
+    Some([stacked?, tree(&root)])
+}
+
+fn seen(layers: &[Tar]) -> BTreeMap<String, String> {
+    let layers: Vec<_> = layers.iter().map(|l| l.clone().end()).collect();
+    let [stacked, applied] = both(&layers).unwrap();
+    assert_eq!(stacked, applied);
+    stacked
+}
+
+/// As containerd makes a directory that no layer below has: of root, with the mode 0755.
+#[test]
+fn a_removed_directory_with_entries_is_a_new_one() {
+    let mut old = header(EntryType::Directory, b"a", 0);
+    old.set_mode(0o700);
+    old.set_uid(7);
+    let base = || Tar::default().header(old.clone(), b"").file("a/old", "");
+    for top in [
+        Tar::default().file("a/a", "new").file(".wh.a", ""),
+        Tar::default().file(".wh.a", "").file("a/a", "new"),
+    ] {
+        let seen = seen(&[base(), top]);
+        assert_eq!(seen["a"], "directory 40755 of 0");
+        assert_eq!((seen["a/a"].as_str(), seen.get("a/old")), ("new", None));
+    }
+}
+
+#[test]
+fn entries_behind_links_of_a_lower_layer_go_to_where_they_lead() {
+    let base = Tar::default()
+        .dir("usr/lib")
+        .file("usr/lib/old", "old")
+        .file("usr/lib/gone", "")
+        .file("usr/lib/sub/gone", "")
+        .symlink("lib", "usr/lib")
+        .symlink("chain", "abs/../lib")
+        .symlink("abs", "/usr/lib")
+        .symlink("up", "../../../../usr");
+    let seen = seen(&[
+        base,
+        Tar::default()
+            .file("lib/x", "first")
+            .file("usr/lib/x", "second")
+            .file("lib/y", "y")
+            .link("lib/z", "abs/old")
+            .file("abs/deep/er", "er")
+            .file("up/share/s", "s")
+            .file("chain/.wh.gone", "")
+            .file("lib/sub/.wh..wh..opq", "")
+            .file("chain/sub/new", "new"),
+        Tar::default().file("lib/y", "again").file("lib/deep/.wh.er", ""),
+    ]);
+    for (name, what) in [
+        ("lib", "link to usr/lib"),
+        ("usr/lib/x", "second"),
+        ("usr/lib/y", "again"),
+        ("usr/lib/z", "old"),
+        ("usr/lib/old", "old"),
+        ("usr/lib/sub/new", "new"),
+        ("usr/share/s", "s"),
+    ] {
+        assert_eq!(seen.get(name).map(String::as_str), Some(what), "{name}");
+    }
+    for name in ["usr/lib/gone", "usr/lib/sub/gone", "usr/lib/deep/er", "share"] {
+        assert_eq!(seen.get(name), None, "{name}");
+    }
+}
+
+#[test]
+fn a_link_of_a_lower_layer_leads_nowhere_once_it_is_removed_or_replaced() {
+    let base = Tar::default().dir("usr/lib").symlink("lib", "usr/lib").symlink("bin", "usr/lib");
+    let seen = seen(&[
+        base,
+        Tar::default()
+            .file("lib/before", "")
+            .file(".wh.lib", "")
+            .file("lib/after", "")
+            .file("bin/before", "")
+            .dir("bin")
+            .file("bin/d/after", ""),
+    ]);
+    let names: Vec<&str> = seen.keys().map(String::as_str).collect();
+    assert_eq!(
+        names,
+        ["bin", "bin/d", "bin/d/after", "lib", "lib/after", "usr", "usr/lib", "usr/lib/before"]
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
@@ -132,17 +238,8 @@ proptest! {
         layers in prop::collection::vec(prop::collection::vec(step(), 1..7), 2..4),
     ) {
         let layers: Vec<_> = layers.iter().enumerate().map(|(n, steps)| archive(n, steps)).collect();
-        let dir = tempfile::tempdir().unwrap();
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let stacked = runtime.block_on(stacked(&dir.path().join("driver"), &layers));
-        let root = dir.path().join("applied");
-        fs::create_dir(&root).unwrap();
-        let mut applied = Ok(());
-        for (n, tar) in layers.iter().enumerate() {
-            applied = applied.and_then(|()| extract_as(&root, WhiteoutStyle::Apply, n == 0, tar));
-        }
-        if let (Some(stacked), Ok(())) = (stacked, applied) {
-            prop_assert_eq!(stacked, tree(&root));
+        if let Some([stacked, applied]) = both(&layers) {
+            prop_assert_eq!(stacked, applied);
         }
     }
 }
