@@ -196,6 +196,9 @@ pub enum Error {
     /// No such pool or dataset.
     #[error("there is no such pool or dataset: {0} (`zpool import` lists pools that are not imported)")]
     NoSuchDataset(CommandFailure),
+    /// There is a dataset, but no store on it.
+    #[error("dataset {0} holds no store of Moxlet (`zfs get -r dev.moxlet:owner` tells what is ours)")]
+    NoStore(String),
     /// A dataset of that name is there already.
     #[error("{0}")]
     DatasetExists(CommandFailure),

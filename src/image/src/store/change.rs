@@ -11,7 +11,7 @@ use oci_spec::image::ImageConfiguration;
 use super::{
     Access, Pins, Store, blocking, lock,
     names::{self, Named},
-    records::{Details, ManifestNote, Stored},
+    records::{Details, Images, ManifestNote, Stored},
 };
 use crate::{Error, ImageRecord, LayerBlob, Origin, Reference, Removed, Result, User};
 
@@ -40,6 +40,10 @@ pub(crate) struct NewImage {
     pub(crate) origin: Origin,
     /// The repository that it was pulled from, and who has shown that he may have it.
     pub(crate) access: Option<(String, Access)>,
+}
+
+pub(super) fn next_serial(images: &Images) -> u64 {
+    images.values().map(|s| s.serial).max().map_or(1, |s| s + 1)
 }
 
 impl Store {
@@ -108,7 +112,7 @@ impl Store {
         let id = stored.record.id.clone();
         let losers: Vec<Stored> = {
             let images = lock(&self.images);
-            stored.serial = images.values().map(|s| s.serial).max().map_or(1, |s| s + 1);
+            stored.serial = next_serial(&images);
             let loses =
                 |s: &&Stored| s.record.id != id && s.record.repo_tags.iter().any(|t| tags.contains(t));
             images.values().filter(loses).cloned().collect()
@@ -122,7 +126,7 @@ impl Store {
         Ok(stored.record)
     }
 
-    fn put(&self, stored: Stored) -> Result<()> {
+    pub(super) fn put(&self, stored: Stored) -> Result<()> {
         self.records.write(&stored)?;
         lock(&self.images).insert(stored.record.id.clone(), stored);
         Ok(())

@@ -4,6 +4,7 @@
 //! them; [`Store::collect`] removes what is neither named nor pinned. Both hold the gate while they do that, so that
 //! no layer goes between the look and the pin. A container that is being made holds its image in the same way.
 
+mod adopt;
 mod change;
 mod lock;
 mod names;
@@ -22,6 +23,7 @@ use moxlet_storage::Driver;
 use oci_spec::image::ImageConfiguration;
 
 use crate::{Config, Error, ImageRecord, Result, registry::Registry};
+pub(crate) use adopt::{Adopted, SourceRecords};
 pub(crate) use change::{NewImage, RawManifest};
 pub use lock::DirLock;
 pub(crate) use records::{Access, Details, Records};
@@ -99,6 +101,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Store {
     pub(crate) async fn open(settings: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
+        Self::open_keeping(settings, driver, lock, &[]).await.map(|(store, _)| store)
+    }
+
+    /// The same, with layers that are kept even if no image names them.
+    pub(crate) async fn open_keeping(
+        settings: Config,
+        driver: Arc<dyn Driver>,
+        lock: DirLock,
+        keep: &[ChainId],
+    ) -> Result<(Arc<Self>, Pins)> {
         let registry = Registry::new(&settings)?;
         let layers: HashSet<ChainId> = driver.layers().await?.into_iter().collect();
         let dir = settings.dir.clone();
@@ -120,11 +132,12 @@ impl Store {
             gate: tokio::sync::Mutex::default(),
             turns: Mutex::default(),
         });
+        let pins = store.pin(keep).await;
         // Left by a crash, or in use when its image was removed. What cannot go now does not keep images from running.
         if let Err(error) = store.collect().await {
             tracing::warn!(%error, "layers that no image names stay for now");
         }
-        Ok(store)
+        Ok((store, pins))
     }
 
     /// The config of an image that is here.

@@ -108,6 +108,15 @@ struct Written {
     details: Details,
 }
 
+/// Record files that cannot be used, and why not.
+pub(super) type Damaged = Vec<(PathBuf, String)>;
+
+/// The records of a directory.
+struct Found {
+    images: Images,
+    damaged: Damaged,
+}
+
 /// The directory of the records.
 #[derive(Debug)]
 pub(crate) struct Records {
@@ -116,9 +125,16 @@ pub(crate) struct Records {
 }
 
 impl Records {
+    /// The directory of a store that is only read: nothing in it is made, removed or changed.
+    pub(crate) fn look(dir: PathBuf, lock: DirLock) -> Self {
+        Self { dir, _lock: lock }
+    }
+
     /// Opens the directory, which is made if missing. What was left half-written goes.
     pub(super) fn open(dir: PathBuf, lock: DirLock) -> Result<Self> {
         let records = Self { dir, _lock: lock };
+        // The lock of a store on a dataset lies elsewhere.
+        fs::create_dir_all(&records.dir).attempt("create", &records.dir)?;
         for name in ["images", "configs", "manifests", "layers", "views", "tmp"] {
             let path = records.dir.join(name);
             match fs::DirBuilder::new().mode(0o700).create(&path) {
@@ -138,44 +154,45 @@ impl Records {
     /// Reads all records. One that is damaged, or whose layers are not all in `layers`, is reported and forgotten:
     /// the next pull brings its image again.
     pub(super) fn load(&self, layers: &HashSet<ChainId>) -> Result<Images> {
-        let mut images = Images::new();
-        for path in files(&self.dir.join("images"))? {
-            match self.read(&path, layers)? {
-                Ok(stored) => {
-                    images.insert(stored.record.id.clone(), stored);
-                }
-                Err(reason) => {
-                    tracing::warn!(path = %path.display(), reason, "an image is damaged and has to be pulled again");
-                    remove(&path)?;
-                }
-            }
+        let Found { mut images, damaged } = self.find(layers)?;
+        for (path, reason) in damaged {
+            tracing::warn!(path = %path.display(), reason, "an image is damaged and has to be pulled again");
+            remove(&path)?;
         }
         for path in files(&self.dir.join("configs"))?.into_iter().chain(files(&self.dir.join("manifests"))?) {
             if !images.keys().any(|id| path.file_name().is_some_and(|n| n == id.hex())) {
                 remove(&path)?;
             }
         }
-        self.settle(&mut images)?;
-        Ok(images)
-    }
-
-    /// Leaves every tag to the image that got it last.
-    fn settle(&self, images: &mut Images) -> Result<()> {
-        let mut owners: HashMap<String, (u64, Digest)> = HashMap::new();
-        for (id, stored) in images.iter() {
-            for tag in &stored.record.repo_tags {
-                let claim = (stored.serial, id.clone());
-                owners.entry(tag.clone()).and_modify(|o| *o = o.clone().max(claim.clone())).or_insert(claim);
-            }
-        }
-        for (id, stored) in images.iter_mut() {
-            let before = stored.record.repo_tags.len();
-            stored.record.repo_tags.retain(|t| owners.get(t).is_none_or(|(_, owner)| owner == id));
-            if stored.record.repo_tags.len() < before {
+        for id in settle(&mut images) {
+            if let Some(stored) = images.get(&id) {
                 self.write(stored)?;
             }
         }
-        Ok(())
+        Ok(images)
+    }
+
+    /// All records as [`Self::load`] has them, the oldest one first, and what is wrong with the others. Nothing is changed.
+    pub(super) fn read_all(&self, layers: &HashSet<ChainId>) -> Result<(Vec<Stored>, Damaged)> {
+        if !self.dir.join("images").exists() {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let Found { mut images, damaged } = self.find(layers)?;
+        settle(&mut images);
+        let mut all: Vec<Stored> = images.into_values().collect();
+        all.sort_by(|a, b| (a.serial, &a.record.id).cmp(&(b.serial, &b.record.id)));
+        Ok((all, damaged))
+    }
+
+    fn find(&self, layers: &HashSet<ChainId>) -> Result<Found> {
+        let mut found = Found { images: Images::new(), damaged: Vec::new() };
+        for path in files(&self.dir.join("images"))? {
+            match self.read(&path, layers)? {
+                Ok(stored) => drop(found.images.insert(stored.record.id.clone(), stored)),
+                Err(reason) => found.damaged.push((path, reason)),
+            }
+        }
+        Ok(found)
     }
 
     /// One record; the inner error says what is wrong with it, the outer one that it could not be looked at.
@@ -285,19 +302,38 @@ impl Records {
 
     /// Random bytes of this store, made when they are first needed.
     pub(crate) fn salt(&self) -> Result<Vec<u8>> {
-        let path = self.dir.join("salt");
-        match fs::read(&path) {
-            Ok(salt) if salt.len() == SALT => return Ok(salt),
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).attempt("read", path),
-            _ => {}
+        if let Some(salt) = self.salt_if_made()? {
+            return Ok(salt);
         }
         let source = Path::new("/dev/urandom");
         let mut salt = vec![0; SALT];
         fs::File::open(source)
             .and_then(|mut f| io::Read::read_exact(&mut f, &mut salt))
             .attempt("read", source)?;
-        self.put(&path, &salt)?;
+        self.put(&self.salt_path(), &salt)?;
         Ok(salt)
+    }
+
+    /// Takes over another store's salt where there is none yet. Whether digests of credentials mean the same in both then.
+    pub(super) fn adopt_salt(&self, other: &Self) -> Result<bool> {
+        let Some(theirs) = other.salt_if_made()? else { return Ok(true) };
+        match self.salt_if_made()? {
+            Some(ours) => Ok(ours == theirs),
+            None => self.put(&self.salt_path(), &theirs).map(|()| true),
+        }
+    }
+
+    fn salt_if_made(&self) -> Result<Option<Vec<u8>>> {
+        let path = self.salt_path();
+        match fs::read(&path) {
+            Ok(salt) => Ok((salt.len() == SALT).then_some(salt)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).attempt("read", path),
+        }
+    }
+
+    fn salt_path(&self) -> PathBuf {
+        self.dir.join("salt")
     }
 
     /// Says that an image is used now. A failure costs only a better choice of what is removed for want of space.
@@ -308,6 +344,13 @@ impl Records {
         if let Err(error) = touched {
             tracing::debug!(path = %path.display(), %error, "an image's last use is not noted");
         }
+    }
+
+    /// Says when an image was used last.
+    pub(super) fn set_last_used(&self, id: &Digest, at: Timestamp) -> Result<()> {
+        let path = self.config_path(id);
+        let file = fs::File::options().append(true).open(&path).attempt("open", &path)?;
+        file.set_modified(at.into()).attempt("set the time of", path)
     }
 
     /// When an image was used last.
@@ -326,6 +369,21 @@ impl Records {
         let path = self.tape_path(layer);
         fs::rename(draft, &path).attempt("put in place", &path)?;
         path.parent().map_or(Ok(()), sync_dir)
+    }
+
+    /// Copies the tape of a layer from another store, if that has it and this one does not.
+    pub(super) fn adopt_tape(&self, other: &Self, layer: &ChainId) -> Result<()> {
+        let (theirs, ours) = (other.tape_path(layer), self.tape_path(layer));
+        if ours.exists() || !theirs.exists() {
+            return Ok(());
+        }
+        let draft = self.draft_path();
+        let copied = fs::copy(&theirs, &draft).and_then(|_| fs::File::open(&draft)?.sync_all());
+        let kept = copied.attempt("write", &draft).and_then(|()| self.keep_tape(&draft, layer));
+        if kept.is_err() {
+            let _ = fs::remove_file(&draft);
+        }
+        kept
     }
 
     /// Removes the tape of a layer. Idempotent.
@@ -383,6 +441,26 @@ impl Records {
         }
         done
     }
+}
+
+/// Leaves every tag to the image that got it last; the images that lost one.
+fn settle(images: &mut Images) -> Vec<Digest> {
+    let mut owners: HashMap<String, (u64, Digest)> = HashMap::new();
+    for (id, stored) in images.iter() {
+        for tag in &stored.record.repo_tags {
+            let claim = (stored.serial, id.clone());
+            owners.entry(tag.clone()).and_modify(|o| *o = o.clone().max(claim.clone())).or_insert(claim);
+        }
+    }
+    let mut changed = Vec::new();
+    for (id, stored) in images.iter_mut() {
+        let before = stored.record.repo_tags.len();
+        stored.record.repo_tags.retain(|t| owners.get(t).is_none_or(|(_, owner)| owner == id));
+        if stored.record.repo_tags.len() < before {
+            changed.push(id.clone());
+        }
+    }
+    changed
 }
 
 fn record_name(id: &Digest) -> String {

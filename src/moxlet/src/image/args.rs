@@ -109,6 +109,16 @@ pub(crate) enum ImageCommand {
         #[arg(long)]
         repair: bool,
     },
+    /// Copy all images of a store on ZFS to another one, usually on another pool.
+    ///
+    /// Layers go by `zfs send`, and what they share they share there as well. The source stays as it is. After an interruption
+    /// the same command goes on. Agents of both stores are stopped first; roots of containers do not go along.
+    #[command(after_help = MIGRATE_EXAMPLES)]
+    Migrate {
+        /// The dataset of the other store; made if missing, but not the one above it
+        #[arg(long, value_name = "DATASET")]
+        to: PathBuf,
+    },
     /// Remove images for want of space, by the kubelet's rules: those not used for longest first, never what is in use or
     /// pinned.
     Gc(GcArgs),
@@ -125,6 +135,9 @@ const IMPORT_EXAMPLES: &str = "Examples:
   moxlet image import ./layout --name r.example/app:1           an OCI layout directory
   moxlet image import --rootfs --name debian:13 --cmd /bin/bash debian-13-standard_13.1-2_amd64.tar.zst
   tar -C root --xattrs --numeric-owner -c . | moxlet image import --rootfs --name mine:1 -";
+
+const MIGRATE_EXAMPLES: &str = "Example:
+  moxlet image migrate --store tank/moxlet --storage zfs --to rpool/moxlet";
 
 #[derive(Debug, Args)]
 pub(crate) struct PushArgs {

@@ -75,9 +75,7 @@ impl Connection {
         registry: Option<&RegistryArgs>,
         images: &[String],
     ) -> Result<Self> {
-        if !rustix::process::geteuid().is_root() {
-            bail!("a store is opened as root: layers have owners and devices (try: sudo moxlet image …)");
-        }
+        need_root()?;
         let (driver, records, lock, place) = layers(kind, dir).await?;
         let mut config = moxlet_image::Config { dir: records, ..moxlet_image::Config::default() };
         if let Some(args) = registry {
@@ -151,15 +149,33 @@ async fn layers(kind: StorageKind, store: &Path) -> Result<(Arc<dyn Driver>, Pat
         }
         StorageKind::Zfs => {
             let dataset = store.to_str().with_context(|| format!("{place} is no dataset"))?.to_owned();
-            let run_dir = Path::new(ZFS_RUN_DIR).join(dataset.replace('/', "_"));
-            let name = dataset.clone();
-            let lock = tokio::task::spawn_blocking(move || DirLock::of_dataset(&name)).await??;
-            let config = ZfsConfig { dataset, run_dir, ids: None };
+            let lock = lock_dataset(&dataset).await?;
+            let config = zfs_config(&dataset);
             let driver = ZfsDriver::open(config).await.with_context(context)?;
             let records = driver.state_dir().join("images");
             Ok((Arc::new(driver), records, lock, place))
         }
     }
+}
+
+/// The lock of a store on a dataset.
+pub(super) async fn lock_dataset(dataset: &str) -> Result<DirLock> {
+    let name = dataset.to_owned();
+    Ok(tokio::task::spawn_blocking(move || DirLock::of_dataset(&name)).await??)
+}
+
+/// How a store on a dataset is opened.
+pub(super) fn zfs_config(dataset: &str) -> ZfsConfig {
+    let run_dir = Path::new(ZFS_RUN_DIR).join(dataset.replace('/', "_"));
+    ZfsConfig { dataset: dataset.to_owned(), run_dir, ids: None }
+}
+
+/// Stores are opened by root alone.
+pub(super) fn need_root() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("a store is opened as root: layers have owners and devices (try: sudo moxlet image …)");
+    }
+    Ok(())
 }
 
 fn client(channel: Channel) -> ImageStoreClient<Channel> {

@@ -3,6 +3,7 @@
 mod args;
 mod connect;
 mod login;
+mod migrate;
 mod output;
 mod progress;
 mod transfer;
@@ -49,6 +50,9 @@ pub(crate) fn main(args: &ImageArgs) -> Result<()> {
 }
 
 async fn run(args: &ImageArgs) -> Result<()> {
+    if let ImageCommand::Migrate { to } = &args.command {
+        return migrate::migrate(&args.place, to).await;
+    }
     let (registry, images) = match &args.command {
         ImageCommand::Pull(pull) => (Some(&pull.registry), pull.images.images.clone()),
         ImageCommand::Push(push) => {
@@ -89,6 +93,7 @@ async fn command(store: &mut Connection, command: &ImageCommand) -> Result<()> {
         ImageCommand::Export(args) => transfer::export(store, args).await,
         ImageCommand::Import(args) => transfer::import(store, args).await,
         ImageCommand::Verify { images, repair } => verify(store, images, *repair).await,
+        ImageCommand::Migrate { .. } => bail!("a migration opens its stores itself"),
         ImageCommand::Gc(args) => collect(store, garbage(args)).await,
         ImageCommand::Prune { min_age } => {
             let request = host::ImageGarbageRequest {

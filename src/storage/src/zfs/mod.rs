@@ -23,7 +23,7 @@
 //! | `layers`, `roots` | their lives |
 //! | `shift` | trees with other ids, for want of idmapped mounts |
 //! | `attach` | mounting, without programs |
-//! | `transfer` | all layers to another pool |
+//! | `transfer` | layers to another pool |
 
 mod attach;
 mod cli;
@@ -103,7 +103,16 @@ impl ZfsDriver {
     /// A dataset that cannot hold a store, one in its place that is not ours, a record of a newer version, or what ZFS and
     /// the system say.
     pub async fn open(config: ZfsConfig) -> Result<Self> {
-        let inner = blocking(move || open::open(config)).await?;
+        let inner = blocking(move || open::open(config, open::Missing::IsMade)).await?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The same for a store that has to be there already.
+    ///
+    /// # Errors
+    /// As [`Self::open`], or [`Error::NoStore`].
+    pub async fn open_existing(config: ZfsConfig) -> Result<Self> {
+        let inner = blocking(move || open::open(config, open::Missing::IsRefused)).await?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -125,14 +134,15 @@ impl ZfsDriver {
         self.inner.cli.runs()
     }
 
-    /// Brings all layers to another store, usually on another pool, which shares there what is shared here. Those that are
-    /// there already are left alone, so that it can be run again after an interruption. Returns those it has brought.
+    /// Brings layers, in whatever order they are named, to another store, usually on another pool, which shares there what is
+    /// shared here. Those that are there already are left alone, so that it can be run again after an interruption. Returns
+    /// those it has brought.
     ///
     /// # Errors
-    /// What ZFS says; the layers that came before the failure are there.
-    pub async fn copy_layers_to(&self, other: &Self) -> Result<Vec<ChainId>> {
-        let other = Arc::clone(&other.inner);
-        self.run(move |inner| transfer::copy(inner, &other)).await
+    /// What ZFS says; the layers that came before the failure are there. A layer goes only with or after its parent.
+    pub async fn copy_layers_to(&self, other: &Self, layers: &[ChainId]) -> Result<Vec<ChainId>> {
+        let (other, layers) = (Arc::clone(&other.inner), layers.to_vec());
+        self.run(move |inner| transfer::copy(inner, &other, &layers)).await
     }
 
     async fn run<T: Send + 'static>(

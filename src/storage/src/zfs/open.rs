@@ -90,8 +90,15 @@ impl Row {
     }
 }
 
+/// What is done where there is no store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Missing {
+    IsMade,
+    IsRefused,
+}
+
 /// Opens a store.
-pub(super) fn open(config: ZfsConfig) -> Result<Inner> {
+pub(super) fn open(config: ZfsConfig, missing: Missing) -> Result<Inner> {
     names::check(&config.dataset)?;
     make_private_dir(&config.run_dir)?;
     let run_dir = fs::canonicalize(&config.run_dir).attempt("look at", &config.run_dir)?;
@@ -112,7 +119,7 @@ pub(super) fn open(config: ZfsConfig) -> Result<Inner> {
         index: Mutex::default(),
         turns: Turns::default(),
     };
-    let rows = inner.list()?;
+    let rows = inner.list(missing)?;
     inner.check(&rows)?;
     inner.complete(&rows)?;
     for name in ["drafts", "views"] {
@@ -131,13 +138,13 @@ pub(super) fn open(config: ZfsConfig) -> Result<Inner> {
 
 impl Inner {
     /// All that may be ours, by the name below the store's dataset (which is the empty one).
-    fn list(&self) -> Result<HashMap<String, Row>> {
+    fn list(&self, missing: Missing) -> Result<HashMap<String, Row>> {
         let columns = COLUMNS.join(",");
         let args =
             ["list", "-H", "-p", "-t", "filesystem,snapshot", "-d", "4", "-r", "-o", &columns, &self.dataset];
         let table = match self.cli.table(&args) {
             Ok(table) => table,
-            Err(Error::NoSuchDataset(_)) => {
+            Err(Error::NoSuchDataset(_)) if missing == Missing::IsMade => {
                 let mut all = vec!["mountpoint=legacy".to_owned(), "canmount=off".to_owned()];
                 all.push(format!("{OWNER}={}", Kind::Top));
                 all.push(format!("{VERSION}={FORMAT}"));
@@ -152,7 +159,12 @@ impl Inner {
             let name = name.strip_prefix('/').unwrap_or(name).to_owned();
             Some((name, Row(COLUMNS.into_iter().zip(line).collect())))
         });
-        Ok(rows.collect())
+        let rows: HashMap<String, Row> = rows.collect();
+        let is_ours = |row: &Row| row.get(OWNER) == Kind::State.to_string();
+        if missing == Missing::IsRefused && !rows.get(&Kind::State.path()).is_some_and(is_ours) {
+            return Err(Error::NoStore(self.dataset.clone()));
+        }
+        Ok(rows)
     }
 
     fn create(&self, dataset: &str, properties: &[String]) -> Result<()> {

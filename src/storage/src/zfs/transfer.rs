@@ -1,4 +1,4 @@
-//! All layers of a store to another one, usually on another pool.
+//! Layers of a store to another one, usually on another pool.
 //!
 //! A layer goes as the difference to its parent and becomes a clone of it there, so that what is shared stays shared. Where
 //! the other store has the parent from elsewhere, ZFS cannot tell that they are the same, and the layer goes as a whole.
@@ -21,11 +21,11 @@ use crate::{
 /// Large blocks, embedded data and compressed blocks go as they are.
 const SEND: [&str; 2] = ["send", "-Lec"];
 
-/// Copies what is missing, the bottom layers first.
-pub(super) fn copy(from: &Inner, to: &Arc<Inner>) -> Result<Vec<ChainId>> {
+/// Copies those of the layers that are missing, the bottom ones first.
+pub(super) fn copy(from: &Inner, to: &Arc<Inner>, wanted: &[ChainId]) -> Result<Vec<ChainId>> {
     let mut brought = Vec::new();
     let order = from.index().top_first();
-    for chain in order.into_iter().rev() {
+    for chain in order.into_iter().rev().filter(|chain| wanted.contains(chain)) {
         let held = {
             let mut index = from.index();
             let Some(layer) = index.layers.get(&chain).cloned() else { continue };

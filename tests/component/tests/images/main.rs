@@ -3,6 +3,8 @@
 
 mod agent;
 mod crashes;
+mod migration;
 mod store;
 mod support;
 mod tools;
+mod zfs;
