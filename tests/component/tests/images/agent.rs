@@ -11,7 +11,10 @@ use moxlet_tests_component::{
     program, registry,
 };
 
-use crate::support::{Store, failed, succeeded, tar, text};
+use crate::{
+    proxy::Proxy,
+    support::{Store, failed, pushed, succeeded, tar, text, until},
+};
 
 fn try_run(socket: &Path, args: &[&str]) -> Output {
     Command::new(program()).args(["image", "--socket"]).arg(socket).args(args).output().unwrap()
@@ -73,6 +76,38 @@ async fn a_container_runs_from_an_imported_root_file_system() {
     assert_eq!(host.exited(&id).await.exit_code, 0);
     assert!(host.log(&id).await.contains("imported"));
     assert!(run(&socket, &["verify", "imported:1"]).starts_with("ok"));
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_pulls_of_one_image_at_once_are_one_download() {
+    const LAYERS: usize = 3;
+    let host = Host::start().await;
+    let socket = host.config.cri_socket.clone();
+    let id = pushed(&format!("{}/test/twice:1", registry::address()), LAYERS, 10, 50_000);
+    let proxy = Proxy::start();
+    let name = proxy.name("test/twice:1");
+    // Both begin while nothing of the image is here: the answers wait.
+    proxy.hold(true);
+    let pulls: Vec<_> = (0..2)
+        .map(|_| {
+            let (socket, name) = (socket.clone(), name.clone());
+            std::thread::spawn(move || run(&socket, &["pull", "-q", &name]))
+        })
+        .collect();
+    until(|| proxy.blobs() > 0);
+    let begun = || {
+        let of = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let all =
+            std::fs::read_dir("/proc").unwrap().filter_map(|e| e.unwrap().file_name().into_string().ok());
+        all.filter(|pid| of(pid).contains(&format!("\0{name}\0"))).count()
+    };
+    until(|| begun() == 2);
+    proxy.hold(false);
+    for pull in pulls {
+        assert_eq!(pull.join().unwrap(), id);
+    }
+    assert_eq!(proxy.blobs(), LAYERS + 1, "each layer and the config once");
     host.end().await;
 }
 

@@ -2,12 +2,15 @@
 
 use std::{
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use moxlet_tests_component::registry;
 
-use crate::support::{Store, pushed, text, tool};
+use crate::{
+    proxy::Proxy,
+    support::{Store, pushed, text, tool, until},
+};
 
 /// How often a pull is killed.
 const KILLS: u32 = 50;
@@ -49,20 +52,26 @@ fn a_pull_that_is_killed_at_any_point_leaks_nothing_and_goes_through_afterwards(
 }
 
 #[test]
-fn a_pull_that_is_interrupted_says_so() {
-    let name = format!("{}/test/interrupt:1", registry::address());
-    pushed(&name, 4, 60, 8_000);
-    let store = Store::new();
-    let mut command = store.command(&["pull", &name]);
-    let pull = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(100));
-    tool("kill", &["-TERM", &pull.id().to_string()]);
-    let output = pull.wait_with_output().unwrap();
-    // It may have been through before, or not even have begun.
-    if output.status.code() == Some(1) {
-        assert!(String::from_utf8_lossy(&output.stderr).contains("stopped by SIGTERM"));
+fn a_pull_that_is_interrupted_leaves_nothing_and_goes_through_afterwards() {
+    let id = pushed(&format!("{}/test/interrupt:1", registry::address()), 4, 60, 8_000);
+    let (store, proxy) = (Store::new(), Proxy::start());
+    let name = proxy.name("test/interrupt:1");
+    for (signal, word) in [("-INT", "interrupted"), ("-TERM", "stopped by SIGTERM")] {
+        proxy.hold(true);
+        let asked = proxy.blobs();
+        let mut command = store.command(&["pull", &name]);
+        let pull = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        until(|| proxy.blobs() > asked);
+        tool("kill", &[signal, &pull.id().to_string()]);
+        let output = pull.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(word));
+        proxy.hold(false);
+        assert_eq!(store.run(&["list", "-q"]), "");
+        assert!(store.leftovers().is_empty(), "{:?}", store.leftovers());
     }
-    store.run(&["pull", &name]);
+    assert_eq!(store.run(&["pull", &name]), id);
+    store.run(&["verify"]);
     store.run(&["remove", &name]);
     assert!(store.leftovers().is_empty(), "{:?}", store.leftovers());
 }

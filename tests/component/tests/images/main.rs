@@ -4,6 +4,7 @@
 mod agent;
 mod crashes;
 mod migration;
+mod proxy;
 mod store;
 mod support;
 mod tools;

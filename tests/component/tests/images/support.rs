@@ -95,6 +95,17 @@ pub(crate) fn failed(args: &[&str], output: &Output) -> String {
     error
 }
 
+/// Waits for a condition, with a limit.
+pub(crate) fn until(mut condition: impl FnMut() -> bool) {
+    for _ in 0..6000 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("it never came to be");
+}
+
 /// Runs another program, which has to succeed; what it prints.
 pub(crate) fn tool(name: &str, args: &[&str]) -> String {
     let output = Command::new(name).args(args).output().unwrap();

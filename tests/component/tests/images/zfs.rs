@@ -127,7 +127,8 @@ fn an_image_lives_its_whole_life_on_a_dataset() {
     assert!(fs::write(target.join("x"), "x").is_err());
     let refused = store.complaint(&["rm", "made:1"]);
     assert!(refused.contains(text(&target)), "{refused}");
-    assert_eq!(store.run(&["gc", "--high", "0", "--low", "0", "--min-age", "1h"]), "");
+    let spared = store.complaint(&["gc", "--high", "0", "--low", "0", "--min-age", "0s"]);
+    assert!(spared.contains("is in use, pinned or too young"), "{spared}");
     store.run(&["umount", text(&target)]);
     assert!(!target.join("layer2").exists());
 
@@ -139,8 +140,10 @@ fn an_image_lives_its_whole_life_on_a_dataset() {
     assert!(store.layers().is_empty(), "{:?}", store.layers());
 
     assert_eq!(store.run(&["import", text(&out)]), id, "the export is the same image");
-    let pruned = store.run(&["prune"]);
-    assert!(pruned.contains(&id), "{pruned}");
+    // No pool is ever quite empty, which the command says; the image goes.
+    let gone = store.try_run(&["gc", "--high", "0", "--low", "0", "--min-age", "0s"]);
+    let gone = String::from_utf8(gone.stdout).unwrap();
+    assert!(gone.contains(&id), "{gone}");
     assert!(store.layers().is_empty() && store.drafts().is_empty());
     assert_eq!(mounts::mounted_below(store.dir.path()).unwrap(), Vec::<PathBuf>::new());
 }
