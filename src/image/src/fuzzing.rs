@@ -37,7 +37,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Extracts the bytes as two layers on top of each other; links in them find a directory beside the root.
+/// Extracts the bytes as two layers, on top of each other and side by side; links in them find a directory beside the root.
 pub fn layer(data: &[u8]) {
     let Ok(scratch) = Scratch::new() else { return };
     for style in [WhiteoutStyle::Overlay, WhiteoutStyle::Apply] {
@@ -51,7 +51,16 @@ pub fn layer(data: &[u8]) {
         let half = data.len() / 2 / 512 * 512;
         for (bottom, part) in [(true, &data[..half]), (false, &data[half..])] {
             let tape = dir.join(format!("{bottom}.tape"));
-            let target = Target { root: &root, style, bottom, tape: Some(&tape), below: None };
+            let (mut root, mut below): (_, Option<layer::Below<'_>>) = (root.clone(), None);
+            if style == WhiteoutStyle::Overlay && !bottom {
+                let lower = vec![root];
+                below = Some(Box::new(move || Ok(lower.into())));
+                root = dir.join("beside");
+                if fs::create_dir(&root).is_err() {
+                    return;
+                }
+            }
+            let target = Target { root: &root, style, bottom, tape: Some(&tape), below };
             match layer::unpack_reader(part, &Claim::default(), target) {
                 Ok(unpacked) => {
                     let again = layer::check(&root, &tape, style, bottom).map(|c| c.diff_id);

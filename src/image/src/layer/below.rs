@@ -30,7 +30,7 @@ impl From<Vec<LayerView>> for Lower {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 impl From<Vec<PathBuf>> for Lower {
     fn from(dirs: Vec<PathBuf>) -> Self {
         Self { dirs, _views: Vec::new() }

@@ -136,6 +136,7 @@ impl<'a> Extraction<'a> {
                 return Err(Fault::Bad(format!("the root entry {} is not a directory", shown(&entry.path))));
             }
             let fd = self.root.open_top()?;
+            self.strip(&fd, &path)?;
             return self.directory_attributes(&fd, &path, entry);
         }
         let marks = |c: &[u8]| c.starts_with(WHITEOUT) && !c.starts_with(WHITEOUT_META);
@@ -266,7 +267,7 @@ impl<'a> Extraction<'a> {
         self.usage.inodes += 1;
         self.usage.bytes += DISK_BLOCK;
         match self.root.look(dir, path)? {
-            Some(stat) if is_dir(&stat) => {}
+            Some(stat) if is_dir(&stat) => self.strip(&self.root.open_dir(dir, path)?, path)?,
             Some(_) => {
                 let ours = (self.style == WhiteoutStyle::Apply).then_some(&self.ours);
                 self.root.remove(dir, path, &mut Leaving::kept(archive.tape(), ours))?;
@@ -296,6 +297,17 @@ impl<'a> Extraction<'a> {
         self.keep(path.len())?;
         self.dirs.push((path.to_vec(), entry.mtime));
         self.attributes(fd, path, entry)
+    }
+
+    /// A directory that is there already has the attributes of its new entry alone. Labels are the machine's.
+    fn strip(&self, fd: &OwnedFd, path: &[u8]) -> Outcome<()> {
+        let fault = |e| self.root.fault("remove the attributes of", path, e);
+        for (name, _) in xattrs(fd).map_err(fault)? {
+            if name.starts_with(b"user.") {
+                rustix::fs::fremovexattr(fd, &name[..]).map_err(fault)?;
+            }
+        }
+        Ok(())
     }
 
     /// Owner before mode and capabilities: changing it takes those away.

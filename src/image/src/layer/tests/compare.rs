@@ -230,6 +230,28 @@ fn a_link_of_a_lower_layer_leads_nowhere_once_it_is_removed_or_replaced() {
     );
 }
 
+#[test]
+fn a_directory_has_the_attributes_of_its_last_entry_alone() {
+    let base = Tar::default()
+        .pax(&[("SCHILY.xattr.user.a", b"old"), ("SCHILY.xattr.user.b", b"old")])
+        .dir("d")
+        .end();
+    let top = Tar::default()
+        .pax(&[("SCHILY.xattr.user.c", b"first")])
+        .dir("d")
+        .pax(&[("SCHILY.xattr.user.a", b"new")])
+        .dir("d")
+        .end();
+    for style in [WhiteoutStyle::Overlay, WhiteoutStyle::Apply] {
+        let root = tempfile::tempdir().unwrap();
+        extract_as(root.path(), style, true, &base).unwrap();
+        extract_as(root.path(), style, false, &top).unwrap();
+        let names: Vec<_> = xattr::list(root.path().join("d")).unwrap().collect();
+        assert_eq!(names, ["user.a"]);
+        assert_eq!(xattr::get(root.path().join("d"), "user.a").unwrap().unwrap(), b"new");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
