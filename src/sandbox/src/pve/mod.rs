@@ -8,7 +8,7 @@
 //! <pool>/subvol-<vmid>-disk-0         its small root
 //! ```
 //!
-//! The API cannot make such a CT, so its file is written here ([`mod@file`]); it starts, stops and goes as tasks of Proxmox VE.
+//! The API cannot make such a CT, so its file is written here (`file`); it starts, stops and goes as tasks of Proxmox VE.
 //! What runs is read from cgroups and `/proc`, never asked of the API: an idle host makes no calls.
 //!
 //! | module | subject |
