@@ -1,17 +1,22 @@
-//! The table of `scripts/bench pod`: Moxlet and a kubelet with containerd, two nodes of one cluster, rounds taken in turns.
+//! The tables of `scripts/bench`, each with the peers measured in the same run, rounds taken in turns: what was measured beside
+//! the bound that is wanted.
 //!
-//! It asserts nothing; it prints what was measured beside the bound that is wanted.
+//! `pod` is Moxlet and a kubelet with containerd, two nodes of one cluster. `image` is Moxlet and others that pull images; it
+//! fails where a bound does not hold.
 
+mod image;
 mod memory;
 mod pods;
 mod streams;
 mod table;
 
-use anyhow::{Context, Result};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
 
 use crate::table::Table;
 
-/// What the environment of `scripts/bench` says.
+/// What the environment of `scripts/bench pod` says.
 pub(crate) struct Bench {
     /// Moxlet's node, then the peer's.
     pub(crate) nodes: [String; 2],
@@ -34,7 +39,15 @@ fn text(name: &str) -> Result<String> {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
+async fn main() -> Result<ExitCode> {
+    match std::env::args().nth(1).as_deref() {
+        Some("pod") => pod().await.map(|()| ExitCode::SUCCESS),
+        Some("image") => Ok(if image::measure().await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        _ => bail!("usage: moxlet-bench pod|image; run scripts/bench"),
+    }
+}
+
+async fn pod() -> Result<()> {
     let bench = Bench {
         nodes: [text("MOXLET_NODE")?, "peer".to_owned()],
         kubectl: text("MOXLET_KUBECTL")?,

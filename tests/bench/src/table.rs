@@ -3,12 +3,17 @@
 use std::time::Duration;
 
 #[derive(Default)]
-pub(crate) struct Table(Vec<[String; 5]>);
+pub(crate) struct Table {
+    rows: Vec<[String; 5]>,
+    failed: bool,
+}
 
 /// What a number is held against.
 pub(crate) enum Bound {
     /// At most so many times the peer's.
     TimesPeer(f64),
+    /// At least so many times faster than the peer.
+    Faster(f64),
     /// Under a fixed value.
     Under(f64),
     /// For information.
@@ -18,10 +23,18 @@ pub(crate) enum Bound {
 impl Table {
     pub(crate) fn row(&mut self, what: &str, ours: f64, peer: Option<f64>, bound: &Bound) {
         let (wanted, held) = match *bound {
-            Bound::TimesPeer(times) => (format!("≤ {times} × peer"), peer.map(|p| ours <= p * times)),
+            Bound::TimesPeer(times) => {
+                let than = |p: f64| format!("≤ {times} × peer ({:.2})", ours / p);
+                (peer.map_or_else(String::new, than), peer.map(|p| ours <= p * times))
+            }
+            Bound::Faster(times) => {
+                let than = |p: f64| format!("{times} × faster ({:.1})", p / ours);
+                (peer.map_or_else(String::new, than), peer.map(|p| ours * times <= p))
+            }
             Bound::Under(limit) => (format!("< {limit}"), Some(ours < limit)),
             Bound::None => (String::new(), None),
         };
+        self.failed |= held == Some(false);
         let verdict = held.map_or("", |h| if h { "pass" } else { "FAIL" });
         let row = [
             what.to_owned(),
@@ -31,14 +44,20 @@ impl Table {
             verdict.to_owned(),
         ];
         eprintln!("{}: {} (peer {}) {} {}", row[0], row[1], row[2], row[3], row[4]);
-        self.0.push(row);
+        self.rows.push(row);
+    }
+
+    /// Whether all bounds hold so far.
+    pub(crate) fn holds(&self) -> bool {
+        !self.failed
     }
 
     pub(crate) fn print(&self) {
         let head = ["number", "moxlet", "peer", "bound", ""].map(str::to_owned);
-        let width = |i: usize| self.0.iter().chain([&head]).map(|r| r[i].chars().count()).max().unwrap_or(0);
+        let width =
+            |i: usize| self.rows.iter().chain([&head]).map(|r| r[i].chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..5).map(width).collect();
-        for row in std::iter::once(&head).chain(&self.0) {
+        for row in std::iter::once(&head).chain(&self.rows) {
             println!(
                 "{:<a$}  {:>b$}  {:>c$}  {:<d$}  {}",
                 row[0],
