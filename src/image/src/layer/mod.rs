@@ -1,6 +1,7 @@
 //! One layer: from the bytes of its blob to a tree on disk, with every claim about it checked on the way.
 
 mod again;
+mod ahead;
 mod archive;
 mod below;
 mod check;
@@ -27,11 +28,12 @@ use moxlet_storage::{Usage, WhiteoutStyle};
 pub(crate) use below::Lower;
 pub(crate) use check::check;
 pub(crate) use source::Source;
+use stream::Blob;
 pub(crate) use stream::is_cut;
-use stream::{Blob, Hashing};
 
-/// How many pieces of a blob wait for the extraction; a piece is what came with one read from the network.
-pub(crate) const WAITING: usize = 16;
+/// How many pieces of a blob wait for the extraction; a piece is what came with one read from the network, at most about 400 KiB.
+/// More would only cost memory: the system's socket has room for what comes meanwhile.
+pub(crate) const WAITING: usize = 4;
 /// Bytes that a layer may unpack to; what bounds a decompression bomb.
 const MAX_UNPACKED: u64 = 64 << 30;
 
@@ -116,11 +118,11 @@ pub(crate) fn unpack(source: Source, claim: &Claim, target: Target<'_>) -> Outco
 }
 
 /// The same from anything that can be read.
-pub(crate) fn unpack_reader(input: impl Read, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
+pub(crate) fn unpack_reader(input: impl Read + Send, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
     unpack_blob(stream::buffered(input), claim, target)
 }
 
-fn unpack_blob(input: impl BufRead, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
+fn unpack_blob(input: impl BufRead + Send, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
     let mut blob = Blob::new(input);
     let unpacked = unpack_from(&mut blob, target);
     if let Err(fault @ (Fault::System { .. } | Fault::Cut)) = unpacked {
@@ -142,12 +144,15 @@ fn unpack_blob(input: impl BufRead, claim: &Claim, target: Target<'_>) -> Outcom
     Ok(Unpacked { digest, size, diff_id, unpacked_size, usage })
 }
 
-fn unpack_from(blob: &mut impl BufRead, target: Target<'_>) -> Outcome<(Digest, u64, Usage)> {
-    let plain = stream::decompress(blob).map_err(|e| read_fault(&e))?;
-    let plain = Hashing::new(plain, MAX_UNPACKED);
-    let (plain, usage) = extract::extract(plain, target)?;
-    let size = plain.count();
-    Ok((plain.digest().map_err(|e| read_fault(&e))?, size, usage))
+fn unpack_from(blob: &mut (impl BufRead + Send), target: Target<'_>) -> Outcome<(Digest, u64, Usage)> {
+    let root = target.root.to_owned();
+    let work = |plain| {
+        let (plain, usage) = extract::extract(Blob::new(plain), target)?;
+        let (diff_id, size) = plain.finish().map_err(|e| read_fault(&e))?;
+        Ok((diff_id, size, usage))
+    };
+    ahead::reading(|| stream::decompress(blob), MAX_UNPACKED, work)
+        .unwrap_or_else(|source| Err(Fault::System { what: "start a thread to unpack", path: root, source }))
 }
 
 /// What a failed read of a stream means.

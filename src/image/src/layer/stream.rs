@@ -101,7 +101,6 @@ fn zstd<'a>(blob: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
 pub(super) struct Hashing<R> {
     inner: R,
     left: u64,
-    count: u64,
     hash: Sha256,
     buffer: Box<[u8]>,
     at: usize,
@@ -111,12 +110,7 @@ pub(super) struct Hashing<R> {
 impl<R: Read> Hashing<R> {
     pub(super) fn new(inner: R, max: u64) -> Self {
         let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self { inner, left: max, count: 0, hash: Sha256::new(), buffer, at: 0, end: 0 }
-    }
-
-    /// How many bytes were read.
-    pub(super) fn count(&self) -> u64 {
-        self.count
+        Self { inner, left: max, hash: Sha256::new(), buffer, at: 0, end: 0 }
     }
 
     /// The digest of what was read.
@@ -134,7 +128,6 @@ impl<R: Read> BufRead for Hashing<R> {
                 io::Error::new(ErrorKind::InvalidData, "it unpacks to more than a layer may have")
             })?;
             self.hash.update(&self.buffer[..n]);
-            self.count += n as u64;
             self.end = n;
         }
         Ok(&self.buffer[self.at..self.end])

@@ -233,7 +233,7 @@ fn headers_cannot_fill_the_memory() {
 
 #[test]
 fn a_stream_has_a_bound() {
-    let mut bounded = Hashing::new(std::io::repeat(0), 100_000);
+    let mut bounded = crate::layer::stream::Hashing::new(std::io::repeat(0), 100_000);
     assert!(std::io::copy(&mut bounded, &mut std::io::sink()).is_err());
 }
 
