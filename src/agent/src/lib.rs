@@ -39,15 +39,10 @@ mod streaming;
 mod volumes;
 mod watch;
 
-use std::{
-    os::unix::fs::DirBuilderExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{os::unix::fs::DirBuilderExt, path::Path, sync::Arc, time::Duration};
 
-use moxlet_image::{DirLock, ImageStore};
-use moxlet_storage::{Driver, OverlayDriver, ZfsConfig, ZfsDriver, idmap, mounts};
+use moxlet_image::{Place, ZfsConfig};
+use moxlet_storage::{idmap, mounts};
 use tokio_util::sync::CancellationToken;
 
 pub use config::{AddressSource, CniSettings, Config, EngineSettings, PveSettings, Storage};
@@ -89,21 +84,18 @@ impl Agent {
         let pods = root.join("pods");
         blocking("making the pods' directory shared", move || Ok(mounts::make_shared_dir(&pods)?)).await?;
         let init_binary = init_binary::install(config.init_binary.as_deref(), &root.join("init"))?;
-        let (driver, image_dir, lock) = open_store(&config).await?;
+        let place = place(&config).open().await?;
+        let driver = place.driver();
         let Opened { engine, cgroups, network } = engine::open(&config).await?;
-        let images = ImageStore::open_locked(
-            moxlet_image::Config {
-                dir: image_dir,
+        let images = place
+            .images(moxlet_image::Config {
                 plain_http_hosts: config.plain_http_registries.clone(),
                 max_parallel_downloads: config.max_parallel_downloads,
                 docker_config: config.docker_config.clone(),
                 registry_config_dir: config.registry_config_dir.clone(),
                 ..moxlet_image::Config::default()
-            },
-            driver.clone(),
-            lock,
-        )
-        .await?;
+            })
+            .await?;
         let core = Core::new(Parts {
             network,
             volumes: Volumes::open(root.join("volumes"), config.map)?,
@@ -148,25 +140,16 @@ impl Agent {
     }
 }
 
-/// The driver, and where the records of its images lie (those of a ZFS store travel with its pool), with the lock of that
-/// place: a driver that is opened removes what another process may be making.
-async fn open_store(config: &Config) -> Result<(Arc<dyn Driver>, PathBuf, DirLock)> {
-    let run_dir = config.root_dir.join("storage");
-    Ok(match &config.storage {
-        Storage::Overlay => {
-            let image_dir = config.root_dir.join("images");
-            let dir = image_dir.clone();
-            let lock = blocking("locking the image store", move || Ok(DirLock::take(&dir)?)).await?;
-            (Arc::new(OverlayDriver::open(&run_dir).await?), image_dir, lock)
-        }
-        Storage::Zfs(dataset) => {
-            let name = dataset.clone();
-            let lock = blocking("locking the image store", move || Ok(DirLock::of_dataset(&name)?)).await?;
-            let driver = ZfsDriver::open(ZfsConfig { dataset: dataset.clone(), run_dir, ids: None }).await?;
-            let image_dir = driver.state_dir().join("images");
-            (Arc::new(driver), image_dir, lock)
-        }
-    })
+/// Where images and container roots lie.
+fn place(config: &Config) -> Place {
+    match &config.storage {
+        Storage::Overlay => Place::Overlay(config.root_dir.clone()),
+        Storage::Zfs(dataset) => Place::Zfs(ZfsConfig {
+            dataset: dataset.clone(),
+            run_dir: config.root_dir.join("storage"),
+            ids: None,
+        }),
+    }
 }
 
 fn make_dir(path: &Path, mode: u32) -> Result<()> {

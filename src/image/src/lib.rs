@@ -1,8 +1,8 @@
 //! OCI images: registry client, layer pipeline, image store.
 //!
 //! A pull streams every layer from its registry through digest check, decompression and digest check again into a
-//! directory of the storage driver; no layer is ever in memory or on disk as a blob. What an image is called lies in
-//! small records beside its config.
+//! directory of the storage driver; no layer is ever in memory as a whole, and none stays on disk as a blob. What an image is
+//! called lies in small records beside its config.
 
 mod credentials;
 mod download;
@@ -19,6 +19,7 @@ mod inspect;
 mod layer;
 mod migrate;
 mod mount;
+mod place;
 mod progress;
 mod pull;
 mod push;
@@ -51,17 +52,19 @@ pub use error::{Error, Result};
 pub use garbage::{Garbage, GarbagePolicy};
 pub use import::{Feed, RootfsOptions, Source, feed};
 pub use inspect::{InspectedLayer, InspectedManifest, Inspection, ListedImage};
-pub use migrate::{LeftOut, MigratedImage, MigrationOutcome, ZfsStore, migrate};
+pub use migrate::{LeftOut, MigratedImage, MigrationOutcome, migrate};
+pub use moxlet_storage::ZfsConfig;
 pub use oci_spec::image::ImageConfiguration;
+pub use place::{OpenPlace, Place};
 pub use progress::{LayerProgress, LayerState, PullProgress};
 pub use reference::Reference;
 pub use restore::Compression;
-pub use store::{DirLock, ImageHold, User};
+pub use store::{ImageHold, User};
 pub use verify::{Verification, VerifyReport};
 
 use progress::Reporter;
 use serde::{Deserialize, Serialize};
-use store::Store;
+use store::{DirLock, Store};
 use tokio::sync::watch;
 
 /// How a store is set up.
@@ -189,12 +192,17 @@ impl ImageStore {
     }
 
     /// The same for who has the lock of the directory already.
-    ///
-    /// # Errors
-    /// As [`Self::open`].
-    pub async fn open_locked(config: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
+    async fn open_locked(config: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
         let store = Store::open(config, driver, lock).await?;
         Ok(Arc::new(Self { store, pulls: Mutex::default(), collecting: tokio::sync::Mutex::default() }))
+    }
+
+    /// Takes down the mounts that the driver keeps for itself. Container roots must be unmounted before.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub async fn close(&self) -> Result<()> {
+        Ok(self.store.driver.close().await?)
     }
 
     /// Brings an image from its registry. Pulls of one image with the same credentials at the same time become one,

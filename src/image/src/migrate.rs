@@ -7,23 +7,13 @@
 use std::{collections::HashSet, path::PathBuf, sync::Arc};
 
 use moxlet_ids::{ChainId, Digest};
-use moxlet_storage::{Driver, ZfsDriver};
+use moxlet_storage::{Driver, ZfsConfig, ZfsDriver};
 
 use crate::{
-    Config, DirLock, Error, ImageRecord, Result,
+    Config, Error, ImageRecord, Result,
+    place::{ZfsPlace, lock_dataset},
     store::{Adopted, SourceRecords, Store},
 };
-
-/// A store on ZFS that nobody else has open.
-#[derive(Debug)]
-pub struct ZfsStore {
-    /// Where its records lie.
-    pub records: PathBuf,
-    /// Its layers.
-    pub driver: ZfsDriver,
-    /// Its lock, taken before the driver was opened.
-    pub lock: DirLock,
-}
 
 /// What became of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,10 +59,33 @@ pub struct LeftOut {
 /// whatever point it was interrupted at. Returns the records of the source that are damaged.
 ///
 /// # Errors
-/// What a store says, or ZFS; the images that were told before are in the target.
+/// Somebody else has one of the stores open, there is no store at `from`, or what a store says, or ZFS; the images that were
+/// told before are in the target.
 pub async fn migrate(
-    from: ZfsStore,
-    to: ZfsStore,
+    from: &ZfsConfig,
+    to: &ZfsConfig,
+    tell: impl FnMut(&MigratedImage),
+) -> Result<Vec<LeftOut>> {
+    // Both, before either is opened: a driver that is opened removes what another process may be making.
+    let (lock, other_lock) = (lock_dataset(from).await?, lock_dataset(to).await?);
+    let source = ZfsPlace::new(ZfsDriver::open_existing(from.clone()).await?, lock);
+    let driver = source.driver.clone();
+    let outcome = match ZfsDriver::open(to.clone()).await {
+        Ok(other) => {
+            let target = ZfsPlace::new(other.clone(), other_lock);
+            let outcome = copy_all(source, target, tell).await;
+            let closed = other.close().await;
+            outcome.and_then(|left_out| Ok(closed.map(|()| left_out)?))
+        }
+        Err(error) => Err(error.into()),
+    };
+    let closed = driver.close().await;
+    outcome.and_then(|left_out| Ok(closed.map(|()| left_out)?))
+}
+
+async fn copy_all(
+    from: ZfsPlace,
+    to: ZfsPlace,
     mut tell: impl FnMut(&MigratedImage),
 ) -> Result<Vec<LeftOut>> {
     let layers: HashSet<ChainId> = from.driver.layers().await?.into_iter().collect();

@@ -20,7 +20,7 @@ const MAX_WORDS: u64 = 200;
 ///
 /// Whoever opens a driver first, which removes what it takes for half-made, has to hold the lock before that.
 #[derive(Debug)]
-pub struct DirLock {
+pub(crate) struct DirLock {
     _file: File,
 }
 
@@ -30,7 +30,7 @@ impl DirLock {
     ///
     /// # Errors
     /// [`Error::Locked`] with the holder.
-    pub fn take(dir: &Path) -> Result<Self> {
+    pub(crate) fn take(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).attempt("create", dir)?;
         Self::take_in(dir)
     }
@@ -39,7 +39,7 @@ impl DirLock {
     ///
     /// # Errors
     /// As [`Self::take`].
-    pub fn of_dataset(dataset: &str) -> Result<Self> {
+    pub(crate) fn of_dataset(dataset: &str) -> Result<Self> {
         Self::take(&Path::new("/run/moxlet/stores").join(dataset.replace('/', "_")))
     }
 

@@ -25,7 +25,7 @@ use oci_spec::image::ImageConfiguration;
 use crate::{Config, Error, ImageRecord, Result, registry::Registry};
 pub(crate) use adopt::{Adopted, SourceRecords};
 pub(crate) use change::{NewImage, RawManifest};
-pub use lock::DirLock;
+pub(crate) use lock::DirLock;
 pub(crate) use records::{Access, Details, Records};
 use records::{Images, Stored};
 pub use users::User;

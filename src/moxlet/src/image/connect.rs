@@ -10,8 +10,7 @@ use anyhow::{Context, Result, bail};
 use hyper_util::rt::TokioIo;
 use moxlet_agent::ImageStoreService;
 use moxlet_cri::host::{image_store_client::ImageStoreClient, image_store_server::ImageStoreServer};
-use moxlet_image::{DirLock, ImageStore};
-use moxlet_storage::{Driver, OverlayDriver, ZfsConfig, ZfsDriver};
+use moxlet_image::{ImageStore, Place, ZfsConfig};
 use tokio::task::JoinHandle;
 use tonic::{
     Code, Status,
@@ -40,7 +39,7 @@ pub(crate) struct Connection {
 /// A store that this process has opened.
 struct Own {
     serving: JoinHandle<()>,
-    driver: Arc<dyn Driver>,
+    store: Arc<ImageStore>,
 }
 
 impl Connection {
@@ -76,8 +75,8 @@ impl Connection {
         images: &[String],
     ) -> Result<Self> {
         need_root()?;
-        let (driver, records, lock, place) = layers(kind, dir).await?;
-        let mut config = moxlet_image::Config { dir: records, ..moxlet_image::Config::default() };
+        let place = format!("the store {}", dir.display());
+        let mut config = moxlet_image::Config::default();
         if let Some(args) = registry {
             config.registry_config_dir.clone_from(&args.hosts_dir);
             if args.plain_http {
@@ -86,9 +85,11 @@ impl Connection {
                 config.plain_http_hosts = hosts.collect::<Result<_>>()?;
             }
         }
-        let store = ImageStore::open_locked(config, driver.clone(), lock).await?;
+        let open =
+            async { self::place(kind, dir)?.open().await?.images(config).await.map_err(anyhow::Error::from) };
+        let store = open.await.with_context(|| format!("cannot open {place}"))?;
         let (ours, theirs) = tokio::io::duplex(PIPE);
-        let service = ImageStoreServer::new(ImageStoreService::new(store))
+        let service = ImageStoreServer::new(ImageStoreService::new(Arc::clone(&store)))
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
         let serving = tokio::spawn(async move {
@@ -103,16 +104,16 @@ impl Connection {
             async move { stream.map(TokioIo::new).ok_or_else(|| std::io::Error::other("the store is closed")) }
         });
         let channel = Endpoint::from_static("http://store.invalid").connect_with_connector(connect).await?;
-        Ok(Self { client: client(channel), own: Some(Own { serving, driver }), place })
+        Ok(Self { client: client(channel), own: Some(Own { serving, store }), place })
     }
 
     /// Closes the store, if it is our own.
     pub(crate) async fn close(self) -> Result<()> {
         let Self { client, own, .. } = self;
         drop(client);
-        if let Some(Own { serving, driver }) = own {
+        if let Some(Own { serving, store }) = own {
             serving.await.context("the store's service failed")?;
-            driver.close().await?;
+            store.close().await?;
         }
         Ok(())
     }
@@ -133,35 +134,12 @@ impl Connection {
     }
 }
 
-/// Opens the layers of a store; where its records are, with the lock of that place, and what it is.
-async fn layers(kind: StorageKind, store: &Path) -> Result<(Arc<dyn Driver>, PathBuf, DirLock, String)> {
-    let place = format!("the store {}", store.display());
-    let context = || format!("cannot open the layers of {place}");
-    match kind {
-        StorageKind::Overlay => {
-            let dir = std::path::absolute(store).with_context(context)?;
-            let records = dir.join("images");
-            let at = records.clone();
-            // First: a driver that is opened removes what another process may be making.
-            let lock = tokio::task::spawn_blocking(move || DirLock::take(&at)).await??;
-            let driver = OverlayDriver::open(&dir.join("storage")).await.with_context(context)?;
-            Ok((Arc::new(driver), records, lock, place))
-        }
-        StorageKind::Zfs => {
-            let dataset = store.to_str().with_context(|| format!("{place} is no dataset"))?.to_owned();
-            let lock = lock_dataset(&dataset).await?;
-            let config = zfs_config(&dataset);
-            let driver = ZfsDriver::open(config).await.with_context(context)?;
-            let records = driver.state_dir().join("images");
-            Ok((Arc::new(driver), records, lock, place))
-        }
-    }
-}
-
-/// The lock of a store on a dataset.
-pub(super) async fn lock_dataset(dataset: &str) -> Result<DirLock> {
-    let name = dataset.to_owned();
-    Ok(tokio::task::spawn_blocking(move || DirLock::of_dataset(&name)).await??)
+/// Where a store is that the command line names.
+fn place(kind: StorageKind, store: &Path) -> Result<Place> {
+    Ok(match kind {
+        StorageKind::Overlay => Place::Overlay(std::path::absolute(store)?),
+        StorageKind::Zfs => Place::Zfs(zfs_config(store.to_str().context("it is no dataset")?)),
+    })
 }
 
 /// How a store on a dataset is opened.

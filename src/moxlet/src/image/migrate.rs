@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use moxlet_image::{MigratedImage, MigrationOutcome, ZfsStore};
-use moxlet_storage::{Driver, ZfsDriver};
+use moxlet_image::{MigratedImage, MigrationOutcome};
 
 use super::{
     args::{PlaceArgs, StorageKind},
-    connect::{lock_dataset, need_root, zfs_config},
+    connect::{need_root, zfs_config},
     say,
 };
 
@@ -20,26 +19,11 @@ const OTHERWISE: &str =
 pub(super) async fn migrate(place: &PlaceArgs, to: &Path) -> Result<()> {
     let (from, to) = datasets(place, to)?;
     need_root()?;
-    // Both, before either is opened: a driver that is opened removes what another process may be making.
-    let (lock, other_lock) = (lock_dataset(&from).await?, lock_dataset(&to).await?);
-    let context = |dataset: &str| format!("cannot open the layers of the store {dataset}");
-    let driver = ZfsDriver::open_existing(zfs_config(&from)).await.with_context(|| context(&from))?;
-    let source = ZfsStore { records: driver.state_dir().join("images"), driver: driver.clone(), lock };
-    let opened = ZfsDriver::open(zfs_config(&to)).await.with_context(|| context(&to));
-    let other = match opened {
-        Ok(other) => other,
-        Err(error) => {
-            driver.close().await?;
-            return Err(error);
-        }
-    };
-    let records = other.state_dir().join("images");
-    let target = ZfsStore { records, driver: other.clone(), lock: other_lock };
     let mut sums = Sums::default();
-    let outcome = moxlet_image::migrate(source, target, |image| sums.tell(image)).await;
-    let closed = driver.close().await.and(other.close().await);
-    let left_out = outcome?;
-    closed?;
+    let (source, target) = (zfs_config(&from), zfs_config(&to));
+    let left_out = moxlet_image::migrate(&source, &target, |image| sums.tell(image))
+        .await
+        .with_context(|| format!("cannot bring the images of {from} to {to}"))?;
     eprintln!("{}", sums.text(&from, &to));
     for record in &left_out {
         eprintln!("moxlet: left out: {}: {}", record.path.display(), record.reason);
