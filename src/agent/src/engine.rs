@@ -1,14 +1,9 @@
 //! Which engine an agent has, opened: the engine, the cgroups of its CTs, and who attaches their networks.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use moxlet_network::{Cni, CniConfig, forwarding};
-use moxlet_pve::{Client, Endpoint, Fingerprint, NodeName, Token, Trust, Vmid};
-use moxlet_sandbox::{
-    Engine, LxcConfig, LxcEngine,
-    cgroup::{ContainerCgroups, Numbers},
-    pve::{CgroupInits, PveConfig, PveEngine, Requirements, VmidRange, ZfsVolumes},
-};
+use moxlet_sandbox::{Engine, LxcConfig, LxcEngine, cgroup::ContainerCgroups, pve::PveHost};
 
 use crate::{
     Config, PATIENCE,
@@ -17,9 +12,6 @@ use crate::{
     facts,
     network::{EngineNetwork, Network, parse_bridge},
 };
-
-/// A token's file is not larger, nor is a list of certificates.
-const MAX_FILE: u64 = 1 << 20;
 
 /// An engine and what goes with it.
 pub(crate) struct Opened {
@@ -56,88 +48,33 @@ async fn lxc(config: &Config) -> Result<Opened> {
 }
 
 async fn pve(config: &Config, settings: &PveSettings) -> Result<Opened> {
-    let unfit = |key: &str, e: &dyn std::fmt::Display| Error::Unfit(format!("pve.{key}: {e}"));
-    let node: NodeName = match &settings.node {
-        Some(name) => name.parse().map_err(|e| unfit("node", &e))?,
-        None => {
-            let name = facts::hostname();
-            let short = name.split('.').next().unwrap_or_default();
-            short.parse().map_err(|e| unfit("node", &e))?
-        }
-    };
-    let number = |key: &'static str, n: u32| Vmid::new(n).map_err(|e| unfit(key, &e));
-    let range =
-        VmidRange::new(number("vmid_min", settings.vmid_min)?, number("vmid_max", settings.vmid_max)?)?;
-    let storage = settings.storage.parse().map_err(|e| unfit("storage", &e))?;
-    let client = client(settings)?;
+    let short = || facts::hostname().split('.').next().unwrap_or_default().to_owned();
     let mut bridges = vec![settings.bridge.clone()];
     for entry in &settings.extra_bridges {
-        bridges.push(parse_bridge(entry).map_err(|e| unfit("extra_bridges", &e))?.0);
+        let (bridge, _) = parse_bridge(entry).map_err(|e| Error::Unfit(format!("pve.extra_bridges: {e}")))?;
+        bridges.push(bridge);
     }
-    let required = Requirements {
-        client: &client,
-        node: &node,
-        storage: &storage,
-        bridges: &bridges,
-        range,
-        config_dir: &settings.config_dir,
-        net_dir: Path::new("/sys/class/net"),
-    };
-    let pool = required.check().await?;
-    let numbers = Numbers::default();
-    let cgroups = ContainerCgroups::numbered(numbers.clone())?;
     let facts = facts::read(&config.root_dir);
-    let engine = PveEngine::new(
-        PveConfig {
-            dir: config.root_dir.join("pve"),
-            config_dir: settings.config_dir.clone(),
-            lock_dir: settings.lock_dir.clone(),
-            node,
-            storage,
-            range,
-            protection: settings.protection,
-            memory_bytes: facts.memory_bytes,
-            cores: facts.cpus,
-            start_timeout: PATIENCE,
-        },
-        client,
-        Arc::new(ZfsVolumes::open(&pool).await?),
-        Arc::new(CgroupInits::new(cgroups.clone())),
-        numbers,
-    )?;
+    let host = PveHost {
+        endpoints: settings.endpoints.clone(),
+        token_file: settings.token_file.clone(),
+        ca_file: settings.ca_file.clone(),
+        fingerprint: settings.fingerprint.clone(),
+        node: settings.node.clone().unwrap_or_else(short),
+        storage: settings.storage.clone(),
+        vmids: (settings.vmid_min, settings.vmid_max),
+        bridges,
+        protection: settings.protection,
+        config_dir: settings.config_dir.clone(),
+        lock_dir: settings.lock_dir.clone(),
+        dir: config.root_dir.join("pve"),
+        memory_bytes: facts.memory_bytes,
+        cores: facts.cpus,
+        start_timeout: PATIENCE,
+    };
+    let (engine, cgroups) = host.open().await?;
     let network = EngineNetwork::open(settings.clone(), &config.root_dir.join("addresses"))?;
     Ok(Opened { engine: Arc::new(engine), cgroups, network: Network::Engine(Box::new(network)) })
-}
-
-/// A client of the API, from the files that the configuration names.
-fn client(settings: &PveSettings) -> Result<Client> {
-    let text = |key: &str, path: &Path| {
-        let size = std::fs::metadata(path).map_or(0, |m| m.len());
-        if size > MAX_FILE {
-            return Err(Error::Unfit(format!("pve.{key}: {} is too large", path.display())));
-        }
-        std::fs::read_to_string(path)
-            .map_err(|e| Error::io(format!("pve.{key}: cannot read {}", path.display()), e))
-    };
-    let token: Token = text("token_file", &settings.token_file)?
-        .trim()
-        .parse()
-        .map_err(|e| Error::Unfit(format!("pve.token_file: {}: {e}", settings.token_file.display())))?;
-    let trust = match (&settings.fingerprint, &settings.ca_file) {
-        (Some(fingerprint), _) => {
-            let fingerprint: Fingerprint =
-                fingerprint.parse().map_err(|e| Error::Unfit(format!("pve.fingerprint: {e}")))?;
-            Trust::Fingerprint(fingerprint)
-        }
-        (None, Some(path)) => Trust::Authorities(text("ca_file", path)?.into_bytes()),
-        (None, None) => Trust::System,
-    };
-    let mut builder = Client::builder(token);
-    for url in &settings.endpoints {
-        let endpoint = Endpoint::new(url, trust.clone());
-        builder = builder.endpoint(endpoint.map_err(|e| Error::Unfit(format!("pve.endpoints: {url}: {e}")))?);
-    }
-    builder.build().map_err(|e| Error::Unfit(e.to_string()))
 }
 
 fn cni(config: &Config) -> CniConfig {

@@ -1,8 +1,9 @@
-//! What may get into the configuration of a CT: checks that keep each value on its line and in its word.
+//! What gets into the configuration of a CT: what every engine writes, and checks that keep each value on its line and in
+//! its word.
 
 use std::path::Path;
 
-use crate::{Error, Result};
+use crate::{Error, INIT_IN_CT, POD_DIR_IN_CT, Result, SandboxSpec};
 
 /// A value that cannot be used.
 pub(crate) fn invalid(what: impl Into<String>, value: &str, reason: &str) -> Error {
@@ -71,4 +72,26 @@ pub(crate) fn check_args(args: &[String]) -> Result<()> {
         return Err(invalid("init arguments", &args.len().to_string(), "there are more than 64"));
     }
     Ok(())
+}
+
+/// What every CT of a pod has, whichever engine makes it.
+pub(crate) fn of_every_ct(spec: &SandboxSpec, cgroup: &str) -> Result<Vec<(String, String)>> {
+    let init = mount_path("init binary", &spec.init_binary)?;
+    let shared = mount_path("shared directory", &spec.shared_dir)?;
+    let fixed = [
+        ("lxc.signal.halt", "SIGTERM".to_owned()),
+        // /proc stays whole: a pod's containers mount their own, and mask and protect it themselves.
+        ("lxc.mount.auto", format!("proc:rw sys:mixed {cgroup}")),
+        ("lxc.mount.entry", "tmpfs run tmpfs rw,nosuid,nodev,mode=755,size=64m 0 0".to_owned()),
+        ("lxc.mount.entry", "tmpfs tmp tmpfs rw,nosuid,nodev,mode=1777,size=16m 0 0".to_owned()),
+        ("lxc.mount.entry", format!("{init} {} none bind,ro 0 0", &INIT_IN_CT[1..])),
+        ("lxc.mount.entry", format!("{shared} {} none rbind,rslave,create=dir 0 0", &POD_DIR_IN_CT[1..])),
+        ("lxc.pty.max", "1024".to_owned()),
+    ];
+    let mut pairs: Vec<_> = fixed.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    for (name, value) in &spec.sysctls {
+        check_sysctl(name, value)?;
+        pairs.push((format!("lxc.sysctl.{name}"), value.clone()));
+    }
+    Ok(pairs)
 }

@@ -3,8 +3,8 @@
 use std::{fmt::Write as _, path::Path};
 
 use crate::{
-    INIT_IN_CT, POD_DIR_IN_CT, Result, SandboxSpec,
-    text::{check_args, check_hostname, check_sysctl, mount_path, plain_path},
+    Result, SandboxSpec,
+    text::{check_args, check_hostname, of_every_ct, plain_path},
 };
 
 /// What the configuration depends on beside the spec.
@@ -44,30 +44,19 @@ pub(super) fn render(spec: &SandboxSpec, around: &Surroundings<'_>) -> Result<St
     }
     // CNI attaches the pod after the start: only a namespace made by liblxc belongs to the CT's user namespace.
     put("lxc.net.0.type", "empty");
-    // Under a cgroup namespace liblxc mounts v1 hierarchies only when forced. /proc stays whole: a pod's containers
-    // mount their own, and mask and protect it themselves.
+    // Under a cgroup namespace liblxc mounts v1 hierarchies only when forced.
     let cgroup = if around.cgroup_v1 { "cgroup:mixed:force" } else { "cgroup:mixed" };
-    put("lxc.mount.auto", &format!("proc:rw sys:mixed {cgroup}"));
-    put("lxc.mount.entry", "tmpfs run tmpfs rw,nosuid,nodev,mode=755,size=64m 0 0");
-    put("lxc.mount.entry", "tmpfs tmp tmpfs rw,nosuid,nodev,mode=1777,size=16m 0 0");
-    let init = mount_path("init binary", &spec.init_binary)?;
-    put("lxc.mount.entry", &format!("{init} {} none bind,ro 0 0", &INIT_IN_CT[1..]));
-    let shared = mount_path("shared directory", &spec.shared_dir)?;
-    put("lxc.mount.entry", &format!("{shared} {} none rbind,rslave,create=dir 0 0", &POD_DIR_IN_CT[1..]));
     put("lxc.autodev", "1");
     put("lxc.tty.max", "0");
-    put("lxc.pty.max", "1024");
     put("lxc.console.path", "none");
-    put("lxc.signal.halt", "SIGTERM");
     put("lxc.log.level", "ERROR");
     put("lxc.log.file", &plain_path("log file", around.log)?);
     if around.apparmor {
         put("lxc.apparmor.profile", "generated");
         put("lxc.apparmor.allow_nesting", "1");
     }
-    for (name, value) in &spec.sysctls {
-        check_sysctl(name, value)?;
-        put(&format!("lxc.sysctl.{name}"), value);
+    for (key, value) in of_every_ct(spec, cgroup)? {
+        put(&key, &value);
     }
     for (key, value) in &around.limits {
         put(key, value);

@@ -19,9 +19,9 @@ use moxlet_pve::{
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    Error, INIT_IN_CT, IdMap, Limits, Nic, NicAddress, POD_DIR_IN_CT, Result, SandboxSpec,
+    Error, INIT_IN_CT, IdMap, Limits, Nic, NicAddress, Result, SandboxSpec,
     cgroup::{DEFAULT_PERIOD_US, weight_of_shares},
-    text::{check_args, check_hostname, check_sysctl, invalid, mount_path, plain_path},
+    text::{check_args, check_hostname, invalid, of_every_ct, plain_path},
 };
 
 /// Where the guard lies in the CT. It is no volume and not shared, so that Proxmox VE refuses to migrate, snapshot or clone
@@ -71,30 +71,33 @@ where
     text.parse().map_err(|e: T::Err| invalid(what, text, &e.to_string()))
 }
 
+/// Proxmox VE takes a host name whose parts neither begin nor end with a dash.
+fn check_labels(hostname: &str) -> Result<()> {
+    let plain = hostname.trim_matches(['-', '.']).len() == hostname.len();
+    if plain && hostname.split('.').all(|l| !l.is_empty() && !l.starts_with('-')) {
+        return Ok(());
+    }
+    Err(invalid("hostname", hostname, "a part of it begins or ends with a dash, or is empty"))
+}
+
+/// The mount point that keeps Proxmox VE from migrating, snapshotting or cloning the CT.
+fn guard(around: &Surroundings<'_>) -> Result<MountPoint> {
+    let volume = Volume {
+        ro: Some(true),
+        ..Volume::new(property("guard directory", &plain_path("guard directory", around.guard)?)?)
+    };
+    Ok(MountPoint { path: property("guard", GUARD_IN_CT)?, backup: None, keepattrs: None, volume })
+}
+
 /// `/etc/pve/lxc/ID.conf`, complete and without a lock.
 pub(super) fn render(spec: &SandboxSpec, around: &Surroundings<'_>) -> Result<LxcConfig> {
     check_hostname(&spec.hostname)?;
-    let hostname = spec.hostname.trim_matches(['-', '.']);
-    if hostname.len() != spec.hostname.len()
-        || hostname.split('.').any(|l| l.is_empty() || l.starts_with('-'))
-    {
-        return Err(invalid(
-            "hostname",
-            &spec.hostname,
-            "a part of it begins or ends with a dash, or is empty",
-        ));
-    }
+    check_labels(&spec.hostname)?;
     let volume = format!("{}:{}", around.storage, around.volume);
     let rootfs = Volume {
         size: Some(DiskSize::from_bytes(around.root_bytes)),
         ..Volume::new(property("root volume", &volume)?)
     };
-    let guard = Volume {
-        ro: Some(true),
-        ..Volume::new(property("guard directory", &plain_path("guard directory", around.guard)?)?)
-    };
-    let guard =
-        MountPoint { path: property("guard", GUARD_IN_CT)?, backup: None, keepattrs: None, volume: guard };
     let cpulimit = cpulimit(&spec.limits);
     let mut config = LxcConfig {
         arch: arch(),
@@ -118,7 +121,7 @@ pub(super) fn render(spec: &SandboxSpec, around: &Surroundings<'_>) -> Result<Lx
         unprivileged: Some(true),
         ..LxcConfig::default()
     };
-    config.mp.insert(0, guard);
+    config.mp.insert(0, guard(around)?);
     for (number, nic) in spec.nics.iter().enumerate() {
         let number = u16::try_from(number).ok().filter(|n| *n < 32);
         let number = number.ok_or_else(|| {
@@ -143,19 +146,8 @@ pub(super) fn include_text(spec: &SandboxSpec) -> Result<String> {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{key} = {value}");
     };
-    put("lxc.signal.halt", "SIGTERM");
-    // /proc stays whole: a pod's containers mount their own, and mask and protect it themselves.
-    put("lxc.mount.auto", "proc:rw sys:mixed cgroup:mixed");
-    put("lxc.mount.entry", "tmpfs run tmpfs rw,nosuid,nodev,mode=755,size=64m 0 0");
-    put("lxc.mount.entry", "tmpfs tmp tmpfs rw,nosuid,nodev,mode=1777,size=16m 0 0");
-    let init = mount_path("init binary", &spec.init_binary)?;
-    put("lxc.mount.entry", &format!("{init} {} none bind,ro 0 0", &INIT_IN_CT[1..]));
-    let shared = mount_path("shared directory", &spec.shared_dir)?;
-    put("lxc.mount.entry", &format!("{shared} {} none rbind,rslave,create=dir 0 0", &POD_DIR_IN_CT[1..]));
-    put("lxc.pty.max", "1024");
-    for (name, value) in &spec.sysctls {
-        check_sysctl(name, value)?;
-        put(&format!("lxc.sysctl.{name}"), value);
+    for (key, value) in of_every_ct(spec, "cgroup:mixed")? {
+        put(&key, &value);
     }
     if let Some(pids) = spec.limits.pids.filter(|p| *p > 0) {
         put("lxc.cgroup2.pids.max", &pids.to_string());

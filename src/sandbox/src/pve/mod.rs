@@ -23,7 +23,7 @@
 //! | `task` | waiting for tasks with few calls |
 //! | `look` | what an administrator did to it |
 //! | `inits` | its processes and addresses |
-//! | `check` | what the host and the token must have, at the start |
+//! | `setup`, `check` | the engine from an administrator's words, and what host and token must have |
 
 mod check;
 mod config;
@@ -34,6 +34,7 @@ mod make;
 mod marker;
 mod record;
 mod remove;
+mod setup;
 mod task;
 mod vmid;
 mod volume;
@@ -57,6 +58,7 @@ use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 pub use check::Requirements;
 pub use inits::{CgroupInits, Inits};
+pub use setup::PveHost;
 pub use vmid::VmidRange;
 pub use volume::{VolumeOwner, Volumes, ZfsVolumes};
 
