@@ -74,6 +74,11 @@ fn names(image: &ImageRecord, reference: &str) -> Vec<String> {
     }
 }
 
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
 async fn plan(store: &Arc<Store>, holds: &[(ImageHold, Vec<String>)]) -> Result<Plan> {
     let mut plan =
         Plan { blobs: BTreeMap::new(), layers: Vec::new(), index: Value::Null, docker: Value::Null };
@@ -81,79 +86,76 @@ async fn plan(store: &Arc<Store>, holds: &[(ImageHold, Vec<String>)]) -> Result<
     for (hold, names) in holds {
         let image = hold.record();
         let mut layers = Vec::new();
-        for (n, chain) in image.layers.iter().enumerate() {
-            let diff_id = image.config.rootfs().diff_ids().get(n).and_then(|d| d.parse::<Digest>().ok());
-            let known = plan.layers.iter().find(|l| l.chain == *chain).map(|l| (l.diff_id.clone(), l.size));
-            let (digest, size) = match known {
-                Some(known) => known,
-                None => {
-                    let mut archive = store.archive(image.id.as_str(), chain).await?;
-                    let image = image.id.to_string();
-                    let read = blocking(move || {
-                        archive
-                            .digest()
-                            .map_err(|e| Error::Damaged { image, reason: format!("layer {}: {e}", n + 1) })
-                    });
-                    let (digest, size) = read.await?;
-                    plan.layers.push(Layer { chain: chain.clone(), diff_id: digest.clone(), size });
-                    (digest, size)
-                }
-            };
-            if Some(&digest) != diff_id.as_ref() {
-                let reason = format!("layer {} has digest {digest}, not the one of the config", n + 1);
-                return Err(Error::Damaged { image: image.id.to_string(), reason });
-            }
-            let media_type = "application/vnd.oci.image.layer.v1.tar";
-            layers.push(json!({ "mediaType": media_type, "digest": digest, "size": size }));
+        for n in 0..image.layers.len() {
+            let (digest, size) = plan.layer(store, image, n).await?;
+            layers.push(json!({ "mediaType": LAYER, "digest": digest, "size": size }));
         }
         let (reading, id) = (store.clone(), image.id.clone());
         let config = blocking(move || reading.records.config_blob(&id)).await?;
         let manifest = json!({
             "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": {
-                "mediaType": "application/vnd.oci.image.config.v1+json", "digest": image.id, "size": config.len(),
-            },
+            "mediaType": MANIFEST,
+            "config": { "mediaType": CONFIG, "digest": image.id, "size": config.len() },
             "layers": layers,
         });
         let manifest = manifest.to_string().into_bytes();
         let digest = Digest::of(&manifest);
-        let platform = json!({
-            "architecture": image.config.architecture().to_string(), "os": image.config.os().to_string(),
-        });
-        let descriptor = |name: Option<&String>| {
-            let mut entry = json!({
-                "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                "digest": digest, "size": manifest.len(), "platform": platform,
-            });
-            if let Some(name) = name {
-                // The first is containerd's, the second everybody's.
-                entry["annotations"] =
-                    json!({ "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name });
-            }
-            entry
-        };
-        if names.is_empty() {
-            manifests.push(descriptor(None));
-        }
-        manifests.extend(names.iter().map(|n| descriptor(Some(n))));
-        let paths: Vec<String> = image
-            .config
-            .rootfs()
-            .diff_ids()
-            .iter()
-            .filter_map(|d| d.parse().ok())
-            .map(|d| path(&d))
-            .collect();
+        manifests.extend(descriptors(image, names, &digest, manifest.len()));
+        let paths: Vec<String> = diff_ids(image).flatten().map(|d| path(&d)).collect();
         docker.push(json!({ "Config": path(&image.id), "RepoTags": names, "Layers": paths }));
         plan.blobs.insert(image.id.clone(), config);
         plan.blobs.insert(digest, manifest);
     }
-    plan.index = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": manifests,
-    });
+    plan.index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests });
     plan.docker = Value::Array(docker);
     Ok(plan)
+}
+
+/// The DiffIDs that an image's config names.
+fn diff_ids(image: &ImageRecord) -> impl Iterator<Item = Option<Digest>> + '_ {
+    image.config.rootfs().diff_ids().iter().map(|d| d.parse().ok())
+}
+
+/// An image's entries in the index: one for each name, or one without.
+fn descriptors(image: &ImageRecord, names: &[String], manifest: &Digest, size: usize) -> Vec<Value> {
+    let platform = json!({
+        "architecture": image.config.architecture().to_string(), "os": image.config.os().to_string(),
+    });
+    let plain = json!({ "mediaType": MANIFEST, "digest": manifest, "size": size, "platform": platform });
+    if names.is_empty() {
+        return vec![plain];
+    }
+    let named = |name: &String| {
+        let mut entry = plain.clone();
+        // The first is containerd's, the second everybody's.
+        entry["annotations"] =
+            json!({ "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name });
+        entry
+    };
+    names.iter().map(named).collect()
+}
+
+impl Plan {
+    /// The digest and size of an image's layer, which is read once for all images; it has to be what the config names.
+    async fn layer(&mut self, store: &Arc<Store>, image: &ImageRecord, n: usize) -> Result<(Digest, u64)> {
+        let damaged = |reason: String| Error::Damaged { image: image.id.to_string(), reason };
+        let chain = image.layers.get(n).ok_or_else(|| damaged(format!("it has no layer {}", n + 1)))?;
+        let known = self.layers.iter().find(|l| l.chain == *chain).map(|l| (l.diff_id.clone(), l.size));
+        let (digest, size) = match known {
+            Some(known) => known,
+            None => {
+                let mut archive = store.archive(image.id.as_str(), chain).await?;
+                let read = blocking(move || Ok(archive.digest())).await?;
+                let (digest, size) = read.map_err(|e| damaged(format!("layer {}: {e}", n + 1)))?;
+                self.layers.push(Layer { chain: chain.clone(), diff_id: digest.clone(), size });
+                (digest, size)
+            }
+        };
+        if diff_ids(image).nth(n).flatten().as_ref() != Some(&digest) {
+            return Err(damaged(format!("layer {} has digest {digest}, not the one of the config", n + 1)));
+        }
+        Ok((digest, size))
+    }
 }
 
 fn path(digest: &Digest) -> String {

@@ -102,8 +102,20 @@ fn refused(part: &str, reason: impl Into<String>) -> Error {
     Error::BadArchive { part: part.to_owned(), reason: reason.into() }
 }
 
-/// Extracts a layer on top of others (the bottom one first) and puts it into the store; what it has turned out to be, its chain, and what keeps
-/// it until a record names it. One that is known to be here is not read.
+/// What is wrong with a part of an archive.
+fn told(part: &str, fault: Fault) -> Error {
+    match fault {
+        Fault::Bad(reason) => refused(part, reason),
+        Fault::Mismatch { what, expected, actual } => {
+            refused(part, format!("it has{what} digest {actual}, expected {expected}"))
+        }
+        Fault::System { what, path, source } => Error::Io { what, path, source: Arc::new(source) },
+        Fault::Cut => refused(part, "it was cut off"),
+    }
+}
+
+/// Extracts a layer on top of others (the bottom one first) and puts it into the store; what it has turned out to be, its
+/// chain, and what keeps it until a record names it. One that is known to be here is not read.
 async fn bring_layer(
     store: &Arc<Store>,
     layers: &[ChainId],
@@ -144,16 +156,7 @@ async fn bring_layer(
             Ok(unpacked) => Ok((draft, unpacked, tape)),
             Err(fault) => {
                 let _ = std::fs::remove_file(&tape);
-                Err(match fault {
-                    Fault::Bad(reason) => refused(&part, reason),
-                    Fault::Mismatch { what, expected, actual } => {
-                        refused(&part, format!("it has{what} digest {actual}, expected {expected}"))
-                    }
-                    Fault::System { what, path, source } => {
-                        Error::Io { what, path, source: Arc::new(source) }
-                    }
-                    Fault::Cut => refused(&part, "it was cut off"),
-                })
+                Err(told(&part, fault))
             }
         }
     })

@@ -267,26 +267,11 @@ impl<R: BufRead> Archive<R> {
             .or(extensions.link)
             .unwrap_or_else(|| header.link_name_bytes().map_or_else(Vec::new, Cow::into_owned));
         let fault = |what: &str| bad(format!("the entry {} has {what}", shown(&path)));
-        let kind = match header.entry_type() {
-            // Before POSIX a directory was a file whose name ends in a slash.
-            EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Directory,
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
-            EntryType::Directory => Kind::Directory,
-            EntryType::Symlink => Kind::Symlink,
-            EntryType::Link => Kind::HardLink,
-            EntryType::Char => Kind::CharDevice,
-            EntryType::Block => Kind::BlockDevice,
-            EntryType::Fifo => Kind::Fifo,
-            other => {
-                let kind = char::from(other.as_byte()).escape_default().to_string();
-                return Err(fault(&format!("the type '{kind}', which is not supported")));
-            }
-        };
+        let kind = kind(header.entry_type(), &path).map_err(|what| fault(&what))?;
         if let Some(size) = extensions.size {
             self.begin(size)?;
         }
-        let map = extensions.sparse.map()?;
-        let sparse = match (kind, header.entry_type(), map) {
+        let sparse = match (kind, header.entry_type(), extensions.sparse.map()?) {
             (Kind::File, EntryType::GNUSparse, Map::None) => Some(self.old_sparse(header)?),
             (Kind::File, EntryType::Regular, Map::Here(sparse)) => Some(sparse),
             (Kind::File, EntryType::Regular, Map::InContent(size)) => Some(self.map_in_content(size)?),
@@ -390,6 +375,25 @@ fn once(slot: &mut Option<Vec<u8>>, name: Vec<u8>) -> Outcome<()> {
 
 pub(super) fn bad(reason: impl Into<String>) -> Fault {
     Fault::Bad(reason.into())
+}
+
+/// What an entry of a type becomes.
+fn kind(entry: EntryType, path: &[u8]) -> Result<Kind, String> {
+    Ok(match entry {
+        // Before POSIX a directory was a file whose name ends in a slash.
+        EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Directory,
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
+        EntryType::Directory => Kind::Directory,
+        EntryType::Symlink => Kind::Symlink,
+        EntryType::Link => Kind::HardLink,
+        EntryType::Char => Kind::CharDevice,
+        EntryType::Block => Kind::BlockDevice,
+        EntryType::Fifo => Kind::Fifo,
+        other => {
+            let kind = char::from(other.as_byte()).escape_default();
+            return Err(format!("the type '{kind}', which is not supported"));
+        }
+    })
 }
 
 #[cfg(test)]

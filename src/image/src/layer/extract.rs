@@ -5,9 +5,9 @@
 //! that takes the place of something else hides what lies below it. With [`WhiteoutStyle::Apply`] the draft holds the
 //! layers below as well, so what the layer has brought is kept in mind.
 //!
-//! An entry whose directory is a symbolic link goes to where the link leads, with the layer's directory as the root of
-//! all paths. The link is followed here, name by name, and marks of what is removed are such entries as well; files are still made beneath the root and without
-//! links.
+//! An entry whose directory is a symbolic link goes to where the link leads, with the layer's directory as the root of all
+//! paths. The link is followed here, name by name, and marks of what is removed are such entries as well; files are still
+//! made beneath the root and without links. What a layer removes is in [`mod@super::removal`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -66,7 +66,7 @@ pub(super) fn extract<R: BufRead>(input: R, target: Target<'_>) -> Outcome<(R, U
 pub(super) struct Extraction<'a> {
     pub(super) root: Root,
     pub(super) style: WhiteoutStyle,
-    bottom: bool,
+    pub(super) bottom: bool,
     pub(super) below: Option<Below<'a>>,
     /// The layers below, where they are at hand from the beginning.
     pub(super) stack: Option<Stack>,
@@ -74,11 +74,11 @@ pub(super) struct Extraction<'a> {
     pub(super) passed: BTreeSet<Vec<u8>>,
     /// How many entries have come.
     pub(super) number: u64,
-    ours: Ours,
+    pub(super) ours: Ours,
     /// Directories of the layers below whose times were noted.
     noted: Ours,
     /// Directories that the layer has an entry for.
-    named: Ours,
+    pub(super) named: Ours,
     /// The times of directories, which change with every entry in them.
     pub(super) dirs: Vec<(Vec<u8>, Timespec)>,
     /// Directories that had entries in them before one of their own, and whether they still have none: then they are as
@@ -179,7 +179,7 @@ impl<'a> Extraction<'a> {
     }
 
     /// A directory is not as in the layers below, whatever was in it before.
-    fn name(&mut self, path: &[u8]) {
+    pub(super) fn name(&mut self, path: &[u8]) {
         if let Some(as_below) = self.implied.get_mut(path) {
             *as_below = false;
         }
@@ -280,7 +280,7 @@ impl<'a> Extraction<'a> {
     }
 
     /// A new directory in the place of something else that was removed.
-    fn instead(&mut self, dir: &OwnedFd, path: &[u8], mode: u32) -> Outcome<()> {
+    pub(super) fn instead(&mut self, dir: &OwnedFd, path: &[u8], mode: u32) -> Outcome<()> {
         self.root.make_dir(dir, path, mode)?;
         if self.style == WhiteoutStyle::Overlay && !self.bottom {
             let fd = self.root.open_dir(dir, path)?;
@@ -445,7 +445,7 @@ impl<'a> Extraction<'a> {
     }
 
     /// The directory that a path lies in; what is missing of it is made.
-    fn parent_dir(&mut self, path: &[u8]) -> Outcome<Rc<OwnedFd>> {
+    pub(super) fn parent_dir(&mut self, path: &[u8]) -> Outcome<Rc<OwnedFd>> {
         let wanted = parent(path);
         if let Ok(dir) = self.root.dir(wanted)? {
             self.note_below(&dir, wanted)?;
@@ -518,100 +518,6 @@ impl<'a> Extraction<'a> {
             WhiteoutStyle::Overlay => stat.is_some_and(is_whiteout),
             WhiteoutStyle::Apply => !self.ours.contains(path),
         }
-    }
-
-    /// Removes what the layers below have at a path.
-    fn whiteout(&mut self, path: &[u8]) -> Outcome<()> {
-        if self.bottom {
-            return Ok(());
-        }
-        let dir = self.parent_dir(path)?;
-        if self.style == WhiteoutStyle::Apply {
-            self.ours.insert(parent(path));
-            return if self.ours.contains(path) {
-                self.renew(path)?;
-                self.purge(path)
-            } else {
-                self.root.remove(&dir, path, &mut Leaving::nothing_of_ours())
-            };
-        }
-        match self.root.look(&dir, path)? {
-            Some(stat) if is_dir(&stat) => {
-                let fd = self.root.open_dir(&dir, path)?;
-                // The directory of the layers below is gone, its attributes with it.
-                self.name(path);
-                self.hide(&fd, path)
-            }
-            // It hides what is below already.
-            Some(_) => Ok(()),
-            None => self.root.mark_removed(&dir, path),
-        }
-    }
-
-    /// Removes what the layers below have in the directory of a mark.
-    fn opaque(&mut self, mark: &[u8]) -> Outcome<()> {
-        let path = parent(mark);
-        if self.bottom {
-            return Ok(());
-        }
-        let dir = self.parent_dir(mark)?;
-        if self.style == WhiteoutStyle::Apply {
-            self.ours.insert(path);
-            return self.purge(path);
-        }
-        if path.is_empty() {
-            // Done at the end, name by name.
-            self.hidden.insert(Vec::new());
-            return Ok(());
-        }
-        let fd = self.root.reopen(&dir, path)?;
-        self.hide(&fd, path)
-    }
-
-    fn hide(&mut self, fd: &OwnedFd, path: &[u8]) -> Outcome<()> {
-        self.keep(path.len())?;
-        self.hidden.insert(path.to_vec());
-        self.hide_below(fd, path)
-    }
-
-    pub(super) fn hide_below(&self, fd: &OwnedFd, path: &[u8]) -> Outcome<()> {
-        rustix::fs::fsetxattr(fd, "trusted.overlay.opaque", b"y", XattrFlags::empty())
-            .map_err(|e| self.root.fault("make opaque", path, e))
-    }
-
-    /// A directory that the layer has removed and yet has entries in is a new one: nothing of what it was stays.
-    fn renew(&mut self, path: &[u8]) -> Outcome<()> {
-        if self.named.contains(path) {
-            return Ok(());
-        }
-        let Ok(dir) = self.root.dir(path)? else { return Ok(()) };
-        let fd = self.root.reopen(&dir, path)?;
-        let fault = |e| self.root.fault("renew", path, e);
-        rustix::fs::fchown(&fd, Some(Uid::ROOT), Some(Gid::ROOT)).map_err(fault)?;
-        rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).map_err(fault)?;
-        for (name, _) in xattrs(&fd).map_err(fault)? {
-            rustix::fs::fremovexattr(&fd, &name[..]).map_err(fault)?;
-        }
-        Ok(())
-    }
-
-    /// Removes all that the layer has not brought itself beneath a path.
-    fn purge(&mut self, path: &[u8]) -> Outcome<()> {
-        let mut waiting = vec![path.to_vec()];
-        while let Some(path) = waiting.pop() {
-            let Ok(dir) = self.root.dir(&path)? else { continue };
-            let list = self.root.reopen(&dir, &path)?;
-            for name in self.root.names(&list, &path)? {
-                let child = joined(&path, &name);
-                if self.ours.contains(&child) {
-                    self.renew(&child)?;
-                    waiting.push(child);
-                } else {
-                    self.root.remove(&dir, &child, &mut Leaving::nothing_of_ours())?;
-                }
-            }
-        }
-        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@ mod below;
 mod check;
 mod extract;
 mod pax;
+mod removal;
 mod root;
 mod settle;
 mod source;

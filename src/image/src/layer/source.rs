@@ -152,11 +152,7 @@ impl BufRead for Source {
 
 impl Read for Source {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let chunk = self.fill_buf()?;
-        let n = chunk.len().min(into.len());
-        into[..n].copy_from_slice(&chunk[..n]);
-        self.consume(n);
-        Ok(n)
+        super::stream::take(self, into)
     }
 }
 

@@ -58,11 +58,7 @@ impl<R: BufRead> BufRead for Blob<R> {
 
 impl<R: BufRead> Read for Blob<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let chunk = self.fill_buf()?;
-        let n = chunk.len().min(into.len());
-        into[..n].copy_from_slice(&chunk[..n]);
-        self.consume(n);
-        Ok(n)
+        take(self, into)
     }
 }
 
@@ -140,12 +136,17 @@ impl<R: Read> BufRead for Hashing<R> {
 
 impl<R: Read> Read for Hashing<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let chunk = self.fill_buf()?;
-        let n = chunk.len().min(into.len());
-        into[..n].copy_from_slice(&chunk[..n]);
-        self.consume(n);
-        Ok(n)
+        take(self, into)
     }
+}
+
+/// Reads from what is buffered.
+pub(super) fn take(input: &mut impl BufRead, into: &mut [u8]) -> io::Result<usize> {
+    let chunk = input.fill_buf()?;
+    let n = chunk.len().min(into.len());
+    into[..n].copy_from_slice(&chunk[..n]);
+    input.consume(n);
+    Ok(n)
 }
 
 /// Buffers what can only be read.
