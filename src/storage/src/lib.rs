@@ -6,6 +6,7 @@
 //! of a store is what is on disk.
 
 mod error;
+pub mod fake;
 pub mod idmap;
 pub mod mounts;
 mod overlay;

@@ -12,81 +12,10 @@ use std::{
     sync::Arc,
 };
 
-use moxlet_ids::{ChainId, ContainerId, Digest};
+use moxlet_ids::Digest;
 use moxlet_image::{Config, ImageRecord, ImageStore, feed};
-use moxlet_storage::{
-    Driver, FsUsage, LayerDraft, LayerView, OverlayDriver, RootOptions, Usage, WhiteoutStyle, mounts,
-};
+use moxlet_storage::{Driver, OverlayDriver, WhiteoutStyle, fake::ApplyingDriver, mounts};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, makedev};
-
-type Outcome<T> = moxlet_storage::Result<T>;
-
-/// A driver whose drafts begin as copies of the layer below, as they do on ZFS.
-struct Applying(OverlayDriver);
-
-#[async_trait::async_trait]
-impl Driver for Applying {
-    fn whiteouts(&self) -> WhiteoutStyle {
-        WhiteoutStyle::Apply
-    }
-    async fn has_layer(&self, chain: &ChainId) -> Outcome<bool> {
-        self.0.has_layer(chain).await
-    }
-    async fn begin_layer(&self, parent: Option<&ChainId>) -> Outcome<LayerDraft> {
-        let draft = self.0.begin_layer(parent).await?;
-        if let Some(parent) = parent {
-            let below = self.0.open_layer(parent).await?;
-            run(Command::new("cp").arg("-aT").arg(below.path()).arg(draft.path()));
-        }
-        Ok(draft)
-    }
-    async fn commit_layer(&self, draft: LayerDraft, chain: &ChainId, usage: Usage) -> Outcome<()> {
-        self.0.commit_layer(draft, chain, usage).await
-    }
-    async fn open_layer(&self, chain: &ChainId) -> Outcome<LayerView> {
-        self.0.open_layer(chain).await
-    }
-    async fn remove_layer(&self, chain: &ChainId) -> Outcome<()> {
-        self.0.remove_layer(chain).await
-    }
-    async fn layers(&self) -> Outcome<Vec<ChainId>> {
-        self.0.layers().await
-    }
-    async fn layers_usage(&self) -> Outcome<Usage> {
-        self.0.layers_usage().await
-    }
-    async fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Outcome<()> {
-        let top = layers.last().map_or(layers, std::slice::from_ref);
-        self.0.mount_layers(top, target).await
-    }
-    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Outcome<()> {
-        self.0.create_root(id, layers, options).await
-    }
-    async fn mount_root(&self, id: &ContainerId, target: &Path) -> Outcome<()> {
-        self.0.mount_root(id, target).await
-    }
-    async fn unmount_root(&self, id: &ContainerId, target: &Path) -> Outcome<()> {
-        self.0.unmount_root(id, target).await
-    }
-    async fn remove_root(&self, id: &ContainerId) -> Outcome<()> {
-        self.0.remove_root(id).await
-    }
-    async fn roots(&self) -> Outcome<Vec<ContainerId>> {
-        self.0.roots().await
-    }
-    async fn root_layers(&self, id: &ContainerId) -> Outcome<Vec<ChainId>> {
-        self.0.root_layers(id).await
-    }
-    async fn root_usage(&self, id: &ContainerId) -> Outcome<Usage> {
-        self.0.root_usage(id).await
-    }
-    async fn fs_usage(&self) -> Outcome<FsUsage> {
-        self.0.fs_usage().await
-    }
-    async fn close(&self) -> Outcome<()> {
-        self.0.close().await
-    }
-}
 
 fn run(command: &mut Command) {
     let output = command.output().unwrap();
@@ -378,7 +307,7 @@ async fn a_container_sees_what_umoci_unpacks() {
         let overlay = OverlayDriver::open(&place.join("driver")).await.unwrap();
         let driver: Arc<dyn Driver> = match style {
             WhiteoutStyle::Overlay => Arc::new(overlay),
-            WhiteoutStyle::Apply => Arc::new(Applying(overlay)),
+            WhiteoutStyle::Apply => Arc::new(ApplyingDriver(overlay)),
         };
         let ours = unpacked(&place, driver, archive.clone()).await;
         let mut judge = tree(&bundle.join("rootfs"));

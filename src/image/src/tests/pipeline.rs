@@ -1,84 +1,15 @@
 //! Layers that need each other, layers that are applied one after the other, and how far a pull has come.
 
-use std::{path::PathBuf, process::Command};
+use std::path::PathBuf;
 
-use moxlet_storage::{FsUsage, LayerDraft, LayerView, RootOptions, Usage, WhiteoutStyle};
+use moxlet_storage::fake::ApplyingDriver;
 use tokio::sync::Semaphore;
 
 use super::{registry::Fault, *};
 use crate::{Config, LayerState, layer::tests::Tar};
 
-/// A driver whose drafts begin as copies of the layer below, as they do on ZFS.
-struct Applying(OverlayDriver);
-
-type Outcome<T> = moxlet_storage::Result<T>;
-
-#[async_trait::async_trait]
-impl Driver for Applying {
-    fn whiteouts(&self) -> WhiteoutStyle {
-        WhiteoutStyle::Apply
-    }
-    async fn has_layer(&self, chain: &ChainId) -> Outcome<bool> {
-        self.0.has_layer(chain).await
-    }
-    async fn begin_layer(&self, parent: Option<&ChainId>) -> Outcome<LayerDraft> {
-        let draft = self.0.begin_layer(parent).await?;
-        if let Some(parent) = parent {
-            let below = self.0.open_layer(parent).await?;
-            let copied = Command::new("cp").arg("-aT").arg(below.path()).arg(draft.path()).status();
-            assert!(copied.unwrap().success());
-        }
-        Ok(draft)
-    }
-    async fn commit_layer(&self, draft: LayerDraft, chain: &ChainId, usage: Usage) -> Outcome<()> {
-        self.0.commit_layer(draft, chain, usage).await
-    }
-    async fn open_layer(&self, chain: &ChainId) -> Outcome<LayerView> {
-        self.0.open_layer(chain).await
-    }
-    async fn remove_layer(&self, chain: &ChainId) -> Outcome<()> {
-        self.0.remove_layer(chain).await
-    }
-    async fn layers(&self) -> Outcome<Vec<ChainId>> {
-        self.0.layers().await
-    }
-    async fn layers_usage(&self) -> Outcome<Usage> {
-        self.0.layers_usage().await
-    }
-    async fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Outcome<()> {
-        self.0.mount_layers(layers, target).await
-    }
-    async fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Outcome<()> {
-        self.0.create_root(id, layers, options).await
-    }
-    async fn mount_root(&self, id: &ContainerId, target: &Path) -> Outcome<()> {
-        self.0.mount_root(id, target).await
-    }
-    async fn unmount_root(&self, id: &ContainerId, target: &Path) -> Outcome<()> {
-        self.0.unmount_root(id, target).await
-    }
-    async fn remove_root(&self, id: &ContainerId) -> Outcome<()> {
-        self.0.remove_root(id).await
-    }
-    async fn roots(&self) -> Outcome<Vec<ContainerId>> {
-        self.0.roots().await
-    }
-    async fn root_layers(&self, id: &ContainerId) -> Outcome<Vec<ChainId>> {
-        self.0.root_layers(id).await
-    }
-    async fn root_usage(&self, id: &ContainerId) -> Outcome<Usage> {
-        self.0.root_usage(id).await
-    }
-    async fn fs_usage(&self) -> Outcome<FsUsage> {
-        self.0.fs_usage().await
-    }
-    async fn close(&self) -> Outcome<()> {
-        self.0.close().await
-    }
-}
-
-async fn applying(dir: &Path) -> (Arc<Applying>, Arc<ImageStore>) {
-    let driver = Arc::new(Applying(OverlayDriver::open(&dir.join("driver")).await.unwrap()));
+async fn applying(dir: &Path) -> (Arc<ApplyingDriver>, Arc<ImageStore>) {
+    let driver = Arc::new(ApplyingDriver(OverlayDriver::open(&dir.join("driver")).await.unwrap()));
     let config = Config { dir: dir.join("images"), max_parallel_downloads: 3, ..Config::default() };
     let store = ImageStore::open(config, Arc::clone(&driver) as Arc<dyn Driver>).await.unwrap();
     (driver, store)
