@@ -85,6 +85,19 @@ impl Worker {
         }
     }
 
+    /// The pod's pull secrets; those that cannot be had are said.
+    async fn pull_secrets(&mut self, pod: &Pod) -> Vec<Vec<u8>> {
+        let (docker_configs, missing) = images::pull_secrets(self.shared.cluster.as_ref(), pod).await;
+        if !missing.is_empty() {
+            let text = format!(
+                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+                missing.join(", ")
+            );
+            self.say_once(pod, None, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
+        }
+        docker_configs
+    }
+
     async fn ensure(
         &mut self,
         pod: &Pod,
@@ -106,14 +119,7 @@ impl Worker {
         if let (Policy::Always, Some((left, why))) = (policy, &waits) {
             return Err(backing_off(*left, why));
         }
-        let (docker_configs, missing) = images::pull_secrets(shared.cluster.as_ref(), pod).await;
-        if !missing.is_empty() {
-            let text = format!(
-                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
-                missing.join(", ")
-            );
-            self.say_once(pod, None, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
-        }
+        let docker_configs = self.pull_secrets(pod).await;
         // While it waits after a failure, only what is here counts: another pod may have pulled it.
         let asked = if waits.is_some() { Policy::Never } else { policy };
         let request = host::ImageEnsureRequest {
@@ -134,17 +140,7 @@ impl Worker {
             Ok(done) => {
                 self.image_backoff.clear(name);
                 self.image_failures.remove(name);
-                let text = if done.present {
-                    format!(
-                        "Container image \"{name}\" already present on machine and can be accessed by the pod"
-                    )
-                } else {
-                    let took = format!("{:.3}s", begun.elapsed().as_secs_f64());
-                    format!(
-                        "Successfully pulled image \"{name}\" in {took} ({took} including waiting). Image size: {} bytes.",
-                        done.size_bytes
-                    )
-                };
+                let text = arrived(name, &done, begun.elapsed());
                 shared.events.pod(pod, Some(&c.name), Kind::Normal, "Pulled", text);
                 Ok(done)
             }
@@ -228,6 +224,20 @@ impl Worker {
         // The next pass says that it waits; until then the error itself is shown.
         Held { reason, message: why, pause: Duration::from_secs(1) }
     }
+}
+
+/// The kubelet's words for an image that a container can have.
+fn arrived(name: &str, done: &host::ImagePullDone, took: Duration) -> String {
+    if done.present {
+        return format!(
+            "Container image \"{name}\" already present on machine and can be accessed by the pod"
+        );
+    }
+    let took = format!("{:.3}s", took.as_secs_f64());
+    format!(
+        "Successfully pulled image \"{name}\" in {took} ({took} including waiting). Image size: {} bytes.",
+        done.size_bytes
+    )
 }
 
 #[cfg(test)]
