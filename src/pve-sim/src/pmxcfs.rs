@@ -3,8 +3,7 @@
 //! Everything that the API knows of users, storages, CTs, HA and firewalls lies in files here and is read anew at each
 //! call: other programs may write them, another process may share them, and a crash at any point leaves what a restart
 //! reads. What plain files cannot do is done for the API's own writes: refusal without quorum, the bound of 1 MiB, one
-//! VMID on one node. A program that writes into the folder by itself meets a read-only mount without quorum where the
-//! simulator could make one (see `docs/pve-sim.md`).
+//! VMID on one node. A program that writes into the folder by itself is not stopped (see `docs/pve-sim.md`).
 
 use std::{
     collections::BTreeMap,
@@ -34,6 +33,8 @@ const LOCK_POLL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(crate) struct Pmxcfs {
     root: PathBuf,
+    /// What is being written; a kill leaves it here, where nobody looks.
+    drafts: PathBuf,
     locks: PathBuf,
     ct_locks: PathBuf,
     quorate: AtomicBool,
@@ -74,8 +75,9 @@ impl Pmxcfs {
             link(&Path::new("nodes").join(&first.name), &root.join("local"))?;
             link(&Path::new("nodes").join(&first.name).join("lxc"), &root.join("lxc"))?;
         }
+        let drafts = empty_dir(&state.join("run/drafts/cfs"))?;
         let serial = AtomicU64::new(0);
-        Ok(Self { root, locks, ct_locks, quorate: AtomicBool::new(true), serial })
+        Ok(Self { root, drafts, locks, ct_locks, quorate: AtomicBool::new(true), serial })
     }
 
     /// The folder.
@@ -101,7 +103,7 @@ impl Pmxcfs {
         read_text(&self.root.join(name))
     }
 
-    /// Replaces a file: temporary name, sync, rename.
+    /// Replaces a file: written elsewhere, synced, moved here.
     pub(crate) fn write(&self, name: &str, text: &str) -> Answered<()> {
         let path = self.root.join(name);
         if !self.is_quorate() {
@@ -114,11 +116,7 @@ impl Pmxcfs {
             return Err(Refusal::died(format!("unable to write '/etc/pve/{name}' - File too large")));
         }
         let n = self.serial.fetch_add(1, Ordering::Relaxed);
-        let temporary = path.with_file_name(format!(
-            "{}.tmp.{}.{n}",
-            path.file_name().unwrap_or_default().to_string_lossy(),
-            std::process::id()
-        ));
+        let temporary = self.drafts.join(n.to_string());
         let write = || -> std::io::Result<()> {
             let mut file =
                 fs::OpenOptions::new().write(true).create_new(true).mode(0o640).open(&temporary)?;
@@ -238,6 +236,16 @@ pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(io("read", path)(e)),
     }
+}
+
+/// An empty directory, made if missing.
+pub(crate) fn empty_dir(path: &Path) -> Result<PathBuf> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(io("remove", path)(e)),
+        _ => {}
+    }
+    fs::create_dir_all(path).map_err(io("create", path))?;
+    Ok(path.to_owned())
 }
 
 /// What errno is called in Perl's `$!`.

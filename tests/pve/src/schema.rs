@@ -124,7 +124,8 @@ impl Wrong {
     }
 }
 
-static OFFICIAL: LazyLock<Schema> = LazyLock::new(|| Schema::parse(include_str!("../schema/pve-9.2.json")));
+static OFFICIAL: LazyLock<Schema> =
+    LazyLock::new(|| Schema::parse(include_str!("../../../src/pve-sim/schema/pve-9.2.json")));
 
 impl Schema {
     /// The schema of Proxmox VE 9.2.
@@ -133,7 +134,7 @@ impl Schema {
         &OFFICIAL
     }
 
-    /// A file as `schema/reduce.py` writes it. What is not of that shape is left out; the tests see that nothing is.
+    /// A file as `src/pve-sim/schema/reduce.py` writes it. What is not of that shape is left out; the tests see that nothing is.
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let document: Value = serde_json::from_str(text).unwrap_or_default();

@@ -15,7 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{Backend, Ct, Interface, Mount, Room, RunState, Stop, Usage, VolumeInfo};
 use crate::{
-    Error, Result, config::Storage, error::io, guest::parse_pairs, pmxcfs::read_text, sim::now,
+    Error, Result,
+    config::Storage,
+    error::io,
+    guest::parse_pairs,
+    pmxcfs::{empty_dir, read_text},
+    sim::now,
     tasks::TaskLog,
 };
 
@@ -23,6 +28,8 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Records {
     run: PathBuf,
+    /// What is being written; a kill leaves it here, where nobody looks.
+    drafts: PathBuf,
     volumes: PathBuf,
     next_pid: AtomicU32,
 }
@@ -40,7 +47,8 @@ impl Records {
         for dir in [&run, &volumes] {
             fs::create_dir_all(dir).map_err(io("create", dir))?;
         }
-        Ok(Self { run, volumes, next_pid: AtomicU32::new(200_000) })
+        let drafts = empty_dir(&state.join("run/drafts/ct"))?;
+        Ok(Self { run, drafts, volumes, next_pid: AtomicU32::new(200_000) })
     }
 
     fn run_file(&self, node: &str, vmid: u32) -> PathBuf {
@@ -55,7 +63,7 @@ impl Records {
 
     fn write(&self, node: &str, vmid: u32, run: &Run) -> Result<()> {
         let path = self.run_file(node, vmid);
-        let temporary = path.with_extension("tmp");
+        let temporary = self.drafts.join(format!("{node}-{vmid}"));
         let text = serde_json::to_vec(run).unwrap_or_default();
         fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path)).map_err(io("write", &path))
     }

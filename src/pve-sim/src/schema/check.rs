@@ -217,6 +217,6 @@ mod tests {
                 _ => {}
             }
         }
-        walk(&serde_json::from_str(include_str!("../../../../tests/pve/schema/pve-9.2.json")).unwrap());
+        walk(&serde_json::from_str(include_str!("../../schema/pve-9.2.json")).unwrap());
     }
 }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-const EMBEDDED: &str = include_str!("../../../../tests/pve/schema/pve-9.2.json");
+const EMBEDDED: &str = include_str!("../../schema/pve-9.2.json");
 
 /// One method of one path.
 #[derive(Debug, Clone, Default)]

@@ -51,7 +51,8 @@ mod tests {
 
     #[test]
     fn every_pattern_of_the_schema_can_be_used() {
-        let document: Value = serde_json::from_str(include_str!("../../schema/pve-9.2.json")).unwrap();
+        let document: Value =
+            serde_json::from_str(include_str!("../../../../src/pve-sim/schema/pve-9.2.json")).unwrap();
         let mut found = Vec::new();
         patterns(&document, &mut found);
         assert!(found.len() > 30, "{}", found.len());
