@@ -120,7 +120,8 @@ mod tests {
     use super::*;
 
     fn seeds(target: &str) -> Vec<Vec<u8>> {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus").join(target);
+        let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap();
+        let dir = Path::new(&package).join("../../tests/fuzz/corpus").join(target);
         fs::read_dir(dir).unwrap().map(|e| fs::read(e.unwrap().path()).unwrap()).collect()
     }
 

@@ -73,6 +73,8 @@ pub(crate) struct Config {
     pub(crate) image_gc_low_threshold_percent: u8,
     pub(crate) image_minimum_gc_age: Span,
     pub(crate) image_maximum_gc_age: Option<Span>,
+    #[serde(deserialize_with = "pressure_thresholds")]
+    pub(crate) pressure_thresholds: moxlet_node::PressureThresholds,
 
     pub(crate) cri_socket: Option<PathBuf>,
     pub(crate) stream_listen: Option<SocketAddr>,
@@ -119,6 +121,7 @@ impl Default for Config {
             image_gc_low_threshold_percent: 80,
             image_minimum_gc_age: Span(std::time::Duration::from_secs(120)),
             image_maximum_gc_age: None,
+            pressure_thresholds: moxlet_node::PressureThresholds::default(),
             cri_socket: None,
             stream_listen: None,
             init_binary: None,
@@ -271,6 +274,15 @@ fn set<T>(key: &mut T, flag: Option<T>) {
     if let Some(value) = flag {
         *key = value;
     }
+}
+
+/// A table of signals and thresholds, over the kubelet's defaults.
+fn pressure_thresholds<'de, D: serde::Deserializer<'de>>(
+    from: D,
+) -> Result<moxlet_node::PressureThresholds, D::Error> {
+    let given = <BTreeMap<String, String> as serde::Deserialize>::deserialize(from)?;
+    let given = given.iter().map(|(signal, text)| (signal.as_str(), text.as_str()));
+    moxlet_node::PressureThresholds::of(given).map_err(serde::de::Error::custom)
 }
 
 #[cfg(test)]

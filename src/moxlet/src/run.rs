@@ -212,6 +212,7 @@ fn node_config(config: &Config, endpoint: &str) -> moxlet_node::Config {
             min_age: config.image_minimum_gc_age.0,
             max_age: config.image_maximum_gc_age.map(|age| age.0),
         },
+        pressure: config.pressure_thresholds.clone(),
         cluster_dns: config.cluster_dns.clone(),
         cluster_domain: config.cluster_domain.clone(),
         ..defaults

@@ -6,6 +6,8 @@ use std::{
     path::PathBuf,
 };
 
+use crate::pressure::PressureThresholds;
+
 /// The node's configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -43,6 +45,8 @@ pub struct Config {
     pub max_parallel_syncs: usize,
     /// When images are removed for want of space or for their age.
     pub image_gc: ImageGc,
+    /// From when on the Node tells of pressure.
+    pub pressure: PressureThresholds,
     /// How often the contents of configMap, secret, downwardAPI and token volumes are looked at.
     pub volume_refresh: std::time::Duration,
 }
@@ -91,6 +95,7 @@ impl Default for Config {
             kubelet_version: format!("v1.36.0-moxlet.{}", env!("CARGO_PKG_VERSION")),
             max_parallel_syncs: 64,
             image_gc: ImageGc::default(),
+            pressure: PressureThresholds::default(),
             volume_refresh: std::time::Duration::from_secs(60),
         }
     }

@@ -27,6 +27,7 @@ mod image_gc;
 mod lease;
 pub mod metrics;
 pub mod pods;
+mod pressure;
 mod register;
 mod static_pods;
 mod support;
@@ -44,6 +45,7 @@ use tracing::{info, warn};
 
 pub use config::{Config, ImageGc};
 pub use error::{Error, Result, chain};
+pub use pressure::{PressureThresholds, Threshold};
 
 use crate::{
     cluster::{Cluster, KubeCluster, NoCluster},

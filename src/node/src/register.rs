@@ -7,16 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
-        DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeFeatures, NodeSpec,
-        NodeStatus, NodeSystemInfo, Taint,
+        DaemonEndpoint, Node, NodeAddress, NodeDaemonEndpoints, NodeFeatures, NodeSpec, NodeStatus,
+        NodeSystemInfo, Taint,
     },
-    apimachinery::pkg::{
-        api::resource::Quantity,
-        apis::meta::v1::{ObjectMeta, Time},
-    },
+    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
 };
 use kube::{
     Api, Client,
@@ -31,6 +27,7 @@ use crate::{
     config::Config,
     cri_client::Runtime,
     error::{Error, Result, chain},
+    pressure,
 };
 
 /// How often the agent is asked and a changed status is sent.
@@ -245,64 +242,16 @@ impl Registrar {
             .map(|a| address("InternalIP", a))
             .into_iter()
             .chain([address("Hostname", self.config.node_name.clone())]);
-        let now = Time(Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default());
-        let condition = |kind: &str, holds: bool, reason: &str, message: &str| {
-            let status = if holds { "True" } else { "False" };
-            let before = old.conditions.iter().flatten().find(|c| c.type_ == kind && c.status == status);
-            NodeCondition {
-                type_: kind.to_owned(),
-                status: status.to_owned(),
-                reason: Some(reason.to_owned()),
-                message: Some(message.to_owned()),
-                last_heartbeat_time: Some(now.clone()),
-                last_transition_time: before
-                    .and_then(|c| c.last_transition_time.clone())
-                    .or_else(|| Some(now.clone())),
-            }
-        };
-        let ready = match &health.agent {
-            Ok(()) => condition("Ready", true, "KubeletReady", "moxlet is posting ready status"),
-            Err(why) => condition("Ready", false, "KubeletNotReady", why),
-        };
         NodeStatus {
             capacity: Some(resources.clone()),
             allocatable: Some(resources),
             addresses: Some(addresses.collect()),
-            conditions: Some(vec![
-                if memory_is_short(&info) {
-                    condition(
-                        "MemoryPressure",
-                        true,
-                        "KubeletHasInsufficientMemory",
-                        "the host is short of memory",
-                    )
-                } else {
-                    let text = "the host has sufficient memory available";
-                    condition("MemoryPressure", false, "KubeletHasSufficientMemory", text)
-                },
-                if disk_is_short(&info) {
-                    condition(
-                        "DiskPressure",
-                        true,
-                        "KubeletHasDiskPressure",
-                        "the host's disk is nearly full",
-                    )
-                } else {
-                    condition(
-                        "DiskPressure",
-                        false,
-                        "KubeletHasNoDiskPressure",
-                        "the host has no disk pressure",
-                    )
-                },
-                condition(
-                    "PIDPressure",
-                    false,
-                    "KubeletHasSufficientPID",
-                    "the host has sufficient PID available",
-                ),
-                ready,
-            ]),
+            conditions: Some(pressure::conditions(
+                &info,
+                &self.config.pressure,
+                health.agent.as_ref().map(|()| ()).map_err(String::as_str),
+                old.conditions.as_deref().unwrap_or_default(),
+            )),
             daemon_endpoints: Some(NodeDaemonEndpoints {
                 kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(self.config.listen.port()) }),
             }),
@@ -326,18 +275,6 @@ impl Registrar {
     }
 }
 
-/// The kubelet's default threshold `memory.available<100Mi`.
-fn memory_is_short(info: &host::InfoResponse) -> bool {
-    info.memory_bytes > 0 && info.memory_bytes.saturating_sub(info.memory_working_set_bytes) < 100 << 20
-}
-
-/// The kubelet's default thresholds `nodefs.available<10%` and `nodefs.inodesFree<5%`.
-fn disk_is_short(info: &host::InfoResponse) -> bool {
-    let below = |free: u64, all: u64, percent: u64| all > 0 && free < all / 100 * percent;
-    below(info.ephemeral_storage_available_bytes, info.ephemeral_storage_bytes, 10)
-        || below(info.ephemeral_storage_inodes_free, info.ephemeral_storage_inodes, 5)
-}
-
 fn without_heartbeats(status: &NodeStatus) -> NodeStatus {
     let mut status = status.clone();
     for c in status.conditions.iter_mut().flatten() {
@@ -359,21 +296,6 @@ fn replacing_lists(status: &NodeStatus) -> serde_json::Value {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-
-    #[test]
-    fn pressure_begins_at_the_kubelets_thresholds() {
-        let mut info = host::InfoResponse {
-            memory_bytes: 1 << 30,
-            memory_working_set_bytes: (1 << 30) - (101 << 20),
-            ephemeral_storage_bytes: 1000,
-            ephemeral_storage_available_bytes: 100,
-            ..host::InfoResponse::default()
-        };
-        assert!(!memory_is_short(&info) && !disk_is_short(&info));
-        info.memory_working_set_bytes += 2 << 20;
-        info.ephemeral_storage_available_bytes = 99;
-        assert!(memory_is_short(&info) && disk_is_short(&info));
-    }
 
     #[test]
     fn taints() {
