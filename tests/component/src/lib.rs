@@ -14,10 +14,13 @@ use std::{
     sync::OnceLock,
 };
 
-/// The top of the repository.
+/// The top of the repository that the tests run in. Asked when they run: a program that was built in another copy of the
+/// repository is taken over by cargo as it is.
 #[must_use]
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    let package =
+        std::env::var_os("CARGO_MANIFEST_DIR").expect("run by cargo, or with CARGO_MANIFEST_DIR set");
+    Path::new(&package).join("../..")
 }
 
 /// moxlet-init, built once by the project's own script, or the one that `MOXLET_INIT` names.
