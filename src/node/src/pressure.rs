@@ -106,11 +106,11 @@ impl PressureThresholds {
     }
 }
 
-/// The Node's conditions, worded as a kubelet's; `ready` is why it is not. What did not change keeps the time of `old`.
+/// The Node's conditions, worded as a kubelet's; `not_ready` is why it is not ready. What did not change keeps the time of `old`.
 pub(crate) fn conditions(
     info: &host::InfoResponse,
     thresholds: &PressureThresholds,
-    ready: Result<(), &str>,
+    not_ready: Option<&str>,
     old: &[NodeCondition],
 ) -> Vec<NodeCondition> {
     let now = Time(Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default());
@@ -140,9 +140,9 @@ pub(crate) fn conditions(
         condition("MemoryPressure", thresholds.memory_is_short(info), memory.0, memory.1),
         condition("DiskPressure", thresholds.disk_is_short(info), disk.0, disk.1),
         condition("PIDPressure", false, "KubeletHasSufficientPID", "the host has sufficient PID available"),
-        match ready {
-            Ok(()) => condition("Ready", true, "KubeletReady", "moxlet is posting ready status"),
-            Err(why) => condition("Ready", false, "KubeletNotReady", why),
+        match not_ready {
+            None => condition("Ready", true, "KubeletReady", "moxlet is posting ready status"),
+            Some(why) => condition("Ready", false, "KubeletNotReady", why),
         },
     ]
 }
@@ -194,9 +194,9 @@ mod tests {
     fn a_condition_keeps_the_time_of_its_last_change() {
         let then = Time(Timestamp::from_second(1).unwrap());
         let thresholds = PressureThresholds::default();
-        let mut old = conditions(&nearly_full(), &thresholds, Ok(()), &[]);
+        let mut old = conditions(&nearly_full(), &thresholds, None, &[]);
         old.iter_mut().for_each(|c| c.last_transition_time = Some(then.clone()));
-        let now = conditions(&nearly_full(), &thresholds, Err("no agent"), &old);
+        let now = conditions(&nearly_full(), &thresholds, Some("no agent"), &old);
         let kept = |kind: &str| {
             now.iter().find(|c| c.type_ == kind).unwrap().last_transition_time == Some(then.clone())
         };

@@ -249,7 +249,7 @@ impl Registrar {
             conditions: Some(pressure::conditions(
                 &info,
                 &self.config.pressure,
-                health.agent.as_ref().map(|()| ()).map_err(String::as_str),
+                health.agent.as_ref().err().map(String::as_str),
                 old.conditions.as_deref().unwrap_or_default(),
             )),
             daemon_endpoints: Some(NodeDaemonEndpoints {
