@@ -16,7 +16,7 @@ fn sandbox_state(phase: Phase) -> i32 {
     }
 }
 
-/// Says who else holds the CT of a pod (`backup`, `frozen`, …): its probes pause meanwhile.
+/// Says who else holds the CT of a pod (`backup`, `frozen`, …): the node leaves it alone meanwhile.
 const HELD_BY: &str = "moxlet.dev/held-by";
 
 fn annotations(given: BTreeMap<String, String>, holder: Option<String>) -> HashMap<String, String> {

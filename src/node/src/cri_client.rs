@@ -54,6 +54,8 @@ macro_rules! calls {
             async fn collect_garbage(&self, request: host::ImageGarbageRequest) -> Result<host::ImageGarbageResponse>;
             /// The stream of container events.
             async fn container_events(&self) -> Result<BoxStream<'static, Result<v1::ContainerEventResponse>>>;
+            /// What the agent has seen done to CTs on its host since then (nanoseconds since 1970), and goes on seeing.
+            async fn notices(&self, since_ns: i64) -> Result<BoxStream<'static, Result<host::Notice>>>;
             /// The end of a container's log, at most `limit` bytes.
             async fn log_tail(&self, id: &str, lines: u64, limit: usize) -> Result<Vec<u8>>;
         }
@@ -89,6 +91,12 @@ macro_rules! calls {
                 let answer = self.runtime().get_container_events(v1::GetEventsRequest {}).await;
                 let stream = answer.map_err(Error::agent("GetContainerEvents"))?.into_inner();
                 Ok(stream.map(|e| e.map_err(Error::agent("GetContainerEvents"))).boxed())
+            }
+
+            async fn notices(&self, since_ns: i64) -> Result<BoxStream<'static, Result<host::Notice>>> {
+                let answer = self.host().stream_notices(host::StreamNoticesRequest { since_ns }).await;
+                let stream = answer.map_err(Error::agent("StreamNotices"))?.into_inner();
+                Ok(stream.map(|n| n.map_err(Error::agent("StreamNotices"))).boxed())
             }
 
             async fn log_tail(&self, id: &str, lines: u64, limit: usize) -> Result<Vec<u8>> {

@@ -1,6 +1,6 @@
 //! Events with the kubelet's reasons, written by one task off everybody's path: repeated ones are counted, floods are cut.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::HashMap, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -21,8 +21,9 @@ use crate::pods::names;
 const COMPONENT: &str = "kubelet";
 /// Events that wait to be written; more are dropped.
 const QUEUE: usize = 4096;
-/// Series that are remembered.
+/// Series that are remembered, and for how long when there are more.
 const SERIES: usize = 4096;
+const REMEMBERED: Duration = Duration::from_secs(600);
 /// What one object may say at once, and how often after that.
 const BURST: f64 = 25.0;
 const REFILL_PER_SECOND: f64 = 1.0 / 30.0;
@@ -38,13 +39,14 @@ pub(crate) enum Kind {
     Warning,
 }
 
+/// One event that is to be written.
 #[derive(Debug)]
-struct Note {
-    object: ObjectReference,
-    kind: Kind,
-    reason: &'static str,
-    message: String,
-    at: Timestamp,
+pub(crate) struct Note {
+    pub(crate) object: ObjectReference,
+    pub(crate) kind: Kind,
+    pub(crate) reason: Cow<'static, str>,
+    pub(crate) message: String,
+    pub(crate) at: Timestamp,
 }
 
 /// Takes events from anywhere; never waits.
@@ -90,24 +92,43 @@ impl Recorder {
         (Self { notes }, write(queue, client, host, stop))
     }
 
+    /// A recorder whose events are taken from the queue by whoever has it.
+    #[cfg(test)]
+    pub(crate) fn queued() -> (Self, mpsc::Receiver<Note>) {
+        let (notes, queue) = mpsc::channel(QUEUE);
+        (Self { notes }, queue)
+    }
+
     /// Says something of an object.
     pub(crate) fn say(
         &self,
         object: ObjectReference,
         kind: Kind,
-        reason: &'static str,
+        reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
-        let mut message = message.into();
+        self.say_at(object, kind, reason, message, Timestamp::now());
+    }
+
+    /// Says what was so at an earlier time. Said again with the same time it is the same event, also after a restart.
+    pub(crate) fn say_at(
+        &self,
+        object: ObjectReference,
+        kind: Kind,
+        reason: impl Into<Cow<'static, str>>,
+        message: impl Into<String>,
+        at: Timestamp,
+    ) {
+        let (reason, mut message) = (reason.into(), message.into());
         if message.len() > 1024 {
             let end = (0..=1021).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
             message.truncate(end);
             message.push_str("...");
         }
         let name = object.name.as_deref().unwrap_or_default();
-        info!(namespace = object.namespace.as_deref(), name, reason, message, "event");
+        info!(namespace = object.namespace.as_deref(), name, reason = &*reason, message, "event");
         // A full queue loses the newest event: never worth a wait.
-        let _ = self.notes.try_send(Note { object, kind, reason, message, at: Timestamp::now() });
+        let _ = self.notes.try_send(Note { object, kind, reason, message, at });
     }
 
     /// Says something of a pod or of one of its containers.
@@ -116,14 +137,15 @@ impl Recorder {
         pod: &Pod,
         container: Option<&str>,
         kind: Kind,
-        reason: &'static str,
+        reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
         self.say(reference(pod, container), kind, reason, message);
     }
 }
 
-type SeriesKey = (String, String, Kind, &'static str, String);
+/// What makes two events one that is counted: object, field, kind, reason, message.
+type SeriesKey = (String, String, Kind, Cow<'static, str>, String);
 
 struct Series {
     name: String,
@@ -156,89 +178,103 @@ async fn write(
     host: String,
     stop: CancellationToken,
 ) {
-    let host = Arc::new(host);
-    let mut series: HashMap<SeriesKey, Series> = HashMap::new();
-    let mut buckets: HashMap<String, Bucket> = HashMap::new();
+    let mut writer = Writer { host, series: HashMap::new(), buckets: HashMap::new() };
     loop {
         let note = tokio::select! {
             note = queue.recv() => note,
             () = stop.cancelled() => return,
         };
         let Some(note) = note else { return };
-        let Some(client) = client.clone() else { continue };
-        let now = Instant::now();
-        let uid = note.object.uid.clone().unwrap_or_default();
-        if buckets.len() > SERIES {
-            buckets.retain(|_, b| now.duration_since(b.at) < Duration::from_secs(600));
-        }
-        if !buckets.entry(uid.clone()).or_insert(Bucket { left: BURST, at: now }).take(now) {
-            debug!(reason = note.reason, "event dropped, its object says too much");
-            continue;
-        }
-        if series.len() > SERIES {
-            series.retain(|_, s| now.duration_since(s.used) < Duration::from_secs(600));
-        }
-        let field = note.object.field_path.clone().unwrap_or_default();
-        let key = (uid, field, note.kind, note.reason, note.message.clone());
-        let namespace = note.object.namespace.clone().unwrap_or_else(|| "default".into());
-        let api: Api<Event> = Api::namespaced(client, &namespace);
-        let known = series.get_mut(&key).map(|s| {
-            s.count += 1;
-            s.used = now;
-            (s.name.clone(), s.count)
-        });
-        let name = known.as_ref().map_or_else(
-            || {
-                format!(
-                    "{}.{:016x}",
-                    note.object.name.as_deref().unwrap_or_default(),
-                    note.at.as_nanosecond()
-                )
-            },
-            |k| k.0.clone(),
-        );
-        let outcome = tokio::time::timeout(PATIENCE, async {
-            if let Some((_, count)) = known {
-                let patch = serde_json::json!({"count": count, "lastTimestamp": Time(note.at)});
-                match api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await {
-                    Err(kube::Error::Api(status)) if status.code == 404 => {}
-                    other => return other.map(|_| ()),
-                }
-            }
-            let first = series.get(&key).map_or(note.at, |s| s.first);
-            let event = Event {
-                metadata: ObjectMeta {
-                    name: Some(name.clone()),
-                    namespace: Some(namespace.clone()),
-                    ..ObjectMeta::default()
-                },
-                involved_object: note.object.clone(),
-                reason: Some(note.reason.into()),
-                message: Some(note.message.clone()),
-                type_: Some(if note.kind == Kind::Normal { "Normal" } else { "Warning" }.into()),
-                count: Some(known_count(series.get(&key))),
-                first_timestamp: Some(Time(first)),
-                last_timestamp: Some(Time(note.at)),
-                source: Some(EventSource { component: Some(COMPONENT.into()), host: Some((*host).clone()) }),
-                reporting_component: Some(COMPONENT.into()),
-                reporting_instance: Some((*host).clone()),
-                ..Event::default()
-            };
-            api.create(&PostParams::default(), &event).await.map(|_| ())
-        })
-        .await;
-        match outcome {
-            Ok(Ok(())) => {
-                series.entry(key).or_insert(Series { name, count: 1, first: note.at, used: now });
-            }
-            Ok(Err(error)) => debug!(%error, "cannot write an event"),
-            Err(_) => debug!("an event took too long to write"),
+        if let Some(client) = &client {
+            writer.note(client, &note).await;
         }
     }
 }
 
-fn known_count(series: Option<&Series>) -> i32 {
-    series.map_or(1, |s| s.count)
+/// What was written of late.
+struct Writer {
+    host: String,
+    series: HashMap<SeriesKey, Series>,
+    buckets: HashMap<String, Bucket>,
+}
+
+impl Writer {
+    async fn note(&mut self, client: &Client, note: &Note) {
+        let now = Instant::now();
+        if !self.may(note.object.uid.as_deref().unwrap_or_default(), now) {
+            debug!(reason = &*note.reason, "event dropped, its object says too much");
+            return;
+        }
+        if self.series.len() > SERIES {
+            self.series.retain(|_, s| now.duration_since(s.used) < REMEMBERED);
+        }
+        let namespace = note.object.namespace.as_deref().unwrap_or("default");
+        let api: Api<Event> = Api::namespaced(client.clone(), namespace);
+        let key = (
+            note.object.uid.clone().unwrap_or_default(),
+            note.object.field_path.clone().unwrap_or_default(),
+            note.kind,
+            note.reason.clone(),
+            note.message.clone(),
+        );
+        let series = self.series.entry(key).or_insert_with(|| {
+            let name = note.object.name.as_deref().unwrap_or_default();
+            let name = format!("{name}.{:016x}", note.at.as_nanosecond());
+            Series { name, count: 0, first: note.at, used: now }
+        });
+        series.count += 1;
+        series.used = now;
+        match tokio::time::timeout(PATIENCE, put(&api, &self.host, series, note)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(%error, "cannot write an event"),
+            Err(_) => debug!("an event took too long to write"),
+        }
+    }
+
+    /// Whether an object may say something now.
+    fn may(&mut self, uid: &str, now: Instant) -> bool {
+        if self.buckets.len() > SERIES {
+            self.buckets.retain(|_, b| now.duration_since(b.at) < REMEMBERED);
+        }
+        self.buckets.entry(uid.to_owned()).or_insert(Bucket { left: BURST, at: now }).take(now)
+    }
+}
+
+/// Counts an event that is there, or makes it.
+async fn put(api: &Api<Event>, host: &str, series: &Series, note: &Note) -> kube::Result<()> {
+    if series.count > 1 {
+        let patch = serde_json::json!({"count": series.count, "lastTimestamp": Time(note.at)});
+        match api.patch(&series.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            other => return other.map(|_| ()),
+        }
+    }
+    match api.create(&PostParams::default(), &event(host, series, note)).await {
+        // It was written by this node before a restart, or by a call whose answer was lost.
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+        other => other.map(|_| ()),
+    }
+}
+
+fn event(host: &str, series: &Series, note: &Note) -> Event {
+    Event {
+        metadata: ObjectMeta {
+            name: Some(series.name.clone()),
+            namespace: Some(note.object.namespace.clone().unwrap_or_else(|| "default".into())),
+            ..ObjectMeta::default()
+        },
+        involved_object: note.object.clone(),
+        reason: Some(note.reason.clone().into_owned()),
+        message: Some(note.message.clone()),
+        type_: Some(if note.kind == Kind::Normal { "Normal" } else { "Warning" }.into()),
+        count: Some(series.count),
+        first_timestamp: Some(Time(series.first)),
+        last_timestamp: Some(Time(note.at)),
+        source: Some(EventSource { component: Some(COMPONENT.into()), host: Some(host.to_owned()) }),
+        reporting_component: Some(COMPONENT.into()),
+        reporting_instance: Some(host.to_owned()),
+        ..Event::default()
+    }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 //! | `pods::manager` | updates, the agent's events | one worker a pod, told by a watch channel |
 //! | `pods::worker` | what a pod shall be, what the agent reports | CRI calls, status, the published copy |
 //! | `image_gc` | the policy | removals on the agent every 5 min, events where they do not help |
+//! | `notices` | what the agent saw done to CTs | events of the pods |
 //! | `events` | events (mpsc) | Event objects |
 //! | [`api`] | the published copy | HTTPS on port 10250 |
 //!
@@ -26,6 +27,7 @@ pub mod identity;
 mod image_gc;
 mod lease;
 pub mod metrics;
+mod notices;
 pub mod pods;
 mod pressure;
 mod register;
@@ -152,6 +154,18 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
         None => Services::none(),
     };
     let registry = PodRegistry::default();
+    let telling = notices::Teller {
+        agent: agent.clone(),
+        registry: registry.clone(),
+        events: recorder.clone(),
+        node: config.node_name.clone(),
+        pauses: notices::Pauses::default(),
+    }
+    .run(token.clone());
+    tasks.spawn(async move {
+        telling.await;
+        Ok(())
+    });
     let shared = Arc::new(Shared {
         slots: Semaphore::new(config.max_parallel_syncs.max(1)),
         agent,

@@ -178,7 +178,9 @@ fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
             (_, Some(lock)) => words.push(word(
                 "CTLocked",
                 false,
-                format!("{ct} is locked ({lock}): its probes pause, and it is neither changed nor deleted until that is over"),
+                format!(
+                    "{ct} is locked ({lock}): it is neither stopped, changed nor deleted until that is over"
+                ),
             )),
             (Some(lock), None) if now.astray.is_none() => {
                 words.push(word("CTUnlocked", false, format!("{ct} is not locked ({lock}) any more")));
@@ -191,7 +193,7 @@ fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
             word(
                 "CTFrozen",
                 false,
-                format!("{ct} is frozen: its probes pause, and it is not deleted until it is thawed"),
+                format!("{ct} is frozen: it is neither stopped nor deleted until it is thawed"),
             )
         } else {
             word("CTThawed", false, format!("{ct} is not frozen any more"))
