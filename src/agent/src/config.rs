@@ -133,6 +133,8 @@ pub struct Config {
     pub docker_config: Option<PathBuf>,
     /// Layers of one image that come at once.
     pub max_parallel_downloads: usize,
+    /// Bytes of one pull that come ahead of the layer that is extracted, on disk; only on ZFS. 0 is none.
+    pub image_prefetch_max_bytes: u64,
     /// A container's log is rotated at this size in bytes.
     pub log_max_bytes: u64,
     /// Log files kept of a container, the live one included.
@@ -170,6 +172,7 @@ impl Default for Config {
             registry_config_dir: None,
             docker_config: None,
             max_parallel_downloads: 4,
+            image_prefetch_max_bytes: 512 << 20,
             log_max_bytes: 10 << 20,
             log_max_files: 5,
             sandbox_overhead_memory_bytes: 16 << 20,

@@ -105,8 +105,25 @@ fn of_image(error: &moxlet_image::Error, text: String) -> Status {
         | E::BadArchive { .. } => Status::invalid_argument(text),
         E::InUse { .. } | E::NeverPull(_) | E::NotRestorable { .. } => Status::failed_precondition(text),
         E::Damaged { .. } => Status::data_loss(text),
+        E::Storage(error) => of_storage(error, text),
+        E::Full { .. } => Status::resource_exhausted(text),
+        E::Io { source, .. } if is_full(source) => Status::resource_exhausted(text),
         _ => Status::unknown(text),
     }
+}
+
+/// The code of a failure of the store: what an admin has to see to, and what goes by itself afterwards.
+fn of_storage(error: &moxlet_storage::Error, text: String) -> Status {
+    use moxlet_storage::Error as E;
+    match error {
+        E::NoSpace { .. } | E::QuotaExceeded { .. } => Status::resource_exhausted(text),
+        E::PoolSuspended { .. } | E::TimedOut { .. } => Status::unavailable(text),
+        _ => Status::unknown(text),
+    }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 impl From<Error> for Status {
@@ -121,6 +138,7 @@ impl From<Error> for Status {
             Error::Unfit(_) | Error::Held { .. } => Status::unavailable(text),
             Error::Sandbox(inner) if inner.is_temporary() => Status::unavailable(text),
             Error::Image(error) => of_image(error, text),
+            Error::Storage(error) => of_storage(error, text),
             _ => Status::unknown(text),
         }
     }

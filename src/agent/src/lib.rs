@@ -93,6 +93,7 @@ impl Agent {
                 max_parallel_downloads: config.max_parallel_downloads,
                 docker_config: config.docker_config.clone(),
                 registry_config_dir: config.registry_config_dir.clone(),
+                prefetch_max_bytes: config.image_prefetch_max_bytes,
                 ..moxlet_image::Config::default()
             })
             .await?;
@@ -136,6 +137,12 @@ impl Agent {
                 tasks = self.core.tasks.len(),
                 "some changes did not end in time; the next start takes them up"
             );
+        }
+        // What pods have mounted stays. Without them nothing of ours keeps a pool or file system busy then.
+        match tokio::time::timeout(AT_THE_END, self.core.driver.close()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the store's own mounts stay until the next start"),
+            Err(_) => tracing::warn!("the store's own mounts are not taken down in time"),
         }
     }
 }

@@ -100,6 +100,25 @@ pub enum Error {
         #[source]
         source: Arc<io::Error>,
     },
+    /// The store has no room for an image.
+    #[error(
+        "no space left for {image}: the layers that are missing have {needed_bytes} bytes in the registry, and more unpacked; \
+         {available_bytes} bytes are available on the file system of {} (`moxlet image prune` removes what nobody uses)",
+        place.display()
+    )]
+    Full {
+        /// The image.
+        image: String,
+        /// What the missing layers take at least.
+        needed_bytes: u64,
+        /// What was left when it failed.
+        available_bytes: u64,
+        /// A directory on the file system that is full.
+        place: PathBuf,
+        /// What failed.
+        #[source]
+        source: Box<Error>,
+    },
     /// A file of the store was written by a newer version.
     #[error("{} has version {version}, which this program does not know: it was written by a newer one", path.display())]
     TooNew {
@@ -189,6 +208,21 @@ pub enum Error {
 impl From<moxlet_storage::Error> for Error {
     fn from(error: moxlet_storage::Error) -> Self {
         Self::Storage(Arc::new(error))
+    }
+}
+
+impl Error {
+    /// Whether a file system, pool or quota is full.
+    pub(crate) fn is_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self {
+            Self::Io { source, .. } => matches!(source.kind(), StorageFull | QuotaExceeded),
+            Self::Storage(error) => matches!(
+                **error,
+                moxlet_storage::Error::NoSpace { .. } | moxlet_storage::Error::QuotaExceeded { .. }
+            ),
+            _ => false,
+        }
     }
 }
 

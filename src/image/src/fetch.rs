@@ -25,9 +25,6 @@ use crate::{
     store::Store,
 };
 
-/// Bytes of one pull that may be fetched ahead, on disk, in units of 4 KiB.
-const AHEAD: usize = (512 << 20) / 4096;
-
 /// A layer of the image, with all that its extraction needs to know.
 pub(crate) struct Job {
     pub(crate) part: String,
@@ -69,7 +66,7 @@ pub(crate) async fn layers(
         begun: watch::Sender::new(0),
         done: watch::Sender::new(vec![false; jobs.len()]),
         slots: Semaphore::new(store.settings.max_parallel_downloads.clamp(1, Semaphore::MAX_PERMITS)),
-        ahead: Arc::new(Semaphore::new(AHEAD)),
+        ahead: Arc::new(layer::room(store.settings.prefetch_max_bytes)),
     };
     let pull = &pull;
     let mut fetches: FuturesUnordered<_> = jobs

@@ -83,6 +83,8 @@ pub struct Config {
     pub registry_config_dir: Option<PathBuf>,
     /// How many blobs come from one host at once, over all pulls; at least 1.
     pub max_parallel_per_host: usize,
+    /// How many bytes of one pull may be fetched ahead, on disk, where layers are applied one after the other; 0 is none.
+    pub prefetch_max_bytes: u64,
     /// How long a registry may say nothing before a download is taken up anew.
     pub stall_timeout: Duration,
     /// The pause before something is tried again; each further one is twice as long.
@@ -98,6 +100,7 @@ impl Default for Config {
             docker_config: None,
             registry_config_dir: None,
             max_parallel_per_host: 6,
+            prefetch_max_bytes: 512 << 20,
             stall_timeout: Duration::from_secs(30),
             retry_pause: Duration::from_millis(500),
         }
@@ -259,11 +262,11 @@ impl ImageStore {
     /// The runtime ends.
     pub async fn used(&self, id: &Digest) -> Result<()> {
         let (store, id) = (Arc::clone(&self.store), id.clone());
-        store::blocking(move || {
+        let touched = store::blocking(move || {
             store.touch(&id);
             Ok(())
-        })
-        .await
+        });
+        self.store.unless_stalled(touched).await
     }
 
     /// Gives an image a further tag, which goes from whoever had it.
@@ -322,7 +325,12 @@ impl ImageStore {
         }
         let (reference, auths) = wanted.clone();
         let (reporter, progress) = Reporter::new();
-        let pull = pull::pull(Arc::clone(&self.store), reference, auths, reporter).boxed().shared();
+        let store = Arc::clone(&self.store);
+        let pull = async move {
+            let pull = pull::pull(Arc::clone(&store), reference, auths, reporter);
+            store.unless_stalled(pull).await
+        };
+        let pull = pull.boxed().shared();
         if let Some(weak) = pull.downgrade() {
             pulls.insert(wanted, Under { pull: weak, progress: progress.clone() });
         }

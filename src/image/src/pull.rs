@@ -56,7 +56,16 @@ async fn pull_from(store: &Arc<Store>, session: &Session<'_>, progress: &Reporte
     let layers: Vec<ChainId> = jobs.iter().map(|j| j.chain.clone()).collect();
     let pins = store.pin(&layers).await;
 
-    let fetched = fetch::layers(store, session, jobs, progress).await?;
+    let mut needed = 0_u64;
+    for job in &jobs {
+        if !store.driver.has_layer(&job.chain).await? {
+            needed = needed.saturating_add(job.blob.size);
+        }
+    }
+    let fetched = match fetch::layers(store, session, jobs, progress).await {
+        Err(error) if error.is_full() => return Err(full(store, session, needed, error).await),
+        fetched => fetched?,
+    };
 
     let reference = session.reference;
     let image = NewImage {
@@ -75,6 +84,20 @@ async fn pull_from(store: &Arc<Store>, session: &Session<'_>, progress: &Reporte
     let record = store.add(image, pins).await?;
     tracing::info!(image = %reference, id = %record.id, layers = record.layers.len(), fetched, "image pulled");
     Ok(record)
+}
+
+/// Says how much is missing where there is no space left.
+async fn full(store: &Store, session: &Session<'_>, needed_bytes: u64, error: Error) -> Error {
+    match store.driver.fs_usage().await {
+        Ok(usage) => Error::Full {
+            image: session.name(),
+            needed_bytes,
+            available_bytes: usage.available_bytes,
+            place: usage.mountpoint,
+            source: Box::new(error),
+        },
+        Err(_) => error,
+    }
 }
 
 fn check_sizes(session: &Session<'_>, manifest: &Manifest) -> Result<()> {

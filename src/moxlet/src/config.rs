@@ -75,6 +75,7 @@ pub(crate) struct Config {
     pub(crate) image_maximum_gc_age: Option<Span>,
     #[serde(deserialize_with = "pressure_thresholds")]
     pub(crate) pressure_thresholds: moxlet_node::PressureThresholds,
+    pub(crate) image_prefetch_max_bytes: u64,
 
     pub(crate) cri_socket: Option<PathBuf>,
     pub(crate) stream_listen: Option<SocketAddr>,
@@ -122,6 +123,7 @@ impl Default for Config {
             image_minimum_gc_age: Span(std::time::Duration::from_secs(120)),
             image_maximum_gc_age: None,
             pressure_thresholds: moxlet_node::PressureThresholds::default(),
+            image_prefetch_max_bytes: 512 << 20,
             cri_socket: None,
             stream_listen: None,
             init_binary: None,

@@ -184,6 +184,7 @@ fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_agent::Config
         plain_http_registries: config.plain_http_registries.clone(),
         registry_config_dir: config.registry_config_dir.clone(),
         docker_config: config.docker_config.clone(),
+        image_prefetch_max_bytes: config.image_prefetch_max_bytes,
         log_max_bytes: config.container_log_max_bytes,
         log_max_files: config.container_log_max_files,
         sandbox_overhead_memory_bytes: config.sandbox_overhead_memory_bytes,

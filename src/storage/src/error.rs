@@ -218,9 +218,15 @@ pub enum Error {
     },
     /// The pool has stopped all input and output.
     #[error(
-        "{0}: the pool is suspended, since its devices do not answer (see `zpool status`; `zpool clear` resumes it)"
+        "pool {pool} is suspended, since its devices do not answer: could not {doing} (see `zpool status {pool}`; \
+         once they answer again, `zpool clear {pool}` lets it go on)"
     )]
-    PoolSuspended(CommandFailure),
+    PoolSuspended {
+        /// The pool.
+        pool: String,
+        /// What was attempted.
+        doing: String,
+    },
     /// The caller may not do this.
     #[error("{0}: permission denied (the agent runs as root; on a delegated dataset see `zfs allow`)")]
     NotPermitted(CommandFailure),

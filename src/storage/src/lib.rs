@@ -236,6 +236,10 @@ pub trait Driver: Send + Sync {
     async fn root_usage(&self, id: &ContainerId) -> Result<Usage>;
     /// Figures of the file system below.
     async fn fs_usage(&self) -> Result<FsUsage>;
+    /// Ends when the store has ceased to answer, with the reason: whoever writes to its files waits in vain then.
+    async fn stalled(&self) -> Error {
+        std::future::pending().await
+    }
     /// Takes down the mounts that the driver keeps for itself. Roots must be unmounted before.
     async fn close(&self) -> Result<()>;
 }

@@ -24,7 +24,13 @@ use tonic::{
     transport::{Channel, Endpoint, Uri},
 };
 
-use crate::{forwarding::Forwarding, init_binary, pve, registry, repository, traces, wait::until};
+use crate::{
+    forwarding::Forwarding,
+    init_binary, pve, registry, repository,
+    store::{self, Bed},
+    traces,
+    wait::until,
+};
 
 /// A sandbox that was made.
 #[derive(Debug, Clone)]
@@ -44,6 +50,7 @@ pub struct Host {
     /// All sandboxes that were ever made here.
     made: Mutex<BTreeSet<String>>,
     dir: Option<tempfile::TempDir>,
+    bed: Bed,
     _forwarding: Forwarding,
 }
 
@@ -59,17 +66,24 @@ fn channel(socket: PathBuf) -> Channel {
 impl Host {
     /// An agent with an empty directory of its own; busybox is pulled.
     pub async fn start() -> Self {
+        Self::start_on(Bed::chosen(), |_| ()).await
+    }
+
+    /// The same with its store on this, and with settings that are changed.
+    pub async fn start_on(bed: Bed, change: impl FnOnce(&mut Config)) -> Self {
         static NEXT: AtomicU8 = AtomicU8::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         assert!(rustix::process::geteuid().is_root(), "component tests run as root");
         let forwarding = Forwarding::keep();
         let dir = tempfile::Builder::new().prefix("moxlet-agent-").tempdir().unwrap();
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
         let root = dir.path().canonicalize().unwrap();
+        let storage = bed.make(&root, number);
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o711)).unwrap();
         let (init, registry) =
             tokio::task::spawn_blocking(|| (init_binary(), registry::address())).await.unwrap();
         let bridge = format!("mxt{}n{number}", std::process::id());
-        let config = Config {
+        let mut config = Config {
+            storage,
             cri_socket: root.join("run/agent.sock"),
             root_dir: root,
             init_binary: Some(init.to_owned()),
@@ -79,8 +93,10 @@ impl Host {
             engine: pve::engine(number),
             ..Config::default()
         };
+        change(&mut config);
         let (channel, made) = (channel(config.cri_socket.clone()), Mutex::default());
-        let mut host = Self { config, agent: None, channel, made, dir: Some(dir), _forwarding: forwarding };
+        let mut host =
+            Self { config, agent: None, channel, made, dir: Some(dir), bed, _forwarding: forwarding };
         host.start_agent().await;
         let image = v1::ImageSpec { image: registry::busybox(), ..v1::ImageSpec::default() };
         let request = v1::PullImageRequest { image: Some(image), ..v1::PullImageRequest::default() };
@@ -270,6 +286,7 @@ impl Host {
     pub fn traces(&self) -> Vec<String> {
         let mut left = traces::of(self.root(), &self.config.cni.bridge, &self.made.lock().unwrap());
         left.extend(pve::traces(&self.config));
+        left.extend(store::traces(&self.config));
         left
     }
 
@@ -295,6 +312,7 @@ impl Host {
         }
         self.nothing_is_left().await;
         self.stop_agent().await;
+        assert_eq!(store::mounts(&self.config), Vec::<PathBuf>::new(), "the agent has closed its store");
     }
 }
 
@@ -316,6 +334,7 @@ impl Drop for Host {
         if !shell.is_ok_and(|s| s.success()) {
             eprintln!("{} is not wholly removed", self.root().display());
         }
+        self.bed.unmake(&self.config);
         drop(self.dir.take());
     }
 }

@@ -59,7 +59,10 @@ pub fn of(root: &Path, bridge: &str, sandboxes: &BTreeSet<String>) -> Vec<String
     left.extend(allotted(root).into_iter().map(|ip| format!("address {ip}")));
     let locks = names(&Path::new("/run/lxc/lock").join(root.join("lxc/ct").strip_prefix("/").unwrap()));
     left.extend(locks.into_iter().map(|name| format!("lock {name}")));
-    let own = |path: &Path| path == root.join("pods") || path.parent() == Some(&root.join("storage/mapped"));
+    let own = |path: &Path| {
+        [root.join("pods"), root.join("storage"), root.join("storage/state")].iter().any(|own| path == own)
+            || path.parent() == Some(&root.join("storage/mapped"))
+    };
     let mounted = mounts::mounted_below(root).unwrap().into_iter().filter(|path| !own(path));
     left.extend(mounted.map(|path| format!("mount {}", path.display())));
     let ports = names(&Path::new("/sys/class/net").join(bridge).join("brif"));

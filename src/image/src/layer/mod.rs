@@ -28,7 +28,7 @@ use moxlet_storage::{Usage, WhiteoutStyle};
 
 pub(crate) use below::Lower;
 pub(crate) use check::check;
-pub(crate) use source::Source;
+pub(crate) use source::{Source, room};
 use stream::Blob;
 pub(crate) use stream::is_cut;
 

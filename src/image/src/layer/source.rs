@@ -24,6 +24,12 @@ const UNIT: usize = 4096;
 /// Bytes that are written to the file, and read from it, at a time.
 const BATCH: usize = 1 << 20;
 
+/// Room for so many bytes that are fetched ahead.
+pub(crate) fn room(bytes: u64) -> Semaphore {
+    let units = usize::try_from(bytes / UNIT as u64).unwrap_or(usize::MAX);
+    Semaphore::new(units.min(Semaphore::MAX_PERMITS))
+}
+
 /// The bytes of a blob, in order. It blocks, and ends with an error where the sender went away before the end.
 pub(crate) struct Source {
     ahead: Option<Ahead>,

@@ -100,6 +100,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Store {
+    /// Waits for work that writes to the driver's files, unless these do not answer any more. What was begun ends by itself
+    /// when they do.
+    pub(crate) async fn unless_stalled<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            error = self.driver.stalled() => Err(error.into()),
+        }
+    }
+
     pub(crate) async fn open(settings: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
         Self::open_keeping(settings, driver, lock, &[]).await.map(|(store, _)| store)
     }

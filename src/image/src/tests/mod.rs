@@ -5,6 +5,7 @@
 mod access;
 mod archives;
 mod bad_registry;
+mod full;
 mod mirrors;
 mod operations;
 mod pipeline;

@@ -9,14 +9,23 @@ use super::{registry::Fault, *};
 use crate::{Config, LayerState, layer::tests::Tar};
 
 async fn applying(dir: &Path) -> (Arc<ApplyingDriver>, Arc<ImageStore>) {
+    applying_with(dir, Config::default().prefetch_max_bytes).await
+}
+
+async fn applying_with(dir: &Path, prefetch_max_bytes: u64) -> (Arc<ApplyingDriver>, Arc<ImageStore>) {
     let driver = Arc::new(ApplyingDriver(OverlayDriver::open(&dir.join("driver")).await.unwrap()));
-    let config = Config { dir: dir.join("images"), max_parallel_downloads: 3, ..Config::default() };
+    let config = Config {
+        dir: dir.join("images"),
+        max_parallel_downloads: 3,
+        prefetch_max_bytes,
+        ..Config::default()
+    };
     let store = ImageStore::open(config, Arc::clone(&driver) as Arc<dyn Driver>).await.unwrap();
     (driver, store)
 }
 
 /// Text of this length that gzip does not make much shorter.
-fn noise(seed: u64, length: usize) -> String {
+pub(super) fn noise(seed: u64, length: usize) -> String {
     let mut state = seed;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -69,6 +78,25 @@ async fn layers_that_are_applied_in_order_come_ahead_and_leave_nothing_else() {
     assert!(!top.path().join("gone").exists());
     assert_eq!((nameless(dir.path()), files(&dir.path().join("images/tmp"))), (0, 0));
     assert_eq!(files(&dir.path().join("images/layers")), 3, "each layer has its tape");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_comes_ahead_than_the_settings_say() {
+    let (registry, dir) = (Registry::start().await, tempfile::tempdir().unwrap());
+    let image = three_layers();
+    registry.push("a:1", &image);
+    let (_driver, store) = applying_with(dir.path(), 0).await;
+    let gate = Arc::new(Semaphore::new(0));
+    registry.fault(&image.digest(0), Fault::Held(Arc::clone(&gate)));
+    let (mut progress, pull) = store.pull_with_progress(&registry.name("a:1"), &[]).unwrap();
+    let pull = tokio::spawn(pull);
+    let begun =
+        |p: &crate::PullProgress| p.layers.len() == 3 && p.layers[1..].iter().all(|l| l.downloaded > 0);
+    progress.wait_for(begun).await.unwrap();
+    assert_eq!(nameless(dir.path()), 0);
+    assert!(progress.borrow().layers[1..].iter().all(|l| l.downloaded < l.total));
+    gate.add_permits(1);
+    assert_eq!(pull.await.unwrap().unwrap().layers.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

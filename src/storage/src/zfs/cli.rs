@@ -13,7 +13,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -24,13 +24,14 @@ use rustix::{
     io::Errno,
 };
 
+use super::health::{self, Watch};
 use crate::error::{Attempt, CommandFailure, Error, Result};
 
 /// How long one command may take. Even a large dataset is destroyed in the background.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long the transfer of one layer may take.
 const TRANSFER: Duration = Duration::from_secs(12 * 3600);
-/// How long the state of a pool may take to ask for.
+/// How long a sender may take to end once its receiver has.
 const SHORT: Duration = Duration::from_secs(5);
 const MAX_OUTPUT: usize = 64 << 20;
 const MAX_STDERR: usize = 4 << 10;
@@ -47,8 +48,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub(super) struct Cli {
     lock: PathBuf,
     zfs: PathBuf,
-    zpool: Option<PathBuf>,
     runs: AtomicU64,
+    /// Whether a program that hangs on a suspended pool is waited for, so that what it did in the end is known. Before the
+    /// store is open it is given up.
+    waits: AtomicBool,
 }
 
 impl Cli {
@@ -56,8 +59,8 @@ impl Cli {
     pub(super) fn find(run_dir: &Path) -> Result<Self> {
         let find = |name| DIRS.iter().map(|d| PathBuf::from(d).join(name)).find(|p| p.is_file());
         let zfs = find("zfs").ok_or(Error::NoProgram("zfs"))?;
-        let cli =
-            Self { lock: run_dir.join("commands.lock"), zfs, zpool: find("zpool"), runs: AtomicU64::new(0) };
+        let (runs, waits) = (AtomicU64::new(0), AtomicBool::new(false));
+        let cli = Self { lock: run_dir.join("commands.lock"), zfs, runs, waits };
         let file = cli.open_lock()?;
         let end = Instant::now() + PATIENCE;
         loop {
@@ -96,11 +99,18 @@ impl Cli {
         // The file is empty: to read from it is to read nothing.
         command.stdin(self.running()?).stdout(Stdio::piped());
         let shown = format!("zfs {}", args.join(" "));
-        match self.finish(&mut command, &shown, PATIENCE) {
-            // A suspended pool lets commands hang rather than fail.
-            Err(Error::TimedOut { seconds, .. }) => Err(self.explain_hang(shown, seconds, args)),
-            done => done,
-        }
+        let patience = self.patience(&[args.last().copied().unwrap_or_default()], PATIENCE);
+        finish(&mut command, &shown, patience)
+    }
+
+    /// From now on programs that hang on a suspended pool are waited for until it goes on.
+    pub(super) fn wait_for_suspended_pools(&self) {
+        self.waits.store(true, Ordering::Relaxed);
+    }
+
+    fn patience<'a>(&self, datasets: &[&'a str], limit: Duration) -> Patience<'a> {
+        let end = Instant::now() + limit;
+        Patience { watch: Watch::new(datasets), limit, end, waits: self.waits.load(Ordering::Relaxed) }
     }
 
     /// Runs `zfs` and splits what it printed into lines and columns.
@@ -128,11 +138,12 @@ impl Cli {
                 _ => Ok(()),
             });
         }
-        let received = self.finish(&mut receiver, &receiving, TRANSFER);
+        let datasets = [from, to].map(|args| args.last().copied().unwrap_or_default());
+        let received = finish(&mut receiver, &receiving, self.patience(&datasets, TRANSFER));
         drop(running);
         // Holds the other end of the pipe: with it closed, a sender that still writes ends.
         drop(receiver);
-        let sent = wait(&mut sender, &sending, SHORT);
+        let sent = wait(&mut sender, &sending, self.patience(&datasets, SHORT));
         match (sent, received) {
             // When the receiver fails first, the sender's broken pipe says nothing.
             (_, Err(error)) => Err(error),
@@ -153,35 +164,48 @@ impl Cli {
             .stderr(Stdio::piped());
         command
     }
+}
 
-    fn finish(&self, command: &mut Command, shown: &str, limit: Duration) -> Result<String> {
-        let mut child = command.spawn().attempt("run", command.get_program())?;
-        wait(&mut child, shown, limit)
+fn finish(command: &mut Command, shown: &str, patience: Patience<'_>) -> Result<String> {
+    let mut child = command.spawn().attempt("run", command.get_program())?;
+    wait(&mut child, shown, patience)
+}
+
+/// How long a program is waited for.
+struct Patience<'a> {
+    watch: Watch<'a>,
+    limit: Duration,
+    end: Instant,
+    waits: bool,
+}
+
+impl Patience<'_> {
+    /// Until it is looked again.
+    fn pause(&self) -> Duration {
+        self.end.saturating_duration_since(Instant::now()).min(health::PAUSE)
     }
 
-    /// Whether the pool of what a command was about is suspended, which makes a hang one with a name.
-    fn explain_hang(&self, command: String, seconds: u64, args: &[&str]) -> Error {
-        let pool = args.last().and_then(|a| a.split(['/', '@']).next()).unwrap_or_default();
-        let health = self.zpool.as_ref().and_then(|zpool| {
-            let mut ask = self.command(zpool, &["list", "-H", "-o", "health", pool]);
-            ask.stdout(Stdio::piped());
-            self.finish(&mut ask, "zpool list", SHORT).ok()
-        });
-        match health {
-            Some(health) if health.trim() == "SUSPENDED" => Error::PoolSuspended(CommandFailure {
-                command,
-                exit: None,
-                stderr: format!("no answer within {seconds} s"),
-            }),
-            _ => Error::TimedOut { command, seconds },
+    /// Whether a program that says nothing is waited for any longer. The time that a pool is suspended does not count.
+    fn check(&mut self, shown: &str) -> Result<()> {
+        let now = Instant::now();
+        match self.watch.look() {
+            Some(_) if self.waits => self.end = now + self.limit,
+            Some(pool) => {
+                return Err(Error::PoolSuspended { pool: pool.to_owned(), doing: format!("run `{shown}`") });
+            }
+            None if now >= self.end => {
+                let (command, seconds) = (shown.to_owned(), self.limit.as_secs());
+                return Err(Error::TimedOut { command, seconds });
+            }
+            None => {}
         }
+        Ok(())
     }
 }
 
 /// Reads what a program writes until it ends; what it printed, if all went well.
-fn wait(child: &mut Child, shown: &str, limit: Duration) -> Result<String> {
-    let end = Instant::now() + limit;
-    let gathered = gather(child, shown, end);
+fn wait(child: &mut Child, shown: &str, mut patience: Patience<'_>) -> Result<String> {
+    let gathered = gather(child, shown, &mut patience);
     if gathered.is_err() {
         let _ = child.kill();
         // One that hangs in the kernel cannot be killed; somebody has to reap it when it ends after all.
@@ -190,10 +214,7 @@ fn wait(child: &mut Child, shown: &str, limit: Duration) -> Result<String> {
             thread::spawn(move || reap(pid));
         }
     }
-    let (out, err) = gathered.map_err(|e| match e {
-        Error::TimedOut { command, .. } => Error::TimedOut { command, seconds: limit.as_secs() },
-        other => other,
-    })?;
+    let (out, err) = gathered?;
     let status = child.wait().attempt("wait for", shown)?;
     if status.success() {
         return String::from_utf8(out)
@@ -209,16 +230,15 @@ fn reap(pid: u32) {
 }
 
 /// Standard output and the beginning of standard error, up to their ends.
-fn gather(child: &mut Child, shown: &str, end: Instant) -> Result<(Vec<u8>, Vec<u8>)> {
+fn gather(child: &mut Child, shown: &str, patience: &mut Patience<'_>) -> Result<(Vec<u8>, Vec<u8>)> {
     let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
     let (mut out, mut err) = (Vec::new(), Vec::new());
     while stdout.is_some() || stderr.is_some() {
-        let left = end.saturating_duration_since(Instant::now());
         let (out_ready, err_ready) =
-            ready(stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd), left)
+            ready(stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd), patience.pause())
                 .attempt("wait for", shown)?;
-        if !out_ready && !err_ready && left.is_zero() {
-            return Err(Error::TimedOut { command: shown.to_owned(), seconds: 0 });
+        if !out_ready && !err_ready {
+            patience.check(shown)?;
         }
         if out_ready && !read_some(&mut stdout, &mut out).attempt("read from", shown)? {
             stdout = None;
@@ -271,7 +291,11 @@ fn classify(failure: CommandFailure) -> Error {
     let says = |words: &[&str]| words.iter().any(|w| failure.stderr.contains(w));
     let doing = || format!("run {failure}");
     if says(&["currently suspended"]) {
-        Error::PoolSuspended(failure)
+        let named = failure.command.rsplit(' ').next().unwrap_or_default();
+        Error::PoolSuspended {
+            pool: health::pool_of(named).to_owned(),
+            doing: format!("run `{}`", failure.command),
+        }
     } else if says(&["out of space", "No space left"]) {
         Error::NoSpace { doing: doing() }
     } else if says(&["quota exceeded", "exceeds quota", "limit of dataset is exceeded"]) {
@@ -338,7 +362,8 @@ mod tests {
     fn run(program: &str, args: &[&str], limit: Duration) -> Result<String> {
         let mut command = Command::new(program);
         let mut child = command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        wait(&mut child, program, limit)
+        let patience = Patience { watch: Watch::new(&[]), limit, end: Instant::now() + limit, waits: false };
+        wait(&mut child, program, patience)
     }
 
     #[test]

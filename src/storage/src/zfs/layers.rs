@@ -8,6 +8,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use super::{
     Inner,
     attach::{self, Access},
+    health,
     index::{Hold, Layer},
     make_private_dir,
     names::{FORMAT, INODES, Kind, OBJECTS, OWNER, PARENT, SNAPSHOT, VERSION},
@@ -57,8 +58,15 @@ fn draft_kind(path: &Path) -> Kind {
     Kind::Draft(draft_name(path))
 }
 
+/// Runs on a thread of its own, which may wait for a pool that is suspended.
 fn undo(inner: &Inner, path: &Path) {
-    let removed = mounts::unmount(path).and_then(|()| inner.destroy(&inner.name(&draft_kind(path))));
+    let removed = loop {
+        health::wait_until_resumed(&inner.dataset);
+        match mounts::unmount(path).and_then(|()| inner.destroy(&inner.name(&draft_kind(path)))) {
+            Err(Error::PoolSuspended { .. }) => {}
+            done => break done,
+        }
+    };
     if let Err(error) = removed {
         tracing::warn!(path = %path.display(), %error, "an unfinished layer stays until the next start");
     }

@@ -16,7 +16,8 @@
 //!
 //! | room | what it does |
 //! |---|---|
-//! | `cli` | the `zfs` and `zpool` programs |
+//! | `cli` | the `zfs` program |
+//! | `health` | whether the pool answers |
 //! | `names` | names and properties of datasets |
 //! | `index` | what is here, in memory |
 //! | `open` | from what is on disk to the index |
@@ -27,6 +28,7 @@
 
 mod attach;
 mod cli;
+mod health;
 mod index;
 mod layers;
 mod names;
@@ -38,7 +40,7 @@ mod transfer;
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread,
     time::Duration,
 };
@@ -103,8 +105,7 @@ impl ZfsDriver {
     /// A dataset that cannot hold a store, one in its place that is not ours, a record of a newer version, or what ZFS and
     /// the system say.
     pub async fn open(config: ZfsConfig) -> Result<Self> {
-        let inner = blocking(move || open::open(config, open::Missing::IsMade)).await?;
-        Ok(Self { inner: Arc::new(inner) })
+        Self::open_at(config, open::Missing::IsMade).await
     }
 
     /// The same for a store that has to be there already.
@@ -112,7 +113,15 @@ impl ZfsDriver {
     /// # Errors
     /// As [`Self::open`], or [`Error::NoStore`].
     pub async fn open_existing(config: ZfsConfig) -> Result<Self> {
-        let inner = blocking(move || open::open(config, open::Missing::IsRefused)).await?;
+        Self::open_at(config, open::Missing::IsRefused).await
+    }
+
+    async fn open_at(config: ZfsConfig, missing: open::Missing) -> Result<Self> {
+        let dataset = config.dataset.clone();
+        let caller = Caller::default();
+        let waits = caller.waits();
+        let opened = blocking(move || open::open(config, missing, &waits));
+        let inner = health::unless_stalled(&[&dataset], "open the store", opened).await?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -128,7 +137,7 @@ impl ZfsDriver {
         self.inner.ids
     }
 
-    /// How many `zfs` and `zpool` programs this driver has run.
+    /// How many `zfs` programs this driver has run.
     #[must_use]
     pub fn commands_run(&self) -> u64 {
         self.inner.cli.runs()
@@ -141,16 +150,39 @@ impl ZfsDriver {
     /// # Errors
     /// What ZFS says; the layers that came before the failure are there. A layer goes only with or after its parent.
     pub async fn copy_layers_to(&self, other: &Self, layers: &[ChainId]) -> Result<Vec<ChainId>> {
-        let (other, layers) = (Arc::clone(&other.inner), layers.to_vec());
-        self.run(move |inner| transfer::copy(inner, &other, &layers)).await
+        let (inner, other, layers) = (Arc::clone(&self.inner), Arc::clone(&other.inner), layers.to_vec());
+        let datasets = [inner.dataset.clone(), other.dataset.clone()];
+        let copied = blocking(move || transfer::copy(&inner, &other, &layers));
+        health::unless_stalled(&[&datasets[0], &datasets[1]], "copy layers", copied).await
     }
 
+    /// Works on the store; `what` is said of it where the pool hangs.
     async fn run<T: Send + 'static>(
         &self,
+        what: &str,
         work: impl FnOnce(&Arc<Inner>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let inner = Arc::clone(&self.inner);
-        blocking(move || work(&inner)).await
+        health::unless_stalled(&[&self.inner.dataset], what, blocking(move || work(&inner))).await
+    }
+}
+
+/// Somebody who waits for work that cannot be ended.
+#[derive(Default)]
+struct Caller(Arc<()>);
+
+/// Whether the caller waits still.
+struct Waits(Weak<()>);
+
+impl Caller {
+    fn waits(&self) -> Waits {
+        Waits(Arc::downgrade(&self.0))
+    }
+}
+
+impl Waits {
+    fn still(&self) -> bool {
+        self.0.strong_count() > 0
     }
 }
 
@@ -324,22 +356,22 @@ impl Driver for ZfsDriver {
 
     async fn begin_layer(&self, parent: Option<&ChainId>) -> Result<LayerDraft> {
         let parent = parent.cloned();
-        self.run(move |inner| layers::begin(inner, parent)).await
+        self.run("begin a layer", move |inner| layers::begin(inner, parent)).await
     }
 
     async fn commit_layer(&self, draft: LayerDraft, chain: &ChainId, usage: Usage) -> Result<()> {
         let chain = chain.clone();
-        self.run(move |inner| layers::commit(inner, draft, &chain, usage)).await
+        self.run("store a layer", move |inner| layers::commit(inner, draft, &chain, usage)).await
     }
 
     async fn open_layer(&self, chain: &ChainId) -> Result<LayerView> {
         let chain = chain.clone();
-        self.run(move |inner| layers::view(inner, &chain)).await
+        self.run("open a layer", move |inner| layers::view(inner, &chain)).await
     }
 
     async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
         let chain = chain.clone();
-        self.run(move |inner| layers::remove(inner, &chain)).await
+        self.run("remove a layer", move |inner| layers::remove(inner, &chain)).await
     }
 
     async fn layers(&self) -> Result<Vec<ChainId>> {
@@ -347,32 +379,34 @@ impl Driver for ZfsDriver {
     }
 
     async fn layers_usage(&self) -> Result<Usage> {
-        self.run(|inner| inner.layers_usage()).await
+        self.run("measure the layers", |inner| inner.layers_usage()).await
     }
 
     async fn mount_layers(&self, layers: &[ChainId], target: &Path) -> Result<()> {
         let (layers, target) = (layers.to_vec(), target.to_owned());
-        self.run(move |inner| layers::mount(inner, &layers, &target)).await
+        self.run("mount layers", move |inner| layers::mount(inner, &layers, &target)).await
     }
 
     async fn create_root(&self, id: &ContainerId, layers: &[ChainId], options: RootOptions) -> Result<()> {
         let (id, layers) = (id.clone(), layers.to_vec());
-        self.run(move |inner| inner.create_root(&id, &layers, options)).await
+        let caller = Caller::default();
+        let waits = caller.waits();
+        self.run("make a root", move |inner| inner.create_root(&id, &layers, options, &waits)).await
     }
 
     async fn mount_root(&self, id: &ContainerId, target: &Path) -> Result<()> {
         let (id, target) = (id.clone(), target.to_owned());
-        self.run(move |inner| inner.mount_root(&id, &target)).await
+        self.run("mount a root", move |inner| inner.mount_root(&id, &target)).await
     }
 
     async fn unmount_root(&self, _id: &ContainerId, target: &Path) -> Result<()> {
         let target = target.to_owned();
-        self.run(move |_| mounts::unmount(&target)).await
+        self.run("unmount a root", move |_| mounts::unmount(&target)).await
     }
 
     async fn remove_root(&self, id: &ContainerId) -> Result<()> {
         let id = id.clone();
-        self.run(move |inner| inner.remove_root(&id)).await
+        self.run("remove a root", move |inner| inner.remove_root(&id)).await
     }
 
     async fn roots(&self) -> Result<Vec<ContainerId>> {
@@ -387,14 +421,18 @@ impl Driver for ZfsDriver {
 
     async fn root_usage(&self, id: &ContainerId) -> Result<Usage> {
         let id = id.clone();
-        self.run(move |inner| inner.root_usage(&id)).await
+        self.run("measure a root", move |inner| inner.root_usage(&id)).await
     }
 
     async fn fs_usage(&self) -> Result<FsUsage> {
-        self.run(|inner| inner.fs_usage()).await
+        self.run("measure the store", |inner| inner.fs_usage()).await
+    }
+
+    async fn stalled(&self) -> Error {
+        health::stalled(&[&self.inner.dataset], "write to the store").await
     }
 
     async fn close(&self) -> Result<()> {
-        self.run(|inner| inner.close()).await
+        self.run("close the store", |inner| inner.close()).await
     }
 }

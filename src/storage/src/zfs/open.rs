@@ -12,7 +12,7 @@ use moxlet_ids::ChainId;
 use rustix::fs::StatVfsMountFlags;
 
 use super::{
-    IdStyle, Inner, Turns, ZfsConfig,
+    IdStyle, Inner, Turns, Waits, ZfsConfig,
     attach::{self, Access, Namespaces},
     cli::Cli,
     index::{Copy, Index, Layer, Root},
@@ -97,8 +97,8 @@ pub(super) enum Missing {
     IsRefused,
 }
 
-/// Opens a store.
-pub(super) fn open(config: ZfsConfig, missing: Missing) -> Result<Inner> {
+/// Opens a store, unless nobody waits for it any more: others may have it open then.
+pub(super) fn open(config: ZfsConfig, missing: Missing, waits: &Waits) -> Result<Inner> {
     names::check(&config.dataset)?;
     make_private_dir(&config.run_dir)?;
     let run_dir = fs::canonicalize(&config.run_dir).attempt("look at", &config.run_dir)?;
@@ -119,20 +119,25 @@ pub(super) fn open(config: ZfsConfig, missing: Missing) -> Result<Inner> {
         index: Mutex::default(),
         turns: Turns::default(),
     };
+    let wanted = || if waits.still() { Ok(()) } else { Err(Error::Stopped) };
     let rows = inner.list(missing)?;
     inner.check(&rows)?;
+    wanted()?;
     inner.complete(&rows)?;
+    wanted()?;
     for name in ["drafts", "views"] {
         inner.clear_mount_points(name)?;
     }
     let index = inner.take_stock(&rows);
     *inner.index() = index;
+    wanted()?;
     inner.mount_state()?;
     inner.ids = match config.ids {
         Some(ids) => ids,
         None if attach::knows_idmapped(&inner.state_dir(), &inner.namespaces)? => IdStyle::Idmapped,
         None => IdStyle::Shifted,
     };
+    inner.cli.wait_for_suspended_pools();
     Ok(inner)
 }
 

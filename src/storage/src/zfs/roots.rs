@@ -5,7 +5,7 @@ use std::path::Path;
 use moxlet_ids::{ChainId, ContainerId};
 
 use super::{
-    IdStyle, Inner,
+    IdStyle, Inner, Waits,
     attach::{self, Access},
     index::{Copy, Root},
     make_private_dir,
@@ -61,6 +61,7 @@ impl Inner {
         id: &ContainerId,
         layers: &[ChainId],
         options: RootOptions,
+        waits: &Waits,
     ) -> Result<()> {
         let map = options.map;
         if !map.is_valid() {
@@ -81,7 +82,11 @@ impl Inner {
             }
             index.coming.insert(id.clone(), root.clone());
         }
-        let made = self.make_root(id, &root);
+        let mut made = self.make_root(id, &root);
+        // Whoever has given up knows of no root that would have to be removed.
+        if made.is_ok() && !waits.still() {
+            made = self.destroy(&self.name(&Kind::Root(id.clone()))).and(Err(Error::Stopped));
+        }
         let mut index = self.index();
         index.coming.remove(id);
         made?;

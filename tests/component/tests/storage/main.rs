@@ -9,4 +9,5 @@ mod layers;
 mod overlay;
 mod quota;
 mod roots;
+mod suspended;
 mod zfs;
