@@ -2,8 +2,9 @@
 //! the bound that is wanted.
 //!
 //! `pod` is Moxlet and a kubelet with containerd, two nodes of one cluster. `image` is Moxlet and others that pull images; it
-//! fails where a bound does not hold.
+//! fails where a bound does not hold. `clones` is containers on ZFS beside bare clones; so does it.
 
+mod clones;
 mod image;
 mod memory;
 mod pods;
@@ -43,7 +44,8 @@ async fn main() -> Result<ExitCode> {
     match std::env::args().nth(1).as_deref() {
         Some("pod") => pod().await.map(|()| ExitCode::SUCCESS),
         Some("image") => Ok(if image::measure().await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
-        _ => bail!("usage: moxlet-bench pod|image; run scripts/bench"),
+        Some("clones") => Ok(if clones::measure().await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        _ => bail!("usage: moxlet-bench pod|image|clones; run scripts/bench"),
     }
 }
 
