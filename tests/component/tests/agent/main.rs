@@ -1,4 +1,5 @@
-//! moxlet-agent as a CRI client sees it, on real LXC, OverlayFS, CNI and a registry: each test has an agent of its own.
+//! moxlet-agent as a CRI client sees it, on real LXC, CNI and a registry, with its store on OverlayFS or ZFS
+//! (`MOXLET_TEST_STORAGE`): each test has an agent of its own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod containers;
@@ -7,4 +8,5 @@ mod limits;
 mod recovery;
 mod refusals;
 mod sandboxes;
+mod storage;
 mod volumes;

@@ -8,7 +8,7 @@ use moxlet_cri::{
 };
 use moxlet_tests_component::{
     host::{Host, container, mounted, sleeper},
-    pve, traces,
+    pve, store, traces,
     wait::until,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -140,7 +140,7 @@ async fn a_container_that_was_not_started_is_made_anew() {
     host.stop_agent().await;
     host.start_agent().await;
     assert!(host.status(&id).await.is_err());
-    assert_eq!(fs::read_dir(host.root().join("storage/roots")).unwrap().count(), 0);
+    assert!(store::roots(&host.config).is_empty());
     let again = host.run(&pod, sleeper("main")).await;
     assert_eq!(host.status(&again).await.unwrap().state(), v1::ContainerState::ContainerRunning);
     host.end().await;
@@ -192,11 +192,7 @@ async fn what_no_sandbox_of_the_ledger_owns_is_removed() {
         let range = host.config.pod_cidr.as_deref().unwrap().trim_end_matches(".0/24").to_owned();
         fs::write(allotments.join(format!("{range}.77")), format!("{}\r\neth0", stray("c"))).unwrap();
     }
-    let roots = root.join("storage/roots");
-    let own = fs::read_dir(&roots).unwrap().next().unwrap().unwrap().path();
-    fs::create_dir_all(roots.join(stray("d")).join("upper")).unwrap();
-    fs::copy(own.join("root.json"), roots.join(stray("d")).join("root.json")).unwrap();
-    fs::create_dir_all(root.join("storage/tmp/layer-1/deep")).unwrap();
+    store::make_stray(&host.config, &stray("d"));
     fs::write(root.join("ledger/sandboxes/.half.tmp"), "{").unwrap();
 
     host.start_agent().await;
@@ -204,8 +200,8 @@ async fn what_no_sandbox_of_the_ledger_owns_is_removed() {
     assert!(processes(&lost.id).is_empty());
     assert_eq!(host.status(&id).await.unwrap().state(), v1::ContainerState::ContainerRunning);
     assert_eq!(traces::allotted(&root), [host.pod_status(&kept.id).await.unwrap().network.unwrap().ip]);
-    assert_eq!(fs::read_dir(&roots).unwrap().count(), 1);
-    assert!(!root.join("storage/tmp/layer-1").exists());
+    assert_eq!(store::roots(&host.config), [id]);
+    assert_eq!(store::unfinished(&host.config), Vec::<String>::new());
     host.remove_pod(&kept.id).await.unwrap();
     host.nothing_is_left().await;
     host.end().await;
@@ -219,9 +215,8 @@ async fn a_removal_that_was_cut_short_is_ended() {
     host.exited(&id).await;
     host.stop_agent().await;
     // As if the agent had ended between the removal of a root and that of its record.
-    let root = fs::read_dir(host.root().join("storage/roots")).unwrap().next().unwrap().unwrap().path();
     moxlet_storage::mounts::unmount_all_below(&host.root().join(format!("pods/{}/ctr", pod.id))).unwrap();
-    fs::remove_dir_all(root).unwrap();
+    store::remove_root(&host.config, &id);
     host.start_agent().await;
     assert_eq!(host.status(&id).await.unwrap().exit_code, 3);
     host.remove_container(&id).await.unwrap();

@@ -111,6 +111,35 @@ async fn two_pulls_of_one_image_at_once_are_one_download() {
     host.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_collection_removes_what_is_idle_and_keeps_what_is_used_or_pinned() {
+    let host = Host::start().await;
+    let socket = host.config.cri_socket.clone();
+    let used = run(&socket, &["list", "-q"]);
+    let pod = host.pod("uses").await;
+    host.run(&pod, sleeper("main")).await;
+    let [pinned, idle] = [("kept", 1), ("idle", 2)].map(|(name, layers)| {
+        let name = format!("{}/test/{name}:1", registry::address());
+        let id = pushed(&name, layers, 3, 50_000);
+        assert_eq!(run(&socket, &["pull", "-q", &name]), id);
+        id
+    });
+    run(&socket, &["pin", &pinned]);
+    let young = try_run(&socket, &["gc", "--high", "0", "--low", "0", "--min-age", "1h"]);
+    assert_eq!(String::from_utf8(young.stdout).unwrap(), "", "what is young stays");
+    // That the file system is not empty afterwards is a failure, which names what went all the same.
+    let gone = try_run(&socket, &["gc", "--high", "0", "--low", "0", "--min-age", "0s"]);
+    let gone = String::from_utf8(gone.stdout).unwrap();
+    assert!(gone.contains(&idle) && !gone.contains(&pinned) && !gone.contains(&used), "{gone}");
+    let left = run(&socket, &["list", "-q"]);
+    let mut left: Vec<&str> = left.lines().collect();
+    let mut kept = [used.as_str(), pinned.as_str()];
+    left.sort_unstable();
+    kept.sort_unstable();
+    assert_eq!(left, kept);
+    host.end().await;
+}
+
 /// Writes the checksum of the first header anew.
 fn fix_checksum(tar: &mut [u8]) {
     tar[148..156].copy_from_slice(b"        ");

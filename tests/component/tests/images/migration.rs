@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use moxlet_tests_component::program;
+use moxlet_tests_component::{program, store::Pool};
 use serde_json::Value;
 
 use crate::{
@@ -47,9 +47,27 @@ fn import(store: &ZfsStore, name: &str, layers: usize) -> String {
 }
 
 #[test]
-fn a_store_on_zfs_migrates_to_another_one() {
+fn a_store_on_zfs_migrates_to_another_one_of_its_pool() {
     let Some(parent) = Parent::from_env() else { return };
-    let (from, to) = (parent.store(), parent.store());
+    migrates(&parent, &parent);
+}
+
+#[test]
+fn a_store_on_zfs_migrates_to_another_pool_which_needs_nothing_of_the_first_one_then() {
+    let (Some(parent), Some(pool)) = (Parent::from_env(), Pool::create()) else { return };
+    let (first, second) = migrates(&parent, &Parent(pool.name.clone()));
+    // And on from there, once the first store has gone.
+    drop(first);
+    let third = parent.store();
+    second.run(&["migrate", "--to", &third.dataset]);
+    assert_eq!(listed(&third), listed(&second));
+    assert!(third.run(&["verify"]).contains("layers compared)"));
+}
+
+/// Migrates from a store below one dataset to one below the other; both stores.
+fn migrates(here: &Parent, there: &Parent) -> (ZfsStore, ZfsStore) {
+    let parent = here;
+    let (from, to) = (here.store(), there.store());
     let (small, large) = (import(&from, "small:1", 2), import(&from, "large:1", 3));
     from.run(&["tag", "small:1", "small:2"]);
     from.run(&["pin", "small:1"]);
@@ -85,6 +103,7 @@ fn a_store_on_zfs_migrates_to_another_one() {
         failed(&args, &Command::new(program()).args(args).env_remove("MOXLET_SOCKET").output().unwrap())
     };
     assert!(complaint.contains("there is no such pool or dataset"), "{complaint}");
+    (from, to)
 }
 
 #[test]

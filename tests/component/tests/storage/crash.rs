@@ -12,44 +12,66 @@ use std::{
 };
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
-use moxlet_storage::{IdStyle, Usage};
+use moxlet_storage::{Driver, IdStyle, Usage};
 
 use crate::{
-    bed::{Bed, Store, entries, map, on_every_bed, open_at, zfs},
+    bed::{Bed, Store, entries, map, on_overlay, on_zfs, open_at, zfs},
     content::as_root_of,
 };
 
 /// What the program is to work on; set, this is the program.
 const WORK: &str = "MOXLET_TEST_STORAGE_WORK";
-/// What it says in one round and the beginning of the next.
-const LINES: u32 = 20;
-/// How often it is killed. What shifting ids on disk adds to the steps of a root is the making of one copy.
-fn kills(bed: Bed) -> u32 {
-    if bed == Bed::Zfs(IdStyle::Shifted) { 20 } else { 50 }
-}
+/// What it says while it makes a stack of layers with a root, or removes one; its start is the first.
+const LINES: u32 = 8;
+/// The test that is run as the program.
+const PROGRAM: &str = "crash::whatever_was_reported_survives_a_kill_at_any_moment_on_overlayfs";
 
+/// Fifty kills on OverlayFS.
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_was_reported_survives_a_kill_at_any_moment_and_nothing_else_is_left() {
+async fn whatever_was_reported_survives_a_kill_at_any_moment_on_overlayfs() {
     if let Ok(work) = std::env::var(WORK) {
         return worker(&work).await;
     }
-    on_every_bed(async |store| {
-        let mut said = Said::default();
-        let mut chance = Chance(0x5eed);
-        for kill in 0..kills(store.bed) {
-            store.driver.close().await.unwrap();
-            let mut child = Program::start(store);
-            child.kill_after(&mut chance, &mut said);
-            store.reopen().await;
-            check(store, &mut said, kill).await;
-        }
-        assert!(said.count > u64::from(kills(store.bed)) / 2, "only {} steps were seen in all", said.count);
-        for id in store.driver.roots().await.unwrap() {
-            store.driver.unmount_root(&id, &store.path("target")).await.unwrap();
-            store.driver.remove_root(&id).await.unwrap();
+    on_overlay(async |store| killed(store, if store.bed == Bed::Overlay { 30 } else { 20 }).await).await;
+}
+
+/// And fifty on ZFS; what shifting ids on disk adds to the steps of a root is the making of one copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_was_reported_survives_a_kill_at_any_moment_on_zfs() {
+    on_zfs(async |store| {
+        if store.bed == Bed::Zfs(IdStyle::Idmapped) {
+            killed(store, 30).await;
         }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_was_reported_survives_a_kill_at_any_moment_on_zfs_with_shifted_ids() {
+    on_zfs(async |store| {
+        if store.bed == Bed::Zfs(IdStyle::Shifted) {
+            killed(store, 20).await;
+        }
+    })
+    .await;
+}
+
+/// Kills the program time and again. What there is then is what was reported, and nothing else.
+async fn killed(store: &mut Store, kills: u32) {
+    let mut said = Said::default();
+    let mut chance = Chance(0x5eed);
+    for kill in 0..kills {
+        store.driver.close().await.unwrap();
+        let mut child = Program::start(store, kill);
+        child.kill_after(&mut chance, &mut said);
+        store.reopen().await;
+        check(store, &mut said, kill).await;
+    }
+    assert!(said.count > u64::from(kills) / 2, "only {} steps were seen in all", said.count);
+    for id in store.driver.roots().await.unwrap() {
+        has_its_layers(store, &id).await;
+        store.driver.remove_root(&id).await.unwrap();
+    }
 }
 
 /// Numbers that are the same in every run.
@@ -68,6 +90,8 @@ impl Chance {
 struct Said {
     layers: BTreeSet<ChainId>,
     roots: BTreeSet<ContainerId>,
+    /// Roots that were looked into.
+    seen: BTreeSet<ContainerId>,
     /// Begun and not reported done: there or not.
     open: Option<(bool, String)>,
     count: u64,
@@ -101,12 +125,13 @@ impl Said {
 struct Program(Child);
 
 impl Program {
-    fn start(store: &Store) -> Self {
+    /// Each second one begins with the removal of what those before have left.
+    fn start(store: &Store, kill: u32) -> Self {
         let dataset = if store.bed.is_zfs() { store.dataset() } else { "-".to_owned() };
-        let work = format!("{}|{dataset}|{}", store.bed.name(), store.inside().display());
-        let name = "crash::whatever_was_reported_survives_a_kill_at_any_moment_and_nothing_else_is_left";
+        let first = if kill.is_multiple_of(2) { "makes" } else { "removes" };
+        let work = format!("{}|{dataset}|{}|{first}", store.bed.name(), store.inside().display());
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", name, "--nocapture"])
+            .args(["--exact", PROGRAM, "--nocapture"])
             .env(WORK, work)
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -153,20 +178,22 @@ async fn check(store: &Store, said: &mut Said, kill: u32) {
         roots.symmetric_difference(&said.roots).filter(|id| Some(*id) != of_root.as_ref()).collect();
     assert!(other.is_empty(), "kill {kill}: {other:?}");
     (said.layers, said.roots) = (layers, roots);
-    assert!(store.unfinished().is_empty(), "kill {kill}: {:?}", store.unfinished());
     no_mount_point_is_left(store, kill);
     on_disk(store, said, kill);
-    for id in &said.roots {
-        let target = store.path("target");
-        store.driver.unmount_root(id, &target).await.unwrap();
-        store.driver.mount_root(id, &target).await.unwrap();
-        let there = entries(&target);
-        assert!(
-            there.iter().filter(|n| n.starts_with("layer-")).count()
-                == store.driver.root_layers(id).await.unwrap().len()
-        );
-        store.driver.unmount_root(id, &target).await.unwrap();
+    for id in said.roots.difference(&said.seen) {
+        has_its_layers(store, id).await;
     }
+    said.seen.clone_from(&said.roots);
+}
+
+async fn has_its_layers(store: &Store, id: &ContainerId) {
+    let target = store.path("target");
+    store.driver.unmount_root(id, &target).await.unwrap();
+    store.driver.mount_root(id, &target).await.unwrap();
+    let there = entries(&target);
+    let layers = there.iter().filter(|n| n.starts_with("layer-")).count();
+    assert_eq!(layers, store.driver.root_layers(id).await.unwrap().len());
+    store.driver.unmount_root(id, &target).await.unwrap();
 }
 
 fn no_mount_point_is_left(store: &Store, kill: u32) {
@@ -180,21 +207,23 @@ fn no_mount_point_is_left(store: &Store, kill: u32) {
 
 /// Not only does the driver not see what is left: there is nothing.
 fn on_disk(store: &Store, said: &Said, kill: u32) {
-    let (layers, roots) = if store.bed.is_zfs() {
+    let (layers, roots, unfinished) = if store.bed.is_zfs() {
         let all = zfs(&["list", "-H", "-o", "name", "-r", &store.dataset()]);
-        let count = |part: &str| all.lines().filter(|l| l.contains(part)).count();
-        (count("/layers/"), count("/roots/"))
+        let below =
+            |part: &str| all.lines().filter(|l| l.contains(part)).map(str::to_owned).collect::<Vec<_>>();
+        (below("/layers/").len(), below("/roots/").len(), below("/drafts/"))
     } else {
         let count = |name: &str| entries(&store.inside().join(name)).len();
-        (count("layers"), count("roots"))
+        (count("layers"), count("roots"), store.unfinished())
     };
+    assert_eq!(unfinished, Vec::<String>::new(), "kill {kill}");
     assert_eq!((layers, roots), (said.layers.len(), said.roots.len()), "kill {kill}");
 }
 
 /// The program: makes and removes layers and roots for ever and says each step before and after.
 async fn worker(work: &str) {
     let parts: Vec<&str> = work.split('|').collect();
-    let [bed, dataset, dir] = parts[..] else { panic!("{work}") };
+    let [bed, dataset, dir, first] = parts[..] else { panic!("{work}") };
     let bed = [Bed::Overlay, Bed::OverlayOnTmpfs, Bed::Zfs(IdStyle::Idmapped), Bed::Zfs(IdStyle::Shifted)]
         .into_iter()
         .find(|b| b.name() == bed)
@@ -207,38 +236,48 @@ async fn worker(work: &str) {
     let (driver, _) = open_at(bed, dataset, &dir).await;
     say("ready".to_owned());
     let target = dir.parent().unwrap().join("target");
+    if first == "removes" {
+        remove_all(&*driver, &target, &say).await;
+    }
     for round in 0_u64.. {
-        let mut stack: Vec<ChainId> = Vec::new();
-        for name in ["bottom", "top"] {
-            let seed = Digest::of(format!("{name} {round} {}", std::process::id()).as_bytes());
-            let chain = stack.last().map_or_else(|| ChainId::base(&seed), |below| below.push(&seed));
-            say(format!("begin layer {chain}"));
-            let draft = driver.begin_layer(stack.last()).await.unwrap();
-            fill(draft.path(), stack.len());
-            driver.commit_layer(draft, &chain, Usage::default()).await.unwrap();
-            say(format!("done layer {chain}"));
-            stack.push(chain);
-        }
-        let id = ContainerId::random();
-        say(format!("begin root {id}"));
-        driver.create_root(&id, &stack, map().into()).await.unwrap();
-        say(format!("done root {id}"));
-        driver.mount_root(&id, &target).await.unwrap();
-        as_root_of(map(), || fs::write(target.join("written"), "x").unwrap());
-        // Every second round leaves its layers and root to the next program.
-        if round % 2 == 0 {
-            driver.unmount_root(&id, &target).await.unwrap();
-            say(format!("begin no-root {id}"));
-            driver.remove_root(&id).await.unwrap();
-            say(format!("done no-root {id}"));
-            for chain in stack.iter().rev() {
-                say(format!("begin no-layer {chain}"));
-                driver.remove_layer(chain).await.unwrap();
-                say(format!("done no-layer {chain}"));
-            }
-        } else {
-            driver.unmount_root(&id, &target).await.unwrap();
-        }
+        make(&*driver, &target, &say, round).await;
+        remove_all(&*driver, &target, &say).await;
+    }
+}
+
+/// A stack of two layers with a root that is written to.
+async fn make(driver: &dyn Driver, target: &Path, say: &impl Fn(String), round: u64) {
+    let mut stack: Vec<ChainId> = Vec::new();
+    for name in ["bottom", "top"] {
+        let seed = Digest::of(format!("{name} {round} {}", std::process::id()).as_bytes());
+        let chain = stack.last().map_or_else(|| ChainId::base(&seed), |below| below.push(&seed));
+        say(format!("begin layer {chain}"));
+        let draft = driver.begin_layer(stack.last()).await.unwrap();
+        fill(draft.path(), stack.len());
+        driver.commit_layer(draft, &chain, Usage::default()).await.unwrap();
+        say(format!("done layer {chain}"));
+        stack.push(chain);
+    }
+    let id = ContainerId::random();
+    say(format!("begin root {id}"));
+    driver.create_root(&id, &stack, map().into()).await.unwrap();
+    say(format!("done root {id}"));
+    driver.mount_root(&id, target).await.unwrap();
+    as_root_of(map(), || fs::write(target.join("written"), "x").unwrap());
+    driver.unmount_root(&id, target).await.unwrap();
+}
+
+async fn remove_all(driver: &dyn Driver, target: &Path, say: &impl Fn(String)) {
+    for id in driver.roots().await.unwrap() {
+        driver.unmount_root(&id, target).await.unwrap();
+        say(format!("begin no-root {id}"));
+        driver.remove_root(&id).await.unwrap();
+        say(format!("done no-root {id}"));
+    }
+    for chain in driver.layers().await.unwrap() {
+        say(format!("begin no-layer {chain}"));
+        driver.remove_layer(&chain).await.unwrap();
+        say(format!("done no-layer {chain}"));
     }
 }
 
