@@ -57,6 +57,10 @@ fn bad(why: impl Into<String>) -> (StatusCode, String) {
     (StatusCode::BAD_REQUEST, why.into())
 }
 
+fn failed(why: &std::io::Error) -> (StatusCode, String) {
+    (StatusCode::INTERNAL_SERVER_ERROR, why.to_string())
+}
+
 fn to_json(value: &impl serde::Serialize) -> Answer {
     serde_json::to_value(value).map(Json).map_err(|e| (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))
 }
@@ -88,7 +92,7 @@ async fn replace_faults(State(admin): State<Admin>, Json(set): Json<FaultSet>) -
 
 async fn clear_faults(State(admin): State<Admin>) -> Answer {
     admin.sim.faults.replace(FaultSet::default()).map_err(bad)?;
-    admin.sim.set_quorate(true);
+    admin.sim.set_quorate(true).map_err(|e| failed(&e))?;
     admin.held.lock().await.clear();
     done()
 }
@@ -134,7 +138,7 @@ struct Quorum {
 }
 
 async fn set_quorum(State(admin): State<Admin>, Json(quorum): Json<Quorum>) -> Answer {
-    admin.sim.set_quorate(quorum.quorate);
+    admin.sim.set_quorate(quorum.quorate).map_err(|e| failed(&e))?;
     done()
 }
 

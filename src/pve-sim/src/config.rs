@@ -24,6 +24,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The admin port's address (plain HTTP; loopback only).
     pub admin: Option<SocketAddr>,
+    /// Whether the folder is a mount of its own, which is read-only for all without quorum; needs root.
+    pub cfs_mount: bool,
     /// Where the flock files of CT configs lie; `<state_dir>/run/lock/lxc` if absent.
     pub lock_dir: Option<PathBuf>,
     /// The version that `/version` tells.
@@ -306,6 +308,7 @@ impl Default for Config {
         Self {
             state_dir: "/var/lib/pve-sim".into(),
             admin: None,
+            cfs_mount: false,
             lock_dir: None,
             version: Version::default(),
             hosts: vec![Host { name: "pve1".into(), ..Host::default() }],

@@ -34,6 +34,7 @@ mod error;
 mod faults;
 mod guest;
 mod http;
+mod mounted;
 mod pmxcfs;
 mod schema;
 mod section;

@@ -3,7 +3,8 @@
 //! Everything that the API knows of users, storages, CTs, HA and firewalls lies in files here and is read anew at each
 //! call: other programs may write them, another process may share them, and a crash at any point leaves what a restart
 //! reads. What plain files cannot do is done for the API's own writes: refusal without quorum, the bound of 1 MiB, one
-//! VMID on one node. A program that writes into the folder by itself is not stopped (see `docs/pve-sim.md`).
+//! VMID on one node. A program that writes into the folder by itself is stopped by the loss of quorum alone, and only with
+//! `cfs_mount` (see `docs/pve-sim.md`).
 
 use std::{
     collections::BTreeMap,
@@ -16,12 +17,14 @@ use std::{
 };
 
 use rustix::fs::FlockOperation;
+use serde_json::{Value, json};
 
 use crate::{
     Result,
     answer::{Answered, Refusal},
     config::Config,
     error::io,
+    mounted::Mounted,
 };
 
 /// pmxcfs' bound on a file.
@@ -38,7 +41,36 @@ pub(crate) struct Pmxcfs {
     locks: PathBuf,
     ct_locks: PathBuf,
     quorate: AtomicBool,
+    mounted: Option<Mounted>,
+    members: Members,
     serial: AtomicU64,
+}
+
+/// Of whom `.members` tells, and where it is: each host's view has its own.
+#[derive(Debug)]
+struct Members {
+    cluster: String,
+    views: Vec<(String, PathBuf)>,
+}
+
+impl Members {
+    fn write(&self, quorate: bool) -> std::io::Result<()> {
+        let nodes: serde_json::Map<String, Value> = (1..)
+            .zip(&self.views)
+            .map(|(id, (name, _))| (name.clone(), json!({ "id": id, "online": 1 })))
+            .collect();
+        for (name, view) in &self.views {
+            let text = json!({
+                "nodename": name, "version": 1,
+                "cluster": { "name": self.cluster, "version": 1, "nodes": nodes.len(), "quorate": u8::from(quorate) },
+                "nodelist": nodes,
+            });
+            let (draft, path) = (view.join(".members.new"), view.join(".members"));
+            fs::write(&draft, text.to_string())?;
+            fs::rename(&draft, &path)?;
+        }
+        Ok(())
+    }
 }
 
 /// A lock that is held until dropped.
@@ -51,13 +83,17 @@ impl Pmxcfs {
     /// Makes the folder's directories and links; what is there stays.
     pub(crate) fn open(config: &Config) -> Result<Self> {
         let state = &config.state_dir;
-        let root = state.join("etc/pve");
+        let (etc, root) = (state.join("etc"), state.join("etc/pve"));
+        fs::create_dir_all(&etc).map_err(io("create", &etc))?;
+        let mounted =
+            if config.cfs_mount { Some(Mounted::open(&etc).map_err(io("mount", &etc))?) } else { None };
         let locks = state.join("run/lock/cfs");
         let ct_locks = config.lock_dir.clone().unwrap_or_else(|| state.join("run/lock/lxc"));
         for dir in ["priv", "ha", "firewall", "nodes"].map(|d| root.join(d)).iter().chain([&locks, &ct_locks])
         {
             fs::create_dir_all(dir).map_err(io("create", dir))?;
         }
+        let mut views = Vec::new();
         for host in &config.hosts {
             let dir = root.join("nodes").join(&host.name).join("lxc");
             fs::create_dir_all(&dir).map_err(io("create", &dir))?;
@@ -70,14 +106,18 @@ impl Pmxcfs {
             for name in ["user.cfg", "storage.cfg", "datacenter.cfg", "ha", "firewall", "priv"] {
                 link(&root.join(name), &view.join(name))?;
             }
+            views.push((host.name.clone(), view));
         }
+        let members = Members { cluster: config.cluster_name.clone(), views };
+        members.write(true).map_err(io("write .members below", state))?;
         if let Some(first) = config.hosts.first() {
             link(&Path::new("nodes").join(&first.name), &root.join("local"))?;
             link(&Path::new("nodes").join(&first.name).join("lxc"), &root.join("lxc"))?;
         }
-        let drafts = empty_dir(&state.join("run/drafts/cfs"))?;
+        // Within the mount: nothing can be moved from one to another.
+        let drafts = own_drafts(&etc.join(".drafts"))?;
         let serial = AtomicU64::new(0);
-        Ok(Self { root, drafts, locks, ct_locks, quorate: AtomicBool::new(true), serial })
+        Ok(Self { root, drafts, locks, ct_locks, quorate: AtomicBool::new(true), mounted, members, serial })
     }
 
     /// The folder.
@@ -89,8 +129,10 @@ impl Pmxcfs {
         self.quorate.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_quorate(&self, quorate: bool) {
+    pub(crate) fn set_quorate(&self, quorate: bool) -> std::io::Result<()> {
         self.quorate.store(quorate, Ordering::Relaxed);
+        self.members.write(quorate)?;
+        self.mounted.as_ref().map_or(Ok(()), |mounted| mounted.set_writable(quorate))
     }
 
     /// PVE::Cluster::check_cfs_quorum.
@@ -238,8 +280,18 @@ pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
     }
 }
 
+/// This process' directory of what is being written; those of processes that are gone go.
+pub(crate) fn own_drafts(path: &Path) -> Result<PathBuf> {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if !Path::new("/proc").join(entry.file_name()).exists() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    empty_dir(&path.join(std::process::id().to_string()))
+}
+
 /// An empty directory, made if missing.
-pub(crate) fn empty_dir(path: &Path) -> Result<PathBuf> {
+fn empty_dir(path: &Path) -> Result<PathBuf> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != ErrorKind::NotFound => return Err(io("remove", path)(e)),
         _ => {}

@@ -110,8 +110,8 @@ impl Sim {
     }
 
     /// Takes or gives quorum.
-    pub(crate) fn set_quorate(&self, quorate: bool) {
-        self.cfs.set_quorate(quorate);
+    pub(crate) fn set_quorate(&self, quorate: bool) -> std::io::Result<()> {
+        self.cfs.set_quorate(quorate)
     }
 
     fn certificates(&self) -> MutexGuard<'_, BTreeMap<String, Arc<HostTls>>> {

@@ -19,7 +19,7 @@ use crate::{
     config::Storage,
     error::io,
     guest::parse_pairs,
-    pmxcfs::{empty_dir, read_text},
+    pmxcfs::{own_drafts, read_text},
     sim::now,
     tasks::TaskLog,
 };
@@ -47,7 +47,7 @@ impl Records {
         for dir in [&run, &volumes] {
             fs::create_dir_all(dir).map_err(io("create", dir))?;
         }
-        let drafts = empty_dir(&state.join("run/drafts/ct"))?;
+        let drafts = own_drafts(&state.join("run/drafts/ct"))?;
         Ok(Self { run, drafts, volumes, next_pid: AtomicU32::new(200_000) })
     }
 

@@ -7,7 +7,7 @@ use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::{body::Incoming, ext::ReasonPhrase};
 use serde_json::{Map, Value, json};
 
-use super::{Body, Dropped, Server, loosen::loosen, request};
+use super::{Body, Dropped, Server, loosen::loosen, pass::Passed, request};
 use crate::{
     access::{self, Caller, Rights},
     answer::{Answered, Data, Refusal},
@@ -150,6 +150,8 @@ async fn work(
     let Some(found) = sim.schema.find(&way.method, &way.path) else {
         return Ok(Err(Refusal::new(501, format!("Method '{} {}' not implemented", way.method, way.path))));
     };
+    let authorization = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+    let authorization = authorization.unwrap_or_default().to_owned();
     let mut given = match request::parameters(request).await {
         Ok(given) => given,
         Err(refusal) => return Ok(Err(refusal)),
@@ -172,6 +174,18 @@ async fn work(
         Ok(node) => node,
         Err(refusal) => return Ok(Err(refusal)),
     };
+    if let Some(to) = sim.config.host(&node).and_then(|h| h.remote) {
+        given.retain(|name, _| !found.in_path.iter().any(|(in_path, _)| in_path == name));
+        let passed = Passed {
+            to,
+            ca: &sim.config.state_dir.join("tls/pve-root-ca.pem"),
+            method: &way.method,
+            path: &way.path,
+            authorization: &authorization,
+            given,
+        };
+        return Ok(passed.send().await);
+    }
     let given = match check_parameters(found.method, given) {
         Ok(given) => given,
         Err(refusal) => return Ok(Err(refusal)),

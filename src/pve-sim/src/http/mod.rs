@@ -3,6 +3,7 @@
 mod answering;
 mod body;
 mod loosen;
+mod pass;
 mod request;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};

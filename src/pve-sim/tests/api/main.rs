@@ -8,6 +8,7 @@ mod crash;
 mod faults;
 mod http;
 mod lifecycle;
+mod processes;
 mod resources;
 mod tasks;
 mod vmids;
