@@ -68,6 +68,8 @@ pub struct PveSettings {
     pub firewall: bool,
     /// Whether CTs are protected from removal by others.
     pub protection: bool,
+    /// The pool that CTs are put into.
+    pub pool: Option<String>,
     /// The cluster's file system.
     pub config_dir: PathBuf,
     /// Where Proxmox VE locks CTs.

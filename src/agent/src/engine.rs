@@ -65,6 +65,7 @@ async fn pve(config: &Config, settings: &PveSettings) -> Result<Opened> {
         vmids: (settings.vmid_min, settings.vmid_max),
         bridges,
         protection: settings.protection,
+        pool: settings.pool.clone(),
         config_dir: settings.config_dir.clone(),
         lock_dir: settings.lock_dir.clone(),
         dir: config.root_dir.join("pve"),

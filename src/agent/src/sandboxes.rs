@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use moxlet_cri::v1;
+use moxlet_cri::{annotations::GRACE_PERIOD, v1};
 use moxlet_ids::SandboxId;
 use moxlet_init_proto::client::Client;
 use moxlet_sandbox::{Limits, SandboxSpec, SandboxState};
@@ -39,7 +39,7 @@ use crate::{
 const INIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a CT's init may take to end its containers when the sandbox is stopped.
 const STOP_GRACE: Duration = Duration::from_secs(3);
-/// How long a pod's containers may take to end when their host goes down.
+/// How long a pod's containers may take to end when their host goes down and nobody said.
 const HOST_DOWN_GRACE: Duration = Duration::from_secs(30);
 /// `/dev/shm` of a pod, as container runtimes size it.
 const SHM: &std::ffi::CStr = c"size=65536k,mode=1777";
@@ -91,6 +91,15 @@ fn put_file(path: &Path, text: &str, owner: u32) -> Result<()> {
     fs::write(path, text)
         .and_then(|()| chown(path, Some(owner), Some(owner)))
         .map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
+}
+
+/// How long a pod's containers may take to end when their host goes down.
+fn host_down_grace(record: &SandboxRecord) -> Result<Duration> {
+    let Some(text) = record.annotations.get(GRACE_PERIOD) else { return Ok(HOST_DOWN_GRACE) };
+    let seconds = text.parse::<u32>();
+    seconds
+        .map(|s| Duration::from_secs(s.into()))
+        .map_err(|_| Error::Invalid(format!("annotation {GRACE_PERIOD} {text:?} is no number of seconds")))
 }
 
 /// What a pod's resolv.conf says.
@@ -206,8 +215,9 @@ async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxC
     blocking("making a pod's directory", move || make_shared(&own, &shared, logs.as_deref(), &host, &resolv))
         .await?;
     // Where the host stops CTs by itself when it goes down, their containers get their time.
+    let stop_grace = host_down_grace(&record)?;
     let by_signal =
-        if matches!(core.config.engine, EngineSettings::Pve(_)) { HOST_DOWN_GRACE } else { STOP_GRACE };
+        if matches!(core.config.engine, EngineSettings::Pve(_)) { stop_grace } else { STOP_GRACE };
     let spec = SandboxSpec {
         id: sandbox.id.clone(),
         pod_namespace: record.namespace.clone(),
@@ -221,7 +231,7 @@ async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxC
         init_args: vec!["--grace".into(), by_signal.as_secs().to_string()],
         limits: limits(config),
         sysctls: config.linux.iter().flat_map(|l| l.sysctls.clone()).collect(),
-        stop_grace: HOST_DOWN_GRACE,
+        stop_grace,
         nics: core.network.nics(&record).await?,
     };
     core.engine.create(&spec).await?;
@@ -338,4 +348,20 @@ pub(crate) async fn remove_stray(core: &Core, id: &SandboxId) -> Result<()> {
     core.engine.delete(id).await?;
     core.network.release(id).await?;
     remove_shared(core, id).await
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_pods_grace_is_taken_from_its_sandbox_and_refused_by_name_where_it_is_none() {
+        let mut record = SandboxRecord::new(SandboxId::random(), "u".parse().unwrap(), 0);
+        assert_eq!(host_down_grace(&record).unwrap(), HOST_DOWN_GRACE);
+        record.annotations.insert(GRACE_PERIOD.to_owned(), "600".to_owned());
+        assert_eq!(host_down_grace(&record).unwrap(), Duration::from_secs(600));
+        record.annotations.insert(GRACE_PERIOD.to_owned(), "-1".to_owned());
+        assert!(host_down_grace(&record).unwrap_err().to_string().contains(GRACE_PERIOD));
+    }
 }

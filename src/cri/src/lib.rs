@@ -17,6 +17,8 @@ pub mod host {
 
 /// Names of annotations by which node and agent say more than CRI has fields for.
 pub mod annotations {
+    /// On a sandbox: its pod's termination grace period in seconds, for a host that goes down and stops CTs by itself.
+    pub const GRACE_PERIOD: &str = "dev.moxlet/grace-period";
     /// On a container: where in the container its termination message file is mounted.
     pub const TERMINATION_MESSAGE_PATH: &str = "dev.moxlet/termination-message-path";
     /// On a container: its `oom_score_adj` (-1000 to 1000), set by the agent from the host.

@@ -29,6 +29,7 @@ pub(crate) struct Pve {
     pub(crate) vlan: Option<u16>,
     pub(crate) firewall: bool,
     pub(crate) protection: bool,
+    pub(crate) pool: Option<String>,
     pub(crate) config_dir: PathBuf,
     pub(crate) lock_dir: PathBuf,
 }
@@ -55,6 +56,7 @@ impl Default for Pve {
             vlan: None,
             firewall: false,
             protection: false,
+            pool: None,
             config_dir: PathBuf::from("/etc/pve"),
             lock_dir: PathBuf::from("/run/lock/lxc"),
         }
@@ -99,6 +101,7 @@ impl Pve {
             vlan: self.vlan,
             firewall: self.firewall,
             protection: self.protection,
+            pool: self.pool.clone(),
             config_dir: self.config_dir.clone(),
             lock_dir: self.lock_dir.clone(),
         })
@@ -164,6 +167,18 @@ mod tests {
         let error =
             Pve { token_file: "/nonexistent/t".into(), ..Pve::default() }.settings().unwrap_err().to_string();
         assert!(error.contains("/nonexistent/t") && error.contains("pveum user token add"), "{error}");
+    }
+
+    #[test]
+    fn the_agents_unit_stops_before_the_hosts_guests_and_has_no_mounts_of_its_own() {
+        let unit = include_str!("../../../manifests/systemd/moxlet-agent.service");
+        let lines = || unit.lines().filter(|l| !l.starts_with('#'));
+        let after = lines().find_map(|l| l.strip_prefix("After=")).unwrap();
+        assert!(after.split(' ').any(|u| u == "pve-guests.service"), "{after}");
+        for word in ["Private", "Protect", "Paths=", "RootDirectory", "DynamicUser"] {
+            assert!(lines().all(|l| !l.contains(word)), "{word}");
+        }
+        assert!(lines().any(|l| l == "KillMode=process"), "pods outlive the agent");
     }
 
     #[test]

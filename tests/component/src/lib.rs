@@ -5,6 +5,7 @@ pub mod forwarding;
 pub mod host;
 pub mod pve;
 pub mod registry;
+pub mod simulated;
 pub mod store;
 pub mod traces;
 pub mod wait;

@@ -45,6 +45,7 @@ pub fn engine(number: u8) -> EngineSettings {
         vlan: None,
         firewall: false,
         protection: false,
+        pool: None,
         config_dir: dir.join("etc"),
         lock_dir: dir.join("lock"),
     }))

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use k8s_openapi::api::core::v1::{Container, Pod};
+use moxlet_cri::annotations;
 
 /// Label: the pod's name.
 pub(crate) const POD_NAME: &str = "io.kubernetes.pod.name";
@@ -75,7 +76,12 @@ fn pod_labels(pod: &Pod) -> HashMap<String, String> {
 
 /// Annotations of a pod's sandbox.
 pub(crate) fn sandbox_annotations(pod: &Pod) -> HashMap<String, String> {
-    pod.metadata.annotations.clone().unwrap_or_default().into_iter().collect()
+    let mut notes: HashMap<_, _> = pod.metadata.annotations.clone().unwrap_or_default().into_iter().collect();
+    if let Some(grace) = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds) {
+        let seconds = u32::try_from(grace.max(0)).unwrap_or(u32::MAX);
+        notes.insert(annotations::GRACE_PERIOD.to_owned(), seconds.to_string());
+    }
+    notes
 }
 
 /// Labels of a container.
@@ -125,4 +131,25 @@ pub(crate) fn selector(uid: &str) -> HashMap<String, String> {
 /// A map's value, or nothing.
 pub(crate) fn get<'a>(map: Option<&'a BTreeMap<String, String>>, key: &str) -> Option<&'a str> {
     map.and_then(|m| m.get(key)).map(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_sandbox_is_told_its_pods_grace_whatever_the_pods_own_annotation_says() {
+        let grace = |seconds: serde_json::Value| {
+            let pod: Pod = serde_json::from_value(serde_json::json!({
+                "metadata": {"annotations": {annotations::GRACE_PERIOD: "7", "a": "b"}},
+                "spec": {"containers": [], "terminationGracePeriodSeconds": seconds}}))
+            .unwrap();
+            let notes = sandbox_annotations(&pod);
+            assert_eq!(notes.get("a").unwrap(), "b");
+            notes.get(annotations::GRACE_PERIOD).cloned().unwrap()
+        };
+        assert_eq!(grace(600.into()), "600");
+        assert_eq!(grace((-1).into()), "0");
+    }
 }

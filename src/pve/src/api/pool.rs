@@ -64,6 +64,14 @@ impl Client {
         self.done(request).await
     }
 
+    /// Puts a guest into a pool; one that is in it already stays. It takes the cluster-wide lock of the user database.
+    ///
+    /// # Errors
+    /// As every call; wants Pool.Allocate on `/pool/POOL` and VM.Allocate on the guest. A guest that is in another pool stays there.
+    pub async fn add_to_pool(&self, pool: &PoolId, vmid: Vmid) -> Result<()> {
+        self.done(Request::new("PUT", "/pools").with("poolid", pool).with("vms", vmid)).await
+    }
+
     /// Removes an empty pool.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use moxlet_pve::{Client, NodeName, StorageId, api::access::Permissions};
+use moxlet_pve::{Client, NodeName, PoolId, StorageId, api::access::Permissions};
 use tokio::process::Command;
 
 use super::VmidRange;
@@ -30,6 +30,8 @@ pub struct Requirements<'a> {
     pub bridges: &'a [String],
     /// The numbers of the pods' CTs.
     pub range: VmidRange,
+    /// The pool that they are put into.
+    pub cts_pool: Option<&'a PoolId>,
     /// The cluster's file system.
     pub config_dir: &'a Path,
     /// Where the kernel lists interfaces, `/sys/class/net`.
@@ -37,7 +39,7 @@ pub struct Requirements<'a> {
 }
 
 impl Requirements<'_> {
-    /// Checks all; the pool or dataset that the storage has. Three calls.
+    /// Checks all; the pool or dataset that the storage has. Three calls, four with a pool.
     ///
     /// # Errors
     /// [`Error::Host`] with all that is missing, or the API cannot be reached.
@@ -71,10 +73,23 @@ impl Requirements<'_> {
                 }
             }
         }
+        missing.extend(self.pool_is_missing().await);
         if let Some(text) = self.range.overlap(next_id(self.config_dir)) {
             tracing::warn!("{text}");
         }
         if missing.is_empty() { Ok(pool) } else { Err(Error::Host(missing.join("; "))) }
+    }
+
+    async fn pool_is_missing(&self) -> Option<String> {
+        let pool = self.cts_pool?;
+        match self.client.pool(pool).await {
+            Ok(Some(_)) => None,
+            // Asked for one that it may not see, Proxmox VE answers as if there were none.
+            Ok(None) | Err(moxlet_pve::Error::Gone { .. }) => Some(format!(
+                "there is no pool {pool} that the token may see (key pool): pveum pool add {pool}, and Pool.Audit on /pool/{pool}"
+            )),
+            Err(error) => Some(format!("the pool {pool} cannot be asked after: {error}")),
+        }
     }
 
     fn privileges(&self, held: &Permissions) -> Vec<String> {
@@ -84,7 +99,12 @@ impl Requirements<'_> {
         let cts =
             ON_CTS.iter().map(|(privilege, what)| (path.as_str(), "/vms", *privilege, format!("{what} CTs")));
         let storage = format!("/storage/{}", self.storage);
-        let all = cts.chain([(
+        let pool = self.cts_pool.map(|pool| format!("/pool/{pool}"));
+        let pools = pool.iter().flat_map(|path| {
+            let of = |privilege, what: &str| (path.as_str(), path.as_str(), privilege, what.to_owned());
+            [of("Pool.Audit", "see the pool"), of("Pool.Allocate", "put CTs into it")]
+        });
+        let all = cts.chain(pools).chain([(
             storage.as_str(),
             storage.as_str(),
             "Datastore.Audit",

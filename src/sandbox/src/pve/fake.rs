@@ -16,6 +16,9 @@ use moxlet_pve::NodeName;
 use super::{Inits, VolumeOwner, Volumes};
 use crate::{Error, IdMap, Result, cgroup::Numbers, error::io, process::read_bounded};
 
+/// A file of this name among the owners: the storage has no room for a new volume.
+pub const FULL: &str = ".full";
+
 /// Volumes as files.
 #[derive(Debug)]
 pub struct FileVolumes {
@@ -43,6 +46,12 @@ impl Volumes for FileVolumes {
             VolumeOwner::Other => return Err(Error::VolumeTaken(name.to_owned())),
             VolumeOwner::Sandbox(id) if id != *owner => return Err(Error::VolumeTaken(name.to_owned())),
             _ => {}
+        }
+        if self.owners.join(FULL).exists() {
+            return Err(Error::Zfs {
+                command: format!("zfs create {name}"),
+                stderr: format!("cannot create '{name}': out of space"),
+            });
         }
         // At once or not at all, as a property of a dataset.
         let (draft, path) = (self.owners.with_file_name(format!(".owner-{name}")), self.owners.join(name));

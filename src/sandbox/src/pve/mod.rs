@@ -53,7 +53,7 @@ use std::{
 
 use async_trait::async_trait;
 use moxlet_ids::{SandboxId, Vmid};
-use moxlet_pve::{Client, NodeName, StorageId, config::LxcConfig};
+use moxlet_pve::{Client, NodeName, PoolId, StorageId, config::LxcConfig};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 pub use check::Requirements;
@@ -98,6 +98,8 @@ pub struct PveConfig {
     pub range: VmidRange,
     /// Whether CTs are written as protected.
     pub protection: bool,
+    /// The pool that CTs are put into before their first start.
+    pub pool: Option<PoolId>,
     /// Memory of a pod without a limit, in bytes.
     pub memory_bytes: u64,
     /// The host's processors.
@@ -368,8 +370,22 @@ impl Inner {
                 reason: "HA looks after it and starts it; remove it from HA".into(),
             });
         }
+        let record = self.pooled(record).await?;
         let task = self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))?;
         self.until_running(&record, &task).await
+    }
+
+    /// Has the CT in the pool that is configured. Proxmox VE takes it out when it removes the CT.
+    async fn pooled(self: &Arc<Self>, mut record: Record) -> Result<Record> {
+        if let Some(pool) = self.config.pool.as_ref().filter(|_| !record.pooled) {
+            self.client
+                .add_to_pool(pool, record.vmid)
+                .await
+                .map_err(api("put into its pool", record.vmid))?;
+            record.pooled = true;
+            self.put(record.clone()).await?;
+        }
+        Ok(record)
     }
 
     async fn stop(self: &Arc<Self>, record: &Record, grace: Duration) -> Result<()> {

@@ -46,6 +46,9 @@ pub(super) struct Record {
     pub(super) name: String,
     pub(super) attempt: u32,
     pub(super) map: IdMap,
+    /// Whether it is in the pool that was configured.
+    #[serde(default)]
+    pub(super) pooled: bool,
     /// Addresses that were written into its configuration.
     pub(super) ips: Vec<IpAddr>,
     /// Whether its first interface asks for one by DHCP.
@@ -69,6 +72,7 @@ impl Record {
             name: String::new(),
             attempt: 0,
             map,
+            pooled: false,
             ips: Vec::new(),
             dhcp: false,
             known: String::new(),

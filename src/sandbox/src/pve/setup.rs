@@ -8,7 +8,7 @@ use std::{
 };
 
 use moxlet_ids::Vmid;
-use moxlet_pve::{Client, Endpoint, Fingerprint, Token, Trust};
+use moxlet_pve::{Client, Endpoint, Fingerprint, PoolId, Token, Trust};
 
 use super::{CgroupInits, PveConfig, PveEngine, Requirements, VmidRange, ZfsVolumes};
 use crate::{
@@ -42,6 +42,8 @@ pub struct PveHost {
     pub bridges: Vec<String>,
     /// Whether CTs are written as protected.
     pub protection: bool,
+    /// The pool that CTs are put into.
+    pub pool: Option<String>,
     /// The cluster's file system, `/etc/pve`.
     pub config_dir: PathBuf,
     /// Where Proxmox VE locks CTs, `/run/lock/lxc`.
@@ -71,6 +73,8 @@ impl PveHost {
         let storage = self.storage.parse().map_err(|e| unfit("storage", &e))?;
         let number = |key: &str, n: u32| Vmid::new(n).map_err(|e| unfit(key, &e));
         let range = VmidRange::new(number("vmid_min", self.vmids.0)?, number("vmid_max", self.vmids.1)?)?;
+        let pool =
+            self.pool.as_ref().map(|p| p.parse::<PoolId>().map_err(|e| unfit("pool", &e))).transpose()?;
         let client = self.client()?;
         let required = Requirements {
             client: &client,
@@ -78,10 +82,11 @@ impl PveHost {
             storage: &storage,
             bridges: &self.bridges,
             range,
+            cts_pool: pool.as_ref(),
             config_dir: &self.config_dir,
             net_dir: Path::new("/sys/class/net"),
         };
-        let pool = required.check().await?;
+        let dataset = required.check().await?;
         let numbers = Numbers::default();
         let cgroups = ContainerCgroups::numbered(numbers.clone())?;
         let config = PveConfig {
@@ -92,11 +97,12 @@ impl PveHost {
             storage,
             range,
             protection: self.protection,
+            pool,
             memory_bytes: self.memory_bytes,
             cores: self.cores,
             start_timeout: self.start_timeout,
         };
-        let volumes = Arc::new(ZfsVolumes::open(&pool).await?);
+        let volumes = Arc::new(ZfsVolumes::open(&dataset).await?);
         let inits = Arc::new(CgroupInits::new(cgroups.clone()));
         Ok((PveEngine::new(config, client, volumes, inits, numbers)?, cgroups))
     }

@@ -11,7 +11,7 @@ use moxlet_pve::{
 use moxlet_sandbox::{Engine, Error, SandboxState};
 use serde_json::json;
 
-use crate::world::{World, spec};
+use crate::world::{FIRST, World, spec, words};
 
 fn number(world: &World, id: &SandboxId) -> Vmid {
     Vmid::new(world.vmid(id)).unwrap()
@@ -234,11 +234,6 @@ async fn without_quorum_nothing_is_made_and_nothing_is_lost() {
     let world = World::new().await;
     let id = world.running("web").await;
     world.control("PUT", "/quorum", json!({"quorate": false})).await;
-    let members = world.place.etc_pve().join(".members");
-    let own = !members.exists();
-    if own {
-        fs::write(&members, r#"{"cluster":{"quorate":0}}"#).unwrap();
-    }
     let pod = spec("late");
     let error = world.engine.create(&pod).await.unwrap_err();
     assert!(error.is_temporary() && matches!(error, Error::NoQuorum { .. }), "{error}");
@@ -246,10 +241,120 @@ async fn without_quorum_nothing_is_made_and_nothing_is_lost() {
     let error = world.engine.delete(&id).await.unwrap_err();
     assert!(error.is_temporary(), "{error:?}");
     world.no_faults().await;
-    if own {
-        fs::remove_file(&members).unwrap();
-    }
     world.engine.delete(&pod.id).await.unwrap();
     world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_removal_by_hand_that_ended_at_lock_destroyed_is_finished_with_the_pod() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    world.control("PUT", "/locks/user.cfg", json!({"held": true})).await;
+    let options = Delete { force: true, purge: true, ..Delete::default() };
+    let task = world.admin.ct(&world.node, number(&world, &id)).delete(options).await.unwrap();
+    ended(&world, task).await.unwrap_err();
+    world.control("PUT", "/locks/user.cfg", json!({"held": false})).await;
+    assert!(world.conf(&id).starts_with("lock: destroyed"));
+    let seen = world.engine.look().await.unwrap();
+    assert!(seen[0].reason == "CTDeleted" && seen[0].message.contains("lock: destroyed"), "{seen:?}");
+    assert_eq!(world.engine.state(&id).await.unwrap(), Some(SandboxState::Stopped));
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_snapshot_is_refused_and_one_that_is_there_all_the_same_goes_with_the_pod() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let ct = world.admin.ct(&world.node, number(&world, &id));
+    let refused = match ct.create_snapshot(&"before".parse().unwrap(), None).await {
+        Ok(task) => ended(&world, task).await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert!(words(&refused).contains("snapshot feature is not available"), "{refused}");
+    let path = world.place.conf(world.vmid(&id));
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, format!("{text}\n[before]\nhostname: web\nmemory: 65\nsnaptime: 1700000000\n")).unwrap();
+    assert_eq!(world.seen().await, ["CTSnapshot"]);
+    assert!(world.seen().await.is_empty());
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn restored_over_itself_by_root_it_is_the_pods_ct_and_what_differs_is_told() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    world.engine.stop(&id, Duration::ZERO).await.unwrap();
+    let path = world.place.conf(world.vmid(&id));
+    // A restore writes the keys of the backup and its own, and makes a volume that nobody's property is on.
+    let text = fs::read_to_string(&path).unwrap().replace("memory: 65", "memory: 64");
+    fs::write(&path, &text).unwrap();
+    fs::remove_file(world.place.dir.join(format!("owners/subvol-{FIRST}-disk-0"))).unwrap();
+    assert_eq!(world.seen().await, ["CTEdited"]);
+    world.engine.start(&id).await.unwrap();
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn restored_over_itself_without_our_lines_it_is_foreign_until_somebody_deletes_it() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    world.engine.stop(&id, Duration::ZERO).await.unwrap();
+    let path = world.place.conf(world.vmid(&id));
+    let text = fs::read_to_string(&path).unwrap();
+    let bare: String = text.lines().filter(|l| !l.starts_with("lxc.")).map(|l| format!("{l}\n")).collect();
+    fs::write(&path, &bare).unwrap();
+    assert_eq!(world.seen().await, ["CTForeign"]);
+    for refused in [world.engine.start(&id).await.map(drop), world.engine.delete(&id).await] {
+        assert!(words(&refused.unwrap_err()).contains("does not include"));
+    }
+    assert_eq!(fs::read_to_string(&path).unwrap(), bare);
+    let task = world.admin.ct(&world.node, number(&world, &id)).delete(Delete::default()).await.unwrap();
+    ended(&world, task).await.unwrap();
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_pod_that_is_gone_is_restored_as_a_stranger_whose_number_is_left_to_it() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let path = world.place.conf(FIRST);
+    let text = fs::read_to_string(&path).unwrap();
+    world.engine.look().await.unwrap();
+    world.engine.delete(&id).await.unwrap();
+    fs::write(&path, &text).unwrap();
+    let seen = world.engine.look().await.unwrap();
+    assert!(seen.len() == 1 && seen[0].sandbox.is_none() && seen[0].message.contains("restored"), "{seen:?}");
+    let next = world.running("next").await;
+    assert_ne!(world.vmid(&next), FIRST);
+    world.engine.delete(&next).await.unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    fs::remove_file(&path).unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_host_that_goes_down_stops_each_ct_in_its_time_and_after_the_boot_they_start_again() {
+    let world = World::new().await;
+    let ids = [world.running("a").await, world.running("b").await];
+    for id in &ids {
+        assert!(world.conf(id).contains("startup: down=40"), "the pod's grace and ten seconds");
+    }
+    world.place.call(&world.sim.hosts()[0].url, "POST", "/nodes/pve1/stopall").await;
+    for id in &ids {
+        world.engine.wait(id).await.unwrap();
+        assert_eq!(world.engine.state(id).await.unwrap(), Some(SandboxState::Stopped));
+    }
+    assert!(world.seen().await.is_empty(), "it is no news that a host stops its CTs");
+    // The agent that starts after the boot.
+    let again = world.place.engine(&world.sim.hosts()[0].url, FIRST + 99, &world.calls);
+    for id in &ids {
+        again.start(id).await.unwrap();
+        again.delete(id).await.unwrap();
+    }
     world.assert_as_before();
 }

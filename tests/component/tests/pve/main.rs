@@ -2,6 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod admin;
+mod bad_input;
 mod crash;
 mod life;
+mod network;
+mod quorum;
+mod start;
 mod world;
