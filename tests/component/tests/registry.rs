@@ -1,4 +1,4 @@
-//! Pulls from real registries: TLS by a private CA, client certificates, passwords, and a mirror that pulls through.
+//! Pulls from real registries, and pushes to them: TLS by a private CA, client certificates, passwords, and a mirror that pulls through.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use moxlet_image::{Config, Credentials, Error, ImageStore};
+use moxlet_image::{Compression, Config, Credentials, Error, ImageStore};
 use moxlet_storage::{Driver, OverlayDriver};
 use moxlet_tests_component::{registry, wait::until};
 
@@ -211,6 +211,40 @@ async fn a_registry_wants_its_ca_a_client_certificate_and_a_password() {
     std::fs::write(both, pems).unwrap();
     std::fs::write(&hosts, format!("{url}skip_verify = true\nclient = \"both.pem\"\n")).unwrap();
     place.store.pull(&name, &[]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_pushed_over_tls_by_who_has_certificate_and_password() {
+    let certificates = tempfile::tempdir().unwrap();
+    make_certificates(certificates.path());
+    let served = Served::secured(certificates.path()).await;
+    let (place, target) = (Place::new().await, format!("{}/pushed/busybox:2", served.address));
+    let pulled = place.store.pull(&registry::busybox(), &[]).await.unwrap();
+    let push = async |auths: &[Credentials]| {
+        place.store.push(&registry::busybox(), Some(&target), auths, Compression::default()).await
+    };
+    // Registries on loopback are spoken to without TLS unless the settings say otherwise.
+    let hosts = place.settings(&served.settings(), "hosts.toml");
+    std::fs::write(&hosts, format!("server = \"https://{}\"\n", served.address)).unwrap();
+    let error = push(&[user(PASSWORD)]).await.unwrap_err();
+    assert!(error.to_string().contains("UnknownIssuer"), "{error}");
+    std::fs::remove_dir_all(hosts.parent().unwrap()).unwrap();
+    for name in ["ca.crt", "client.cert", "client.key"] {
+        std::fs::copy(certificates.path().join(name), place.settings(&served.address, name)).unwrap();
+    }
+    for auths in [&[][..], &[user("wrong")]] {
+        push(auths).await.unwrap_err();
+        let error = place.failed(&target, &[user(PASSWORD)]).await;
+        assert!(matches!(error, Error::NotFound { .. }), "nothing is there: {error}");
+    }
+    let digest = push(&[user("wrong"), user(PASSWORD)]).await.unwrap();
+    let elsewhere = Place::new().await;
+    for name in ["ca.crt", "client.cert", "client.key"] {
+        std::fs::copy(certificates.path().join(name), elsewhere.settings(&served.address, name)).unwrap();
+    }
+    let record = elsewhere.store.pull(&target, &[user(PASSWORD)]).await.unwrap();
+    assert_eq!((record.id, record.layers), (pulled.id, pulled.layers));
+    assert_eq!(record.repo_digests, [format!("{}/pushed/busybox@{digest}", served.address)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
