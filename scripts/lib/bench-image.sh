@@ -37,8 +37,9 @@ bench_image() {
   if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
   mount -t tmpfs -o size=10g,mode=711 moxlet-bench "$work"
   registry_up "$work/registry" "$port"
+  # Layers as they are: what skopeo remembers of earlier runs makes it name the gzip twin of a zstd layer instead.
   for tag in big big-next debian-gzip debian-zstd; do
-    step "pushing $tag" skopeo copy -q --dest-tls-verify=false "oci:$layout:$tag" "docker://127.0.0.1:$port/bench/$tag:1"
+    step "pushing $tag" skopeo copy -q --preserve-digests --dest-tls-verify=false "oci:$layout:$tag" "docker://127.0.0.1:$port/bench/$tag:1"
   done
   export BENCH_DIR=$work/measured BENCH_REGISTRY=127.0.0.1:$port BENCH_MOXLET=$MOXLET_BIN/moxlet BENCH_LAYOUT=$layout
   export no_proxy=127.0.0.1 NO_PROXY=127.0.0.1

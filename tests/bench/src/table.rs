@@ -16,7 +16,7 @@ pub(crate) enum Bound {
     Faster(f64),
     /// Under a fixed value.
     Under(f64),
-    /// For information.
+    /// For information: how many times the peer's it is.
     None,
 }
 
@@ -32,7 +32,7 @@ impl Table {
                 (peer.map_or_else(String::new, than), peer.map(|p| ours * times <= p))
             }
             Bound::Under(limit) => (format!("< {limit}"), Some(ours < limit)),
-            Bound::None => (String::new(), None),
+            Bound::None => (peer.map_or_else(String::new, |p| format!("{:.2} × peer", ours / p)), None),
         };
         self.failed |= held == Some(false);
         let verdict = held.map_or("", |h| if h { "pass" } else { "FAIL" });
@@ -45,6 +45,12 @@ impl Table {
         ];
         eprintln!("{}: {} (peer {}) {} {}", row[0], row[1], row[2], row[3], row[4]);
         self.rows.push(row);
+    }
+
+    /// A row without a number, and why.
+    pub(crate) fn without(&mut self, what: &str, why: &str) {
+        eprintln!("{what}: {why}");
+        self.rows.push([what.to_owned(), "-".into(), "-".into(), why.to_owned(), String::new()]);
     }
 
     /// Whether all bounds hold so far.
@@ -90,6 +96,18 @@ pub(crate) fn quantile(sample: &[Duration], part: f64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bound_that_does_not_hold_fails_the_table_and_what_is_told_does_not() {
+        let mut table = Table::default();
+        table.row("told", 3.0, Some(1.0), &Bound::None);
+        table.without("not measured", "nobody is there");
+        table.row("half", 1.0, Some(2.0), &Bound::TimesPeer(0.5));
+        table.row("twice as fast", 1.0, Some(2.0), &Bound::Faster(2.0));
+        assert!(table.holds());
+        table.row("too much", 64.0, None, &Bound::Under(64.0));
+        assert!(!table.holds());
+    }
 
     #[test]
     fn quantiles_are_by_nearest_rank() {

@@ -147,8 +147,8 @@ fn unpack_blob(input: impl BufRead + Send, claim: &Claim, target: Target<'_>) ->
 
 fn unpack_from(blob: &mut (impl BufRead + Send), target: Target<'_>) -> Outcome<(Digest, u64, Usage)> {
     let root = target.root.to_owned();
-    let work = |plain| {
-        let (plain, usage) = extract::extract(Blob::new(plain), target)?;
+    let work = |plain: ahead::Ahead| {
+        let (plain, usage) = extract::extract(plain, target)?;
         let (diff_id, size) = plain.finish().map_err(|e| read_fault(&e))?;
         Ok((diff_id, size, usage))
     };

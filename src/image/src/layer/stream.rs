@@ -154,7 +154,8 @@ pub(super) fn buffered<R: Read>(input: R) -> BufReader<R> {
     BufReader::with_capacity(BUFFER, input)
 }
 
-fn digest(hash: Sha256) -> io::Result<Digest> {
+/// A digest that is complete.
+pub(super) fn digest(hash: Sha256) -> io::Result<Digest> {
     let text = format!("sha256:{}", hex::encode(hash.finalize()));
     text.parse().map_err(io::Error::other)
 }

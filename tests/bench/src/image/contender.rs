@@ -45,9 +45,19 @@ impl Contender {
         }
     }
 
-    /// Whether it knows what an image's layers are compressed with. umoci does not know zstd.
-    pub(crate) fn reads(self, image: &Image) -> bool {
-        !matches!(self, Self::SkopeoUmoci) || image.layers.iter().all(|l| !l.zstd)
+    /// Why it does not bring an image, if it does not.
+    pub(crate) fn absent(self, image: &Image) -> Option<String> {
+        let programs: &[&str] = match self {
+            Self::Moxlet => &[],
+            Self::Pipe => &["curl", "gzip", "zstd", "tar"],
+            Self::Podman => &["podman"],
+            Self::SkopeoUmoci => &["skopeo", "umoci"],
+        };
+        if let Some(missing) = programs.iter().find(|p| !installed(p)) {
+            return Some(format!("{missing} is not installed"));
+        }
+        let zstd = matches!(self, Self::SkopeoUmoci) && image.zstd();
+        zstd.then(|| "umoci does not read zstd".to_owned())
     }
 
     /// Brings an image; what it has brought is removed.
@@ -67,8 +77,7 @@ impl Contender {
                 let mut command = Command::new("bash");
                 command.args(["-o", "pipefail", "-c", PIPE, "pipe"]);
                 command.args(image.layers.iter().map(|l| &l.digest));
-                let zstd = image.layers.iter().any(|l| l.zstd);
-                command.env("BENCH_UNPACK", if zstd { "zstd -dc" } else { "gzip -dc" });
+                command.env("BENCH_UNPACK", if image.zstd() { "zstd -dc" } else { "gzip -dc" });
                 command.env("BENCH_BLOBS", format!("http://{}/v2/bench/{}/blobs", bench.registry, image.tag));
                 command.env("BENCH_OUT", out);
                 command
@@ -91,6 +100,12 @@ impl Contender {
         command.env("TMPDIR", out);
         Ok(Timed(command))
     }
+}
+
+/// Whether a program is in PATH.
+fn installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 
 /// A pull into a store of its own.

@@ -17,6 +17,8 @@ use crate::{
 use contender::{Contender, Run};
 use source::{Image, Source};
 
+/// The image whose times have bounds: large layers of gzip. Of the others, which are like images in use, the same is told.
+const BOUND: &str = "big";
 /// What a pull may hold of memory, in MB.
 const MEMORY: f64 = 64.0;
 /// What a registry says beside the layers: manifest, config, headers.
@@ -58,48 +60,35 @@ pub(crate) async fn measure() -> Result<bool> {
     Ok(table.holds())
 }
 
-/// All contenders bring one image, in turns.
+/// All who can bring one image, in turns.
 fn pulls(bench: &Bench, image: &Image, table: &mut Table) -> Result<()> {
     let all = [Contender::Moxlet, Contender::Pipe, Contender::Podman, Contender::SkopeoUmoci];
-    let contenders: Vec<Contender> = all.into_iter().filter(|c| c.reads(image)).collect();
+    let absent = all.map(|c| c.absent(image));
+    let present: Vec<usize> = (0..all.len()).filter(|n| absent[*n].is_none()).collect();
     let mut runs: [Vec<Run>; 4] = Default::default();
     for round in 0..bench.rounds {
-        for turn in 0..contenders.len() {
-            let n = (turn + round) % contenders.len();
-            let run = contenders[n].pull(bench, image)?;
-            eprintln!(
-                "{}: {}: {:.2} s, {} MB ({})",
-                image.tag,
-                contenders[n].name(),
-                run.time.as_secs_f64(),
-                run.peak >> 20,
-                load()
-            );
+        for turn in 0..present.len() {
+            let n = present[(turn + round) % present.len()];
+            let run = all[n].pull(bench, image)?;
+            let (name, time, peak) = (all[n].name(), run.time.as_secs_f64(), run.peak >> 20);
+            eprintln!("{}: {name}: {time:.2} s, {peak} MB ({})", image.tag, load());
             runs[n].push(run);
         }
     }
     let median = |n: usize| quantile(&runs[n].iter().map(|r| r.time).collect::<Vec<Duration>>(), 0.5);
     let ours = ms(median(0));
     for (n, bound) in [(1, Bound::TimesPeer(0.65)), (2, Bound::Faster(3.3)), (3, Bound::Faster(5.0))] {
-        if runs[n].is_empty() {
-            println!("{}: {} does not read its layers", image.tag, all[n].name());
-            continue;
+        let what = format!("{}: pull, beside {} (ms)", image.tag, all[n].name());
+        match &absent[n] {
+            Some(why) => table.without(&what, why),
+            None if image.tag == BOUND => table.row(&what, ours, Some(ms(median(n))), &bound),
+            None => table.row(&what, ours, Some(ms(median(n))), &Bound::None),
         }
-        table.row(
-            &format!("{}: pull, beside {} (ms)", image.tag, all[n].name()),
-            ours,
-            Some(ms(median(n))),
-            &bound,
-        );
     }
     let peak = runs[0].iter().map(|r| r.peak).max().unwrap_or_default();
-    let theirs = runs[2].iter().map(|r| r.peak).max().unwrap_or_default();
-    table.row(
-        &format!("{}: pull, peak memory beside podman (MB)", image.tag),
-        peak as f64 / 1e6,
-        Some(theirs as f64 / 1e6),
-        &Bound::Under(MEMORY),
-    );
+    let theirs = runs[2].iter().map(|r| r.peak as f64 / 1e6).reduce(f64::max);
+    let what = format!("{}: pull, peak memory beside podman (MB)", image.tag);
+    table.row(&what, peak as f64 / 1e6, theirs, &Bound::Under(MEMORY));
     Ok(())
 }
 

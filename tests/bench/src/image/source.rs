@@ -31,6 +31,13 @@ pub(crate) struct Layer {
     pub(crate) zstd: bool,
 }
 
+impl Image {
+    /// Whether some of its layers are compressed with zstd.
+    pub(crate) fn zstd(&self) -> bool {
+        self.layers.iter().any(|l| l.zstd)
+    }
+}
+
 impl Source {
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         Ok(Self { dir: dir.to_owned(), index: read(&dir.join("index.json"))? })
