@@ -1,6 +1,14 @@
 //! Waiting: poll until something holds, and say what was waited for and what was seen last.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
+
+/// How many times longer everything takes here than on an idle machine: `MOXLET_TEST_SLOW`, 1 unless set.
+static SLOW: LazyLock<u32> = LazyLock::new(|| {
+    std::env::var("MOXLET_TEST_SLOW").map_or(1, |text| text.parse().expect("MOXLET_TEST_SLOW is a number"))
+});
 
 /// For what takes seconds on an idle machine.
 pub const SHORT: Duration = Duration::from_secs(60);
@@ -20,7 +28,7 @@ pub fn eventually<T>(what: &str, check: impl FnMut() -> Result<T, String>) -> T 
 /// # Panics
 /// When the limit has passed.
 pub fn eventually_within<T>(limit: Duration, what: &str, mut check: impl FnMut() -> Result<T, String>) -> T {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), limit * *SLOW);
     loop {
         match check() {
             Ok(value) => return value,

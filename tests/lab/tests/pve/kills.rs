@@ -1,0 +1,83 @@
+//! kill -9 of agent and simulator while CTs are made, started and removed: each pod comes up in one CT or is gone.
+
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use moxlet_tests_e2e::{Namespace, busybox, eventually};
+use moxlet_tests_lab::Guest;
+
+use crate::pod::{IDLE, warm};
+
+const ROUNDS: u32 = 5;
+const PODS: [&str; 2] = ["a", "b"];
+
+fn kill(guest: &Guest, round: u32) {
+    let units = ["moxlet", "pve-sim", "moxlet pve-sim"][round as usize % 3];
+    let _ = guest.sh(&format!("systemctl kill --signal=KILL --kill-whom=main {units}"));
+}
+
+fn make(ns: &Namespace) {
+    for name in PODS {
+        ns.pod(name, busybox(IDLE));
+    }
+}
+
+fn run(ns: &Namespace, guest: &Guest) {
+    for name in PODS {
+        ns.wait_ready(name);
+    }
+    let cts = guest.cts();
+    assert_eq!(cts.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), PODS, "one CT a pod");
+    let running = guest.sh("lxc-ls --running -1");
+    let mut running: Vec<u32> = running.split_whitespace().map(|n| n.parse().unwrap()).collect();
+    running.sort_unstable();
+    let mut numbers: Vec<u32> = cts.into_iter().map(|(_, n)| n).collect();
+    numbers.sort_unstable();
+    assert_eq!(running, numbers);
+    for name in PODS {
+        let up = ns.exec(name, "hostname").ok();
+        assert_eq!(up.trim(), name);
+    }
+}
+
+fn remove(ns: &Namespace) {
+    ns.kubectl(&["delete", "pods", "--all", "--wait=false"]).ok();
+}
+
+fn gone(ns: &Namespace) {
+    eventually("all pods to be gone", || {
+        let left = ns.kubectl(&["get", "pods", "-o", "name"]).ok();
+        if left.trim().is_empty() { Ok(()) } else { Err(left) }
+    });
+}
+
+#[test]
+fn a_kill_at_any_moment_leaves_each_pod_in_one_ct_or_none() {
+    let guest = warm();
+    let before = guest.traces();
+    let ns = Namespace::new("kills");
+    // How long it takes when nothing is killed tells where the moments are.
+    let since = Instant::now();
+    make(&ns);
+    run(&ns, &guest);
+    let start = since.elapsed();
+    let since = Instant::now();
+    remove(&ns);
+    gone(&ns);
+    let removal = since.elapsed();
+    guest.as_before(&before);
+    let moment = |whole: Duration, round: u32| whole * (round + 1) / (ROUNDS + 1);
+    for round in 0..ROUNDS {
+        make(&ns);
+        sleep(moment(start, round));
+        kill(&guest, round);
+        run(&ns, &guest);
+        remove(&ns);
+        sleep(moment(removal, round));
+        kill(&guest, round + 1);
+        gone(&ns);
+        guest.as_before(&before);
+    }
+}
