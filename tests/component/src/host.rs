@@ -29,7 +29,7 @@ use crate::{
     init_binary, pve, registry, repository,
     store::{self, Bed},
     traces,
-    wait::until,
+    wait::{slowness, until},
 };
 
 /// A sandbox that was made.
@@ -243,7 +243,8 @@ impl Host {
     /// `ExecSync`: exit code, stdout, stderr.
     pub async fn exec(&self, id: &str, command: &[&str]) -> Result<(i32, String, String), Status> {
         let cmd = command.iter().map(|c| (*c).to_owned()).collect();
-        let request = v1::ExecSyncRequest { container_id: id.into(), cmd, timeout: 20 };
+        let timeout = 20 * i64::from(slowness());
+        let request = v1::ExecSyncRequest { container_id: id.into(), cmd, timeout };
         let answer = self.runtime().exec_sync(request).await?.into_inner();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         Ok((answer.exit_code, text(answer.stdout), text(answer.stderr)))

@@ -14,6 +14,12 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Looking is work, too: the slower the machine, the more rarely.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// So many times longer everything takes here.
+#[must_use]
+pub fn slowness() -> u32 {
+    *SLOW
+}
+
 /// Polls until `check` gives a value; its error is what was seen.
 pub async fn until<T>(what: &str, mut check: impl AsyncFnMut() -> Result<T, String>) -> T {
     let (start, limit, pause) = (Instant::now(), LIMIT * *SLOW, PAUSE * *SLOW);

@@ -10,7 +10,7 @@ use moxlet_tests_lab::Guest;
 
 use crate::pod::{IDLE, warm};
 
-const ROUNDS: u32 = 5;
+const ROUNDS: u32 = 3;
 const PODS: [&str; 2] = ["a", "b"];
 
 fn kill(guest: &Guest, round: u32) {
