@@ -65,11 +65,11 @@ impl Guest {
         done.text().trim_end().to_owned()
     }
 
-    /// The data of a call of Proxmox VE's API.
+    /// The data of a call of Proxmox VE's API; a server that was killed a moment ago comes again.
     #[must_use]
     pub fn api(&self, method: &str, path: &str) -> Value {
         let call = format!(
-            "curl -sS --fail-with-body -X {method} --cacert {PVE}/ca.pem -H \"Authorization: PVEAPIToken=$(cat {PVE}/token)\" \"$(cat {PVE}/url)/api2/json{path}\""
+            "curl -sS --retry 30 --retry-connrefused --retry-delay 1 --fail-with-body -X {method} --cacert {PVE}/ca.pem -H \"Authorization: PVEAPIToken=$(cat {PVE}/token)\" \"$(cat {PVE}/url)/api2/json{path}\""
         );
         let answer: Value = serde_json::from_str(&self.sh(&call)).unwrap();
         answer["data"].clone()
