@@ -17,7 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 pub(crate) fn processes(sandbox: &str) -> Vec<u32> {
     let payload = if pve::is_engine() { "/lxc/".to_owned() } else { format!("/lxc.payload.{sandbox}") };
     // Proxmox VE's cgroups have numbers; then the pod is known by what is mounted.
-    let mounted = format!("/pods/{sandbox}/");
+    let mounted = format!("/pods/{sandbox}");
     let has = |pid: &u32, file: &str, text: &str| {
         fs::read_to_string(format!("/proc/{pid}/{file}")).is_ok_and(|t| t.contains(text))
     };
@@ -125,7 +125,8 @@ async fn a_ct_that_was_killed_while_the_agent_is_away_is_not_ready() {
     let status = host.status(&id).await.unwrap();
     assert_eq!((status.state(), status.exit_code), (v1::ContainerState::ContainerExited, 137));
     assert_eq!(status.reason, "ContainerStatusUnknown");
-    assert!(traces::allotted(host.root()).is_empty(), "its address is free");
+    // On Proxmox VE the address stands in the CT's configuration, and is the CT's until that is removed.
+    assert!(pve::is_engine() || traces::allotted(host.root()).is_empty(), "its address is free");
     host.remove_container(&id).await.unwrap();
     host.remove_pod(&pod.id).await.unwrap();
     host.nothing_is_left().await;

@@ -41,6 +41,7 @@ fn assert_shown(guest: &Guest, ns: &Namespace, vmid: u32) {
     let pod = ns.get("web");
     let ip = text(&pod["status"]["podIP"]);
     let shown = guest.api("GET", &format!("/nodes/pve1/lxc/{vmid}/config"));
+    let grace = pod["spec"]["terminationGracePeriodSeconds"].as_u64().unwrap();
     for (key, wanted) in [
         ("hostname", "web".to_owned()),
         ("tags", format!("moxlet;ns-{}", ns.name)),
@@ -49,7 +50,7 @@ fn assert_shown(guest: &Guest, ns: &Namespace, vmid: u32) {
         ("memory", SUM_MIB.to_string()),
         ("swap", "0".to_owned()),
         ("onboot", "0".to_owned()),
-        ("startup", "down=40".to_owned()),
+        ("startup", format!("down={}", grace + 10)),
         ("unprivileged", "1".to_owned()),
         ("features", "nesting=1".to_owned()),
     ] {
