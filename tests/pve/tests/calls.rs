@@ -82,6 +82,7 @@ async fn cluster(client: &Client, node: &NodeName) {
     let _ = client.delete_volume(node, &volume).await;
     let pool = "a/b".parse().unwrap();
     let _ = (client.pools().await, client.pool(&pool).await, client.delete_pool(&pool).await);
+    let _ = client.add_to_pool(&pool, Vmid::new(1_000_000).unwrap()).await;
     let _ = (client.create_pool(&pool, None).await, client.create_pool(&pool, Some("why")).await);
     let _ = (client.permissions(None).await, client.permissions(Some("/vms/100")).await);
     let upid = "UPID:a:0000C0DE:0A1B2C3D4:66AABBCC:vzstart:101:u@pve!tk:".parse().unwrap();
