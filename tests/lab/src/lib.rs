@@ -21,7 +21,8 @@ ls /sys/class/net | sed 's/^/interface /'
 find /sys/fs/cgroup -maxdepth 2 -path '*lxc*' ! -name '*.*' -type d
 ls /var/lib/lxc | sed 's/^/CT /'
 cd /var/lib/moxlet && find pve addresses ledger pods volumes storage/roots -mindepth 1
-systemctl list-units --all --plain --no-legend 'pve-container@*' | awk '{ print "unit " $1, $3 }'
+# A unit that failed is what systemd remembers of a CT that was killed, until the next start with its number resets it.
+systemctl list-units --all --plain --no-legend 'pve-container@*' | awk '$3 != "failed" { print "unit " $1, $3 }'
 pgrep -a lxc-start | sed 's/^[0-9]* /process /'
 "#;
 
