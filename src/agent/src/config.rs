@@ -174,7 +174,7 @@ impl Default for Config {
             registry_config_dir: None,
             docker_config: None,
             max_parallel_downloads: 4,
-            image_prefetch_max_bytes: 512 << 20,
+            image_prefetch_max_bytes: moxlet_image::Config::default().prefetch_max_bytes,
             log_max_bytes: 10 << 20,
             log_max_files: 5,
             sandbox_overhead_memory_bytes: 16 << 20,

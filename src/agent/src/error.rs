@@ -105,9 +105,8 @@ fn of_image(error: &moxlet_image::Error, text: String) -> Status {
         | E::BadArchive { .. } => Status::invalid_argument(text),
         E::InUse { .. } | E::NeverPull(_) | E::NotRestorable { .. } => Status::failed_precondition(text),
         E::Damaged { .. } => Status::data_loss(text),
+        full if full.is_full() => Status::resource_exhausted(text),
         E::Storage(error) => of_storage(error, text),
-        E::Full { .. } => Status::resource_exhausted(text),
-        E::Io { source, .. } if is_full(source) => Status::resource_exhausted(text),
         _ => Status::unknown(text),
     }
 }
@@ -116,14 +115,10 @@ fn of_image(error: &moxlet_image::Error, text: String) -> Status {
 fn of_storage(error: &moxlet_storage::Error, text: String) -> Status {
     use moxlet_storage::Error as E;
     match error {
-        E::NoSpace { .. } | E::QuotaExceeded { .. } => Status::resource_exhausted(text),
+        full if full.is_full() => Status::resource_exhausted(text),
         E::PoolSuspended { .. } | E::TimedOut { .. } => Status::unavailable(text),
         _ => Status::unknown(text),
     }
-}
-
-fn is_full(error: &std::io::Error) -> bool {
-    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 impl From<Error> for Status {

@@ -213,14 +213,13 @@ impl From<moxlet_storage::Error> for Error {
 
 impl Error {
     /// Whether a file system, pool or quota is full.
-    pub(crate) fn is_full(&self) -> bool {
+    #[must_use]
+    pub fn is_full(&self) -> bool {
         use io::ErrorKind::{QuotaExceeded, StorageFull};
         match self {
+            Self::Full { .. } => true,
             Self::Io { source, .. } => matches!(source.kind(), StorageFull | QuotaExceeded),
-            Self::Storage(error) => matches!(
-                **error,
-                moxlet_storage::Error::NoSpace { .. } | moxlet_storage::Error::QuotaExceeded { .. }
-            ),
+            Self::Storage(error) => error.is_full(),
             _ => false,
         }
     }

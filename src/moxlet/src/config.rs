@@ -123,7 +123,7 @@ impl Default for Config {
             image_minimum_gc_age: Span(std::time::Duration::from_secs(120)),
             image_maximum_gc_age: None,
             pressure_thresholds: moxlet_node::PressureThresholds::default(),
-            image_prefetch_max_bytes: 512 << 20,
+            image_prefetch_max_bytes: moxlet_agent::Config::default().image_prefetch_max_bytes,
             cri_socket: None,
             stream_listen: None,
             init_binary: None,

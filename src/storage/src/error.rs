@@ -265,6 +265,14 @@ pub enum Error {
     Stopped,
 }
 
+impl Error {
+    /// Whether a file system, pool or quota is full.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::NoSpace { .. } | Self::QuotaExceeded { .. })
+    }
+}
+
 /// Adds what was attempted on what to a system error.
 pub(crate) trait Attempt<T> {
     fn attempt(self, what: &'static str, path: impl Into<PathBuf>) -> Result<T>;
