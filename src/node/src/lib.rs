@@ -37,6 +37,7 @@ mod volumes;
 
 use std::{sync::Arc, time::Duration};
 
+use kube::Client;
 use moxlet_cri::host;
 use tokio::{
     sync::{Semaphore, mpsc, watch},
@@ -55,7 +56,7 @@ use crate::{
     env::services::Services,
     events::{Kind, Recorder},
     pods::{
-        manager::{Manager, Source},
+        manager::{Manager, Source, Update},
         registry::PodRegistry,
         worker::Shared,
     },
@@ -107,65 +108,35 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
     };
     identity.set_serving_names(identity::ServingNames { dns: vec![config.node_name.clone()], ips });
 
-    // Everything below ends with this token, also when one task fails.
-    let token = stop.child_token();
-    let mut tasks: JoinSet<Result<()>> = JoinSet::new();
+    let mut tasks = Tasks::new(&stop);
+    let token = tasks.token.clone();
     let (info_sender, info) = watch::channel(Arc::new(info));
     let (recorder, write_events) = Recorder::new(client.clone(), config.node_name.clone(), token.clone());
-    tasks.spawn(async move {
-        write_events.await;
-        Ok(())
-    });
+    tasks.spawn(write_events);
     let registrar = register::Registrar {
         config: config.clone(),
         agent: agent.clone(),
         client: client.clone(),
         info: info_sender,
     };
-    let child = token.clone();
-    tasks.spawn(async move {
-        registrar.run(child).await;
-        Ok(())
-    });
-    let collecting = image_gc::run(
+    tasks.spawn(registrar.run(token.clone()));
+    tasks.spawn(image_gc::run(
         agent.clone(),
         recorder.clone(),
         config.node_name.clone(),
         config.image_gc.clone(),
         token.clone(),
-    );
-    tasks.spawn(async move {
-        collecting.await;
-        Ok(())
-    });
-    let cluster: Arc<dyn Cluster> = match &client {
-        Some(client) => Arc::new(KubeCluster(client.clone())),
-        None => Arc::new(NoCluster),
-    };
-    let services = match &client {
-        Some(client) => {
-            let (services, watching) = Services::watch(client.clone(), token.clone());
-            tasks.spawn(async move {
-                watching.await;
-                Ok(())
-            });
-            services
-        }
-        None => Services::none(),
-    };
+    ));
     let registry = PodRegistry::default();
-    let telling = notices::Teller {
+    let teller = notices::Teller {
         agent: agent.clone(),
         registry: registry.clone(),
         events: recorder.clone(),
         node: config.node_name.clone(),
         pauses: notices::Pauses::default(),
-    }
-    .run(token.clone());
-    tasks.spawn(async move {
-        telling.await;
-        Ok(())
-    });
+    };
+    tasks.spawn(teller.run(token.clone()));
+    let (cluster, services) = cluster_of(client.as_ref(), &mut tasks);
     let shared = Arc::new(Shared {
         slots: Semaphore::new(config.max_parallel_syncs.max(1)),
         agent,
@@ -177,57 +148,89 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
         config: config.clone(),
     });
     let (updates, queue) = mpsc::channel(UPDATES);
-    let mut sources = Vec::new();
-    if let Some(client) = &client {
-        sources.push(Source::Api);
-        let (client, node) = (client.clone(), config.node_name.clone());
-        let (sender, child) = (updates.clone(), token.clone());
-        let leases = lease::run(client.clone(), node.clone(), token.clone());
-        tasks.spawn(async move {
-            leases.await;
-            Ok(())
-        });
-        tasks.spawn(async move {
-            pods::source::watch(client, node, sender, child).await;
-            Ok(())
-        });
+    if client.is_some() {
         recorder.say(events::node_reference(&config.node_name), Kind::Normal, "Starting", "Starting moxlet.");
-    } else {
-        info!("no kubeconfig: static pods only");
     }
-    if let Some(folder) = config.static_pod_dir.clone() {
-        sources.push(Source::Files);
-        let (node, sender, child) = (config.node_name.clone(), updates.clone(), token.clone());
-        tasks.spawn(async move {
-            static_pods::watch(folder, node, sender, child).await;
-            Ok(())
-        });
-    }
+    let sources = sources(&config, client, &updates, &mut tasks);
     let manager = Manager::new(shared, sources, token.clone());
     tasks.spawn(async move {
         manager.run(queue).await;
         // The senders' last owner must outlive the manager's loop.
         drop(updates);
-        Ok(())
     });
     let context = api::ApiContext { config, identity, registry, agent: channel };
-    tasks.spawn(api::serve(bound, context, token.clone()));
+    tasks.all.spawn(api::serve(bound, context, token));
+    tasks.joined().await
+}
 
-    let mut outcome = Ok(());
-    while let Some(done) = tasks.join_next().await {
-        match done {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                if outcome.is_ok() {
-                    outcome = Err(error);
+/// What pods need of the API server beside themselves.
+fn cluster_of(client: Option<&Client>, tasks: &mut Tasks) -> (Arc<dyn Cluster>, Services) {
+    let Some(client) = client else { return (Arc::new(NoCluster), Services::none()) };
+    let (services, watching) = Services::watch(client.clone(), tasks.token.clone());
+    tasks.spawn(watching);
+    (Arc::new(KubeCluster(client.clone())), services)
+}
+
+/// Starts what brings pods: the API server, a folder, or both.
+fn sources(
+    config: &Config,
+    client: Option<Client>,
+    updates: &mpsc::Sender<Update>,
+    tasks: &mut Tasks,
+) -> Vec<Source> {
+    let (node, token) = (&config.node_name, tasks.token.clone());
+    let mut sources = Vec::new();
+    if let Some(client) = client {
+        sources.push(Source::Api);
+        tasks.spawn(lease::run(client.clone(), node.clone(), token.clone()));
+        tasks.spawn(pods::source::watch(client, node.clone(), updates.clone(), token.clone()));
+    } else {
+        info!("no kubeconfig: static pods only");
+    }
+    if let Some(folder) = config.static_pod_dir.clone() {
+        sources.push(Source::Files);
+        tasks.spawn(static_pods::watch(folder, node.clone(), updates.clone(), token));
+    }
+    sources
+}
+
+/// The node's tasks. All end with one token, also when one fails.
+struct Tasks {
+    all: JoinSet<Result<()>>,
+    token: CancellationToken,
+}
+
+impl Tasks {
+    fn new(stop: &CancellationToken) -> Self {
+        Self { all: JoinSet::new(), token: stop.child_token() }
+    }
+
+    /// One that cannot fail.
+    fn spawn(&mut self, work: impl Future<Output = ()> + Send + 'static) {
+        self.all.spawn(async move {
+            work.await;
+            Ok(())
+        });
+    }
+
+    /// Waits for all; the first error.
+    async fn joined(mut self) -> Result<()> {
+        let mut outcome = Ok(());
+        while let Some(done) = self.all.join_next().await {
+            match done {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    if outcome.is_ok() {
+                        outcome = Err(error);
+                    }
+                    self.token.cancel();
                 }
-                token.cancel();
-            }
-            Err(error) => {
-                warn!(%error, "a task of the node failed");
-                token.cancel();
+                Err(error) => {
+                    warn!(%error, "a task of the node failed");
+                    self.token.cancel();
+                }
             }
         }
+        outcome
     }
-    outcome
 }
