@@ -57,12 +57,12 @@ fn bad(why: impl Into<String>) -> (StatusCode, String) {
     (StatusCode::BAD_REQUEST, why.into())
 }
 
-fn failed(why: &std::io::Error) -> (StatusCode, String) {
+fn failed(why: &dyn std::fmt::Display) -> (StatusCode, String) {
     (StatusCode::INTERNAL_SERVER_ERROR, why.to_string())
 }
 
 fn to_json(value: &impl serde::Serialize) -> Answer {
-    serde_json::to_value(value).map(Json).map_err(|e| (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))
+    serde_json::to_value(value).map(Json).map_err(|e| failed(&e))
 }
 
 async fn state(State(admin): State<Admin>) -> Answer {

@@ -30,6 +30,7 @@ mod answer;
 mod api;
 mod backend;
 pub mod config;
+mod drafts;
 mod error;
 mod faults;
 mod guest;

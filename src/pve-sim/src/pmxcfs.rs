@@ -23,6 +23,7 @@ use crate::{
     Result,
     answer::{Answered, Refusal},
     config::Config,
+    drafts::Drafts,
     error::io,
     mounted::Mounted,
 };
@@ -37,7 +38,7 @@ const LOCK_POLL: Duration = Duration::from_millis(20);
 pub(crate) struct Pmxcfs {
     root: PathBuf,
     /// What is being written; a kill leaves it here, where nobody looks.
-    drafts: PathBuf,
+    drafts: Drafts,
     locks: PathBuf,
     ct_locks: PathBuf,
     quorate: AtomicBool,
@@ -115,7 +116,8 @@ impl Pmxcfs {
             link(&Path::new("nodes").join(&first.name).join("lxc"), &root.join("lxc"))?;
         }
         // Within the mount: nothing can be moved from one to another.
-        let drafts = own_drafts(&etc.join(".drafts"))?;
+        let drafts = etc.join(".drafts");
+        let drafts = Drafts::open(&drafts).map_err(io("open", &drafts))?;
         let serial = AtomicU64::new(0);
         Ok(Self { root, drafts, locks, ct_locks, quorate: AtomicBool::new(true), mounted, members, serial })
     }
@@ -158,7 +160,7 @@ impl Pmxcfs {
             return Err(Refusal::died(format!("unable to write '/etc/pve/{name}' - File too large")));
         }
         let n = self.serial.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.drafts.join(n.to_string());
+        let temporary = self.drafts.path(&n.to_string());
         let write = || -> std::io::Result<()> {
             let mut file =
                 fs::OpenOptions::new().write(true).create_new(true).mode(0o640).open(&temporary)?;
@@ -278,26 +280,6 @@ pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(io("read", path)(e)),
     }
-}
-
-/// This process' directory of what is being written; those of processes that are gone go.
-pub(crate) fn own_drafts(path: &Path) -> Result<PathBuf> {
-    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        if !Path::new("/proc").join(entry.file_name()).exists() {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-    empty_dir(&path.join(std::process::id().to_string()))
-}
-
-/// An empty directory, made if missing.
-fn empty_dir(path: &Path) -> Result<PathBuf> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => return Err(io("remove", path)(e)),
-        _ => {}
-    }
-    fs::create_dir_all(path).map_err(io("create", path))?;
-    Ok(path.to_owned())
 }
 
 /// What errno is called in Perl's `$!`.

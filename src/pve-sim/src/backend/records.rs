@@ -15,13 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Backend, Ct, Interface, Mount, Room, RunState, Stop, Usage, VolumeInfo};
 use crate::{
-    Error, Result,
-    config::Storage,
-    error::io,
-    guest::parse_pairs,
-    pmxcfs::{own_drafts, read_text},
-    sim::now,
-    tasks::TaskLog,
+    Error, Result, config::Storage, drafts::Drafts, error::io, guest::parse_pairs, pmxcfs::read_text,
+    sim::now, tasks::TaskLog,
 };
 
 /// States and volumes below the state directory.
@@ -29,7 +24,7 @@ use crate::{
 pub(crate) struct Records {
     run: PathBuf,
     /// What is being written; a kill leaves it here, where nobody looks.
-    drafts: PathBuf,
+    drafts: Drafts,
     volumes: PathBuf,
     next_pid: AtomicU32,
 }
@@ -47,7 +42,8 @@ impl Records {
         for dir in [&run, &volumes] {
             fs::create_dir_all(dir).map_err(io("create", dir))?;
         }
-        let drafts = own_drafts(&state.join("run/drafts/ct"))?;
+        let drafts = state.join("run/drafts/ct");
+        let drafts = Drafts::open(&drafts).map_err(io("open", &drafts))?;
         Ok(Self { run, drafts, volumes, next_pid: AtomicU32::new(200_000) })
     }
 
@@ -63,7 +59,7 @@ impl Records {
 
     fn write(&self, node: &str, vmid: u32, run: &Run) -> Result<()> {
         let path = self.run_file(node, vmid);
-        let temporary = self.drafts.join(format!("{node}-{vmid}"));
+        let temporary = self.drafts.path(&format!("{node}-{vmid}"));
         let text = serde_json::to_vec(run).unwrap_or_default();
         fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path)).map_err(io("write", &path))
     }

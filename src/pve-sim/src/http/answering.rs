@@ -152,17 +152,10 @@ async fn work(
     };
     let authorization = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
     let authorization = authorization.unwrap_or_default().to_owned();
-    let mut given = match request::parameters(request).await {
+    let mut given = match parameters(request, &found.in_path).await {
         Ok(given) => given,
         Err(refusal) => return Ok(Err(refusal)),
     };
-    for (name, value) in &found.in_path {
-        if given.get(name).is_some_and(|other| other.as_str() != Some(value)) {
-            let why = "duplicate parameter (already defined in URI) with conflicting values!";
-            return Ok(Err(Refusal::parameter(name, why)));
-        }
-        given.insert(name.clone(), json!(value));
-    }
     let permitted = sim
         .users()
         .map_err(Refusal::from)
@@ -199,6 +192,22 @@ async fn work(
         given,
     };
     with_worker(server, &node, &way.faults, api::dispatch(call)).await
+}
+
+/// All parameters, those of the path included.
+async fn parameters(
+    request: Request<Incoming>,
+    in_path: &[(String, String)],
+) -> Answered<Map<String, Value>> {
+    let mut given = request::parameters(request).await?;
+    for (name, value) in in_path {
+        if given.get(name).is_some_and(|other| other.as_str() != Some(value)) {
+            let why = "duplicate parameter (already defined in URI) with conflicting values!";
+            return Err(Refusal::parameter(name, why));
+        }
+        given.insert(name.clone(), json!(value));
+    }
+    Ok(given)
 }
 
 /// The host that does the work. A lost one is what the proxy between hosts makes of it.
