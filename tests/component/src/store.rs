@@ -50,18 +50,8 @@ impl Bed {
     /// All that keep a quota of containers and are here; what is not is said.
     #[must_use]
     pub fn all_with_quota() -> Vec<Self> {
-        let mut all = Vec::new();
-        let dir = tempfile::tempdir().unwrap();
-        match mount_ext4_with_quota(&dir.path().join("ext4.img"), &dir.path().join("ext4")) {
-            Ok(()) => all.push(Self::OverlayWithQuota),
-            Err(why) => {
-                let what = "PROJECT QUOTAS ARE NOT RUN, since this kernel does not mount ext4 with them";
-                announce(&format!("{what}: {}", why.lines().next().unwrap_or_default()));
-            }
-        }
-        let _ = mounts::unmount(&dir.path().join("ext4"));
-        all.extend(dataset_or_word().map(Self::Zfs));
-        all
+        let overlay = ext4_keeps_quotas().then_some(Self::OverlayWithQuota);
+        overlay.into_iter().chain(dataset_or_word().map(Self::Zfs)).collect()
     }
 
     /// Makes it for an agent on this directory.
@@ -112,6 +102,19 @@ pub fn dataset_or_word() -> Option<String> {
 
 fn image_beside(root: &Path) -> PathBuf {
     root.with_extension("ext4")
+}
+
+/// Whether ext4 keeps project quotas here; that it does not is said.
+#[must_use]
+pub fn ext4_keeps_quotas() -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    let can = mount_ext4_with_quota(&dir.path().join("ext4.img"), &dir.path().join("ext4"));
+    let _ = mounts::unmount(&dir.path().join("ext4"));
+    if let Err(why) = &can {
+        let what = "PROJECT QUOTAS ARE NOT RUN, since this kernel does not mount ext4 with them";
+        announce(&format!("{what}: {}", why.lines().next().unwrap_or_default()));
+    }
+    can.is_ok()
 }
 
 /// Mounts a new ext4 with project quotas.
@@ -179,9 +182,7 @@ impl Pool {
         run("zpool", &args).unwrap();
         Self { name, file }
     }
-}
 
-impl Pool {
     /// Imports the pool after an export.
     pub fn import(&self) {
         let file = self.file.to_str().unwrap();

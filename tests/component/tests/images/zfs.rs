@@ -2,22 +2,15 @@
 
 use std::{
     fs,
-    io::Write,
     path::PathBuf,
     process::{Command, Output, Stdio},
-    sync::{
-        Once,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use moxlet_storage::mounts;
-use moxlet_tests_component::program;
+use moxlet_tests_component::{program, store::dataset_or_word};
 
 use crate::support::{docker_archive, failed, succeeded, text, tool};
-
-/// The dataset below which stores are made.
-const DATASET: &str = "MOXLET_TEST_ZFS";
 
 /// A dataset, below which stores are made.
 pub(crate) struct Parent(pub(crate) String);
@@ -25,17 +18,7 @@ pub(crate) struct Parent(pub(crate) String);
 impl Parent {
     /// None where there is no ZFS, which is said past the capture of output.
     pub(crate) fn from_env() -> Option<Self> {
-        static SAID: Once = Once::new();
-        let parent = std::env::var(DATASET).ok().filter(|d| !d.is_empty());
-        if parent.is_none() {
-            SAID.call_once(|| {
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "image tests: NOTHING IS RUN ON ZFS, since {DATASET} names no dataset (scripts/test lab does it in a guest)"
-                );
-            });
-        }
-        parent.map(Self)
+        dataset_or_word().map(Self)
     }
 
     /// A store that is not there yet.

@@ -3,21 +3,18 @@
 
 use std::{
     ffi::CString,
-    fs::{self, File},
-    io::Write,
+    fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::Command,
-    sync::{Arc, Once, OnceLock},
+    sync::{Arc, OnceLock},
 };
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
 use moxlet_storage::{
     Driver, IdMap, IdStyle, OverlayDriver, RootOptions, Usage, ZfsConfig, ZfsDriver, mounts,
 };
+use moxlet_tests_component::store::{dataset_or_word, ext4_keeps_quotas, mount_ext4_with_quota, run, zfs};
 
-/// The dataset below which stores on ZFS are made.
-const DATASET: &str = "MOXLET_TEST_ZFS";
 /// Runs only the beds whose name holds this.
 const ONLY: &str = "MOXLET_TEST_BED";
 
@@ -51,66 +48,14 @@ impl Bed {
     }
 }
 
-pub(crate) fn parent_dataset() -> Option<String> {
-    std::env::var(DATASET).ok().filter(|d| !d.is_empty())
-}
-
-/// Past the capture of output: who reads the end of a run is to know what it did not cover.
-fn announce(text: &str) {
-    let _ = writeln!(std::io::stderr(), "storage tests: {text}");
-}
-
 pub(crate) fn zfs_beds() -> Vec<Bed> {
-    static SAID: Once = Once::new();
-    if parent_dataset().is_none() {
-        SAID.call_once(|| {
-            announce(&format!("NOTHING IS RUN ON ZFS, since {DATASET} names no dataset (scripts/test lab does it in a guest)"));
-        });
-        return Vec::new();
-    }
-    [IdStyle::Idmapped, IdStyle::Shifted].into_iter().map(Bed::Zfs).filter(|b| b.is_wanted()).collect()
+    let styles = dataset_or_word().map(|_| [IdStyle::Idmapped, IdStyle::Shifted]);
+    styles.into_iter().flatten().map(Bed::Zfs).filter(|b| b.is_wanted()).collect()
 }
 
-/// Whether ext4 keeps project quotas here.
 fn quota_bed() -> Option<Bed> {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    let found = FOUND.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap();
-        let can = mount_ext4_with_quota(dir.path());
-        let _ = mounts::unmount(&dir.path().join("ext4"));
-        if let Err(why) = &can {
-            let what = "PROJECT QUOTAS ARE NOT RUN, since this kernel does not mount ext4 with them";
-            announce(&format!("{what}: {}", why.lines().next().unwrap_or_default()));
-        }
-        can.is_ok()
-    });
-    Some(Bed::OverlayWithQuota).filter(|b| *found && b.is_wanted())
-}
-
-fn mount_ext4_with_quota(dir: &Path) -> Result<PathBuf, String> {
-    let (image, at) = (dir.join("ext4.img"), dir.join("ext4"));
-    File::create(&image).unwrap().set_len(256 << 20).unwrap();
-    fs::create_dir_all(&at).unwrap();
-    run("mkfs.ext4", &["-q", "-O", "quota,project", "-E", "quotatype=prjquota", image.to_str().unwrap()])?;
-    run("mount", &["-o", "loop,prjquota", image.to_str().unwrap(), at.to_str().unwrap()])?;
-    Ok(at)
-}
-
-/// Runs a program; what it printed, or what went wrong.
-pub(crate) fn run(program: &str, args: &[&str]) -> Result<String, String> {
-    let out = Command::new(program)
-        .args(args)
-        .env("LC_ALL", "C")
-        .output()
-        .map_err(|e| format!("{program}: {e}"))?;
-    if out.status.success() {
-        return Ok(String::from_utf8(out.stdout).unwrap());
-    }
-    Err(format!("{program} {}: {}", args.join(" "), String::from_utf8_lossy(&out.stderr).trim()))
-}
-
-pub(crate) fn zfs(args: &[&str]) -> String {
-    run("zfs", args).unwrap()
+    Some(Bed::OverlayWithQuota).filter(|b| *FOUND.get_or_init(ext4_keeps_quotas) && b.is_wanted())
 }
 
 /// Runs a test on all beds.
@@ -170,7 +115,9 @@ impl Store {
                 )
                 .unwrap();
             }
-            Bed::OverlayWithQuota => drop(mount_ext4_with_quota(dir.path()).unwrap()),
+            Bed::OverlayWithQuota => {
+                mount_ext4_with_quota(&dir.path().join("ext4.img"), &dir.path().join("ext4")).unwrap();
+            }
             _ => {}
         }
         // A container's root gets to what is its own.
@@ -292,7 +239,7 @@ impl Drop for Store {
 }
 
 fn dataset(dir: &Path) -> String {
-    format!("{}/{}", parent_dataset().unwrap(), dir.file_name().unwrap().to_str().unwrap())
+    format!("{}/{}", dataset_or_word().unwrap(), dir.file_name().unwrap().to_str().unwrap())
 }
 
 fn inside(bed: Bed, dir: &Path) -> PathBuf {

@@ -13,9 +13,10 @@ use std::{
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
 use moxlet_storage::{Driver, IdStyle, Usage};
+use moxlet_tests_component::store::zfs;
 
 use crate::{
-    bed::{Bed, Store, entries, map, on_overlay, on_zfs, open_at, zfs},
+    bed::{Bed, Store, entries, map, on_overlay, on_zfs, open_at},
     content::as_root_of,
 };
 

@@ -4,9 +4,10 @@ use std::fs;
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
 use moxlet_storage::{Driver, Error, IdStyle, Usage, ZfsConfig, ZfsDriver, mounts};
+use moxlet_tests_component::store::{Pool, run, zfs};
 
 use crate::{
-    bed::{Bed, Store, entries, map, on_zfs, run, zfs},
+    bed::{Bed, Store, entries, map, on_zfs},
     content::{as_root_of, noise, write},
 };
 
@@ -244,26 +245,6 @@ async fn an_id_that_the_map_does_not_have_is_refused_with_its_file() {
     .await;
 }
 
-/// A pool in a file, for stores on two pools.
-struct Pool(String, #[allow(dead_code)] tempfile::TempDir);
-
-impl Pool {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let name = dir.path().file_name().unwrap().to_str().unwrap().replace('.', "moxlet-");
-        let file = dir.path().join("disk");
-        fs::File::create(&file).unwrap().set_len(256 << 20).unwrap();
-        run("zpool", &["create", "-O", "mountpoint=none", &name, file.to_str().unwrap()]).unwrap();
-        Self(name, dir)
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let _ = run("zpool", &["destroy", "-f", &self.0]);
-    }
-}
-
 fn origin(dataset: &str) -> String {
     zfs(&["list", "-H", "-o", "origin", dataset]).trim().to_owned()
 }
@@ -271,7 +252,8 @@ fn origin(dataset: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_moves_to_another_pool_and_shares_there_what_it_shared() {
     on_zfs(async |store| {
-        let pool = Pool::new();
+        let files = tempfile::tempdir().unwrap();
+        let pool = Pool::create_in(files.path(), &[]);
         let from = store.zfs.clone().unwrap();
         let base = store.layer("base", |dir| fs::write(dir.join("base"), vec![1; 1 << 20]).unwrap()).await;
         let mut layers = vec![base.clone()];
@@ -280,7 +262,7 @@ async fn a_store_moves_to_another_pool_and_shares_there_what_it_shared() {
                 store.layer_on(Some(&base), name, |dir| fs::write(dir.join(name), name).unwrap()).await,
             );
         }
-        let to = open(store, &format!("{}/moxlet", pool.0), "other").await.unwrap();
+        let to = open(store, &format!("{}/moxlet", pool.name), "other").await.unwrap();
         let mut brought = from.copy_layers_to(&to, &from.layers().await.unwrap()).await.unwrap();
         brought.sort();
         layers.sort();
@@ -288,8 +270,11 @@ async fn a_store_moves_to_another_pool_and_shares_there_what_it_shared() {
         let again = from.copy_layers_to(&to, &from.layers().await.unwrap()).await.unwrap();
         assert!(again.is_empty(), "a second time nothing is missing");
         for chain in layers.iter().filter(|c| **c != base) {
-            let dataset = format!("{}/moxlet/layers/{}", pool.0, chain.digest().hex());
-            assert_eq!(origin(&dataset), format!("{}/moxlet/layers/{}@layer", pool.0, base.digest().hex()));
+            let dataset = format!("{}/moxlet/layers/{}", pool.name, chain.digest().hex());
+            assert_eq!(
+                origin(&dataset),
+                format!("{}/moxlet/layers/{}@layer", pool.name, base.digest().hex())
+            );
         }
         assert_eq!(to.layers_usage().await.unwrap().inodes, from.layers_usage().await.unwrap().inodes);
 
@@ -305,7 +290,7 @@ async fn a_store_moves_to_another_pool_and_shares_there_what_it_shared() {
         assert_eq!(from.copy_layers_to(&to, &from.layers().await.unwrap()).await.unwrap().len(), 3);
         to.close().await.unwrap();
 
-        let to = open(store, &format!("{}/moxlet", pool.0), "other").await.unwrap();
+        let to = open(store, &format!("{}/moxlet", pool.name), "other").await.unwrap();
         let (id, target) = (ContainerId::random(), store.path("there"));
         to.create_root(&id, &[base, above], map().into()).await.unwrap();
         to.mount_root(&id, &target).await.unwrap();
