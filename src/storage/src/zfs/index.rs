@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use moxlet_ids::{ChainId, ContainerId};
 
-use super::IdStyle;
+use super::{
+    IdStyle,
+    names::{Kind, Snapshot},
+};
 use crate::{IdMap, error::LayerUser};
 
 /// A finished layer.
@@ -35,12 +38,23 @@ pub(super) struct Root {
     pub(super) map: IdMap,
     pub(super) quota: Option<u64>,
     pub(super) ids: IdStyle,
+    /// Which of the snapshots it is a clone of.
+    pub(super) snapshot: Snapshot,
 }
 
 impl Root {
     /// Whether it is what is asked for; where ids are shifted is ours to choose.
     pub(super) fn is_as(&self, other: &Self) -> bool {
         (&self.top, self.map, self.quota) == (&other.top, other.map, other.quota)
+    }
+
+    /// What it is a clone of, if anything.
+    pub(super) fn origin(&self) -> Option<Kind> {
+        let top = self.top.clone()?;
+        Some(match self.ids {
+            IdStyle::Idmapped => Kind::Layer(top),
+            IdStyle::Shifted => Kind::Shifted(self.map, top),
+        })
     }
 }
 
@@ -50,6 +64,10 @@ pub(super) enum Hold {
     Draft,
     View,
 }
+
+/// How many roots are clones of one snapshot before the next is taken. One more clone of a snapshot costs some 0.2 ms for each
+/// that it has (`scripts/bench clones`), one more snapshot some milliseconds.
+const CLONES: usize = 64;
 
 /// All of the store.
 #[derive(Debug, Default)]
@@ -102,6 +120,18 @@ impl Index {
         }
         let gone = self.gone.iter().find(|(_, top)| top.as_ref() == Some(chain));
         gone.map(|(dataset, _)| LayerUser::Dataset(dataset.clone()))
+    }
+
+    /// The snapshot that a root's clone is best made of: the first that has not too many yet, whether it is there or not.
+    pub(super) fn snapshot_for(&self, root: &Root) -> Snapshot {
+        let mut clones: HashMap<Snapshot, usize> = HashMap::new();
+        let origin = root.origin();
+        for other in self.roots.values().chain(self.coming.values()).filter(|other| other.origin() == origin)
+        {
+            *clones.entry(other.snapshot).or_default() += 1;
+        }
+        let has_room = |snapshot: &Snapshot| clones.get(snapshot).is_none_or(|count| *count < CLONES);
+        Snapshot::all().find(has_room).unwrap_or_default()
     }
 
     /// A layer and all below it, the bottom one first.
@@ -188,8 +218,42 @@ mod tests {
         assert_eq!(index.user_of(&chain("a")), Some(LayerUser::View));
         index.release(hold);
         let id = ContainerId::random();
-        let root = Root { top: Some(chain("a")), map: IdMap::default(), quota: None, ids: IdStyle::Idmapped };
+        let root = Root {
+            top: Some(chain("a")),
+            map: IdMap::default(),
+            quota: None,
+            ids: IdStyle::Idmapped,
+            snapshot: Snapshot::FIRST,
+        };
         index.coming.insert(id.clone(), root);
         assert_eq!(index.user_of(&chain("a")), Some(LayerUser::Root(id)));
+    }
+
+    #[test]
+    fn roots_of_one_layer_are_spread_over_snapshots_and_fill_the_gaps() {
+        let mut index = Index::default();
+        let root = |top: &str, ids| Root {
+            top: Some(chain(top)),
+            map: IdMap::default(),
+            quota: None,
+            ids,
+            snapshot: Snapshot::FIRST,
+        };
+        let add = |index: &mut Index, ids| {
+            let mut new = root("a", ids);
+            new.snapshot = index.snapshot_for(&new);
+            let id = ContainerId::random();
+            index.roots.insert(id.clone(), new.clone());
+            (id, new.snapshot)
+        };
+        let all: Vec<_> = (0..2 * CLONES + 1).map(|_| add(&mut index, IdStyle::Idmapped)).collect();
+        let numbers: Vec<_> = Snapshot::all().take(3).collect();
+        let count = |n: Snapshot| all.iter().filter(|(_, s)| *s == n).count();
+        assert_eq!(numbers.iter().map(|n| count(*n)).collect::<Vec<_>>(), [CLONES, CLONES, 1]);
+        // Those of another layer, or with other ids, are none of its own.
+        assert_eq!(index.snapshot_for(&root("b", IdStyle::Idmapped)), Snapshot::FIRST);
+        assert_eq!(index.snapshot_for(&root("a", IdStyle::Shifted)), Snapshot::FIRST);
+        index.roots.remove(&all[CLONES].0);
+        assert_eq!(index.snapshot_for(&root("a", IdStyle::Idmapped)), numbers[1]);
     }
 }

@@ -11,7 +11,7 @@ use super::{
     health,
     index::{Hold, Layer},
     make_private_dir,
-    names::{FORMAT, INODES, Kind, OBJECTS, OWNER, PARENT, SNAPSHOT, VERSION},
+    names::{FORMAT, INODES, Kind, OBJECTS, OWNER, PARENT, Snapshot, VERSION},
     number, unexpected,
 };
 use crate::{
@@ -108,7 +108,7 @@ pub(super) struct Record {
 
 /// Makes a filled, unmounted draft the layer `chain`.
 pub(super) fn finish(inner: &Inner, draft: &str, chain: &ChainId, record: &Record) -> Result<Layer> {
-    let snapshot = format!("{draft}@{SNAPSHOT}");
+    let snapshot = Snapshot::FIRST.of(draft);
     // It waits until everything is on disk. A received one has come with it.
     match inner.cli.zfs(&["snapshot", &snapshot]) {
         Ok(_) | Err(Error::DatasetExists(_)) => {}
@@ -225,18 +225,30 @@ pub(super) fn remove(inner: &Inner, chain: &ChainId) -> Result<()> {
 }
 
 fn remove_now(inner: &Inner, chain: &ChainId, copies: &[(crate::IdMap, ChainId)]) -> Result<()> {
-    for (map, of) in copies {
-        inner.destroy(&inner.name(&Kind::Shifted(*map, of.clone())))?;
-        inner.index().copies.remove(&(*map, of.clone()));
-    }
-    let in_use = |by| Error::LayerInUse { layer: chain.clone(), by };
-    match inner.destroy(&inner.name(&Kind::Layer(chain.clone()))) {
-        Err(Error::DatasetBusy(..)) => Err(in_use(LayerUser::View)),
-        Err(Error::DatasetHasDependents(_)) => {
-            let rows = inner.cli.table(&["list", "-H", "-o", "clones", &inner.layer_snapshot(chain)])?;
-            let clones = rows.first().and_then(|row| row.first()).cloned().unwrap_or_default();
-            Err(in_use(LayerUser::Dataset(clones)))
+    let copies = copies.iter().map(|(map, of)| Kind::Shifted(*map, of.clone()));
+    for kind in copies.chain([Kind::Layer(chain.clone())]) {
+        let dataset = inner.name(&kind);
+        match inner.destroy(&dataset) {
+            Err(Error::DatasetBusy(..)) => {
+                return Err(Error::LayerInUse { layer: chain.clone(), by: LayerUser::View });
+            }
+            Err(Error::DatasetHasDependents(_)) => {
+                let by = LayerUser::Dataset(clones_of(inner, &dataset)?);
+                return Err(Error::LayerInUse { layer: chain.clone(), by });
+            }
+            done => done?,
         }
-        done => done,
+        if let Kind::Shifted(map, of) = kind {
+            inner.index().copies.remove(&(map, of));
+        }
     }
+    Ok(())
+}
+
+/// The clones of a dataset's snapshots, with commas between them.
+fn clones_of(inner: &Inner, dataset: &str) -> Result<String> {
+    let rows = inner.cli.table(&["list", "-H", "-t", "snapshot", "-o", "clones", dataset])?;
+    let clones = rows.iter().filter_map(|row| row.first()).map(String::as_str);
+    let clones: Vec<_> = clones.filter(|clones| !clones.is_empty() && *clones != "-").collect();
+    Ok(clones.join(","))
 }

@@ -1,7 +1,8 @@
 //! The ZFS driver: a snapshot for each layer, a clone for each container.
 //!
 //! ```text
-//! <dataset>/layers/<hex of the chain ID>            a layer with all below it, a clone of its parent; snapshot @layer
+//! <dataset>/layers/<hex of the chain ID>            a layer with all below it, a clone of its parent; snapshot @layer,
+//!                                                   and @layer-1 and on of the same where many roots are cloned from it
 //! <dataset>/shifted/<base>-<size>/<hex>             the same with the ids of a map; only where idmapped mounts are unknown
 //! <dataset>/roots/<container id>                    a clone of the top layer (or of its shifted copy), with refquota
 //! <dataset>/drafts/<unique>                         what is being made or is still busy; emptied by open
@@ -55,7 +56,7 @@ use crate::{
 };
 use cli::Cli;
 use index::Index;
-use names::Kind;
+use names::{Kind, Snapshot};
 
 /// Where the ids of a container's root are shifted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,25 +209,31 @@ impl Inner {
     }
 
     fn layer_snapshot(&self, chain: &ChainId) -> String {
-        format!("{}@{}", self.name(&Kind::Layer(chain.clone())), names::SNAPSHOT)
+        Snapshot::FIRST.of(&self.name(&Kind::Layer(chain.clone())))
     }
 
-    /// Destroys a dataset, with our own snapshot of it if it has that. One that is gone is destroyed already.
+    /// Destroys a dataset, with our own snapshots of it if it has any. One that is gone is destroyed already.
     fn destroy(&self, dataset: &str) -> Result<()> {
         match self.destroy_one(dataset) {
             Err(Error::DatasetHasDependents(_)) => {}
             done => return done,
         }
         let rows = self.cli.table(&["list", "-H", "-t", "all", "-d", "1", "-r", "-o", "name", dataset])?;
-        let ours = format!("{dataset}@{}", names::SNAPSHOT);
-        let names = rows.iter().filter_map(|row| row.first());
-        if let Some(foreign) = names.into_iter().find(|n| **n != dataset && **n != ours) {
-            return Err(Error::Foreign {
-                dataset: foreign.clone(),
-                what: "what it belongs to cannot be removed",
-            });
+        let mut ours = Vec::new();
+        for name in rows.iter().filter_map(|row| row.first()).filter(|name| *name != dataset) {
+            let snapshot = name.strip_prefix(dataset).and_then(|rest| rest.strip_prefix('@'));
+            match snapshot.and_then(Snapshot::of_name) {
+                Some(snapshot) => ours.push(snapshot.to_string()),
+                None => {
+                    let what = "what it belongs to cannot be removed";
+                    return Err(Error::Foreign { dataset: name.clone(), what });
+                }
+            }
         }
-        self.destroy_one(&ours)?;
+        // All of them or none: ZFS takes a list.
+        if !ours.is_empty() {
+            self.destroy_one(&format!("{dataset}@{}", ours.join(",")))?;
+        }
         self.destroy_one(dataset)
     }
 

@@ -33,10 +33,52 @@ pub(super) const IDS: &str = "dev.moxlet:ids";
 /// The format that this version writes.
 pub(super) const FORMAT: u32 = 1;
 /// The snapshot of a finished layer.
-pub(super) const SNAPSHOT: &str = "layer";
+const SNAPSHOT: &str = "layer";
 
-/// ZFS takes 255 bytes; the longest of ours is `shifted/<base>-<size>/<64 digits>@layer`.
+/// ZFS takes 255 bytes; the longest of ours is `shifted/<base>-<size>/<64 digits>@layer-<number>`.
 const MAX_PARENT: usize = 255 - 110;
+
+/// One of the snapshots of a finished layer, all of which hold the same.
+///
+/// The first, `@layer`, is there as long as the layer is, and is what other layers are made on and what is sent elsewhere.
+/// The others, `@layer-1` and on, are for roots alone: the `zfs` program opens the snapshot that it clones, and OpenZFS
+/// tells each time all the clones that it has, so that one more costs the more the more there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub(super) struct Snapshot(u16);
+
+impl Snapshot {
+    pub(super) const FIRST: Self = Self(0);
+
+    /// The first one and those after it, as far as they go.
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        (0..=u16::MAX).map(Self)
+    }
+
+    /// By what stands behind the `@`.
+    pub(super) fn of_name(name: &str) -> Option<Self> {
+        if name == SNAPSHOT {
+            return Some(Self::FIRST);
+        }
+        let number = name.strip_prefix(SNAPSHOT)?.strip_prefix('-')?;
+        let plain = !number.starts_with(['0', '+']);
+        number.parse().ok().filter(|_| plain).map(Self)
+    }
+
+    /// Of this dataset.
+    pub(super) fn of(self, dataset: &str) -> String {
+        format!("{dataset}@{self}")
+    }
+}
+
+/// What stands behind the `@`.
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => f.write_str(SNAPSHOT),
+            number => write!(f, "{SNAPSHOT}-{number}"),
+        }
+    }
+}
 
 /// What a dataset of ours is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -181,6 +223,19 @@ mod tests {
         }
         assert_eq!(Kind::of_mark("moxlet:layers/xyz"), None);
         assert_eq!(Kind::of_mark("-"), None);
+    }
+
+    #[test]
+    fn snapshots_of_a_layer_are_known_by_their_names_alone() {
+        for snapshot in Snapshot::all().take(12).chain([Snapshot(u16::MAX)]) {
+            assert_eq!(Snapshot::of_name(&snapshot.to_string()), Some(snapshot));
+        }
+        assert_eq!(Snapshot(7).of("tank/m/layers/x"), "tank/m/layers/x@layer-7");
+        for foreign in
+            ["", "daily", "layer-", "layer-0", "layer-01", "layer-+1", "layer-65536", "layer1", "layers"]
+        {
+            assert_eq!(Snapshot::of_name(foreign), None, "{foreign}");
+        }
     }
 
     #[test]

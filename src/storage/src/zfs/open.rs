@@ -17,7 +17,7 @@ use super::{
     cli::Cli,
     index::{Copy, Index, Layer, Root},
     make_private_dir,
-    names::{self, FORMAT, IDS, INODES, Kind, MAP, OBJECTS, OWNER, PARENT, QUOTA, SNAPSHOT, TOP, VERSION},
+    names::{self, FORMAT, IDS, INODES, Kind, MAP, OBJECTS, OWNER, PARENT, QUOTA, Snapshot, TOP, VERSION},
 };
 use crate::{
     error::{Attempt, Error, Result},
@@ -86,7 +86,9 @@ impl Row {
             "-" => None,
             text => Some(text.parse().ok()?),
         };
-        Some(Root { top: self.chain(TOP)?, map: names::map_of(self.get(MAP))?, quota, ids })
+        let origin = self.get("origin").rsplit_once('@').and_then(|(_, name)| Snapshot::of_name(name));
+        let (top, map) = (self.chain(TOP)?, names::map_of(self.get(MAP))?);
+        Some(Root { top, map, quota, ids, snapshot: origin.unwrap_or_default() })
     }
 }
 
@@ -233,7 +235,7 @@ impl Inner {
     fn take_stock(&self, rows: &HashMap<String, Row>) -> Index {
         let mut index = Index::default();
         let mut broken: Vec<(Kind, &'static str)> = Vec::new();
-        let snapshot_of = |path: &str| rows.get(&format!("{path}@{SNAPSHOT}"));
+        let snapshot_of = |path: &str| rows.get(&Snapshot::FIRST.of(path));
         for (path, row) in rows.iter().filter(|(path, _)| !path.contains('@')) {
             let Some(kind) = Kind::of_mark(row.get(OWNER)) else { continue };
             if let Some(name) = path.strip_prefix("drafts/") {

@@ -9,7 +9,7 @@ use super::{
     attach::{self, Access},
     index::{Copy, Root},
     make_private_dir,
-    names::{self, FORMAT, IDS, Kind, MAP, OWNER, QUOTA, SNAPSHOT, TOP, VERSION},
+    names::{self, FORMAT, IDS, Kind, MAP, OWNER, QUOTA, Snapshot, TOP, VERSION},
     number, shift,
 };
 use crate::{
@@ -69,7 +69,9 @@ impl Inner {
         }
         let _turn = self.turns.take(format!("root {id}"));
         // An empty root has nothing that would have to be shifted but itself.
-        let root = Root { top: layers.last().cloned(), map, quota: options.quota_bytes, ids: self.ids };
+        let top = layers.last().cloned();
+        let mut root =
+            Root { top, map, quota: options.quota_bytes, ids: self.ids, snapshot: Snapshot::FIRST };
         if let Some(there) = self.index().roots.get(id) {
             return if there.is_as(&root) { Ok(()) } else { Err(Error::RootExists(id.clone())) };
         }
@@ -80,6 +82,7 @@ impl Inner {
             if let Some(missing) = root.top.as_ref().filter(|top| !index.layers.contains_key(*top)) {
                 return Err(Error::LayerNotFound(missing.clone()));
             }
+            root.snapshot = index.snapshot_for(&root);
             index.coming.insert(id.clone(), root.clone());
         }
         let mut made = self.make_root(id, &root);
@@ -100,15 +103,26 @@ impl Inner {
             (None, IdStyle::Shifted) => return self.make_empty_shifted(id, root),
             (Some(top), IdStyle::Idmapped) => {
                 let below = self.index().layers.get(top).map_or(0, |l| l.referenced);
-                (Some(self.layer_snapshot(top)), below)
+                (root.origin(), below)
             }
             (Some(top), IdStyle::Shifted) => {
                 let copy = self.shifted(root.map, top)?;
-                let name = self.name(&Kind::Shifted(root.map, top.clone()));
-                (Some(format!("{name}@{SNAPSHOT}")), copy.referenced)
+                (root.origin(), copy.referenced)
             }
         };
-        self.make_root_of(id, root, origin.as_deref(), below)
+        let Some(origin) = origin else { return self.make_root_of(id, root, None, below) };
+        let snapshot = root.snapshot.of(&self.name(&origin));
+        match self.make_root_of(id, root, Some(&snapshot), below) {
+            // The first that needs it takes it; it is gone, too, where nothing was cloned from it and somebody has tidied up.
+            Err(Error::NoSuchDataset(_)) if root.snapshot != Snapshot::FIRST => {
+                match self.cli.zfs(&["snapshot", &snapshot]) {
+                    Ok(_) | Err(Error::DatasetExists(_)) => {}
+                    Err(error) => return Err(error),
+                }
+                self.make_root_of(id, root, Some(&snapshot), below)
+            }
+            made => made,
+        }
     }
 
     fn make_root_of(&self, id: &ContainerId, root: &Root, origin: Option<&str>, below: u64) -> Result<()> {
@@ -147,7 +161,7 @@ impl Inner {
         let kind = Kind::Shifted(map, top.clone());
         let dataset = self.name(&kind);
         self.shifted_draft(Some(top), map, |draft| {
-            self.cli.zfs(&["snapshot", &format!("{draft}@{SNAPSHOT}")])?;
+            self.cli.zfs(&["snapshot", &Snapshot::FIRST.of(draft)])?;
             self.cli.zfs(&["set", "readonly=on", &format!("{OWNER}={kind}"), draft])?;
             self.cli.zfs(&["rename", draft, &dataset]).map(drop)
         })?;

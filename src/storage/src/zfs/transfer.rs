@@ -11,7 +11,7 @@ use super::{
     Inner,
     index::{Hold, Layer},
     layers::{self, Record},
-    names::{FORMAT, Kind, OWNER, SNAPSHOT, VERSION},
+    names::{FORMAT, Kind, OWNER, Snapshot, VERSION},
 };
 use crate::{
     error::{Error, Result},
@@ -114,7 +114,7 @@ fn receive(
     for property in &properties {
         receive.extend(["-o", property]);
     }
-    let target = format!("{draft}@{SNAPSHOT}");
+    let target = Snapshot::FIRST.of(draft);
     receive.push(&target);
     to.cli.pipe(&send, &receive)
 }

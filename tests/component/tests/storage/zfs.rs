@@ -249,6 +249,72 @@ fn origin(dataset: &str) -> String {
     zfs(&["list", "-H", "-o", "origin", dataset]).trim().to_owned()
 }
 
+/// The snapshots of a dataset, by what stands behind the `@`.
+fn snapshots(dataset: &str) -> Vec<String> {
+    let names = zfs(&["list", "-H", "-t", "snapshot", "-d", "1", "-o", "name", "-s", "createtxg", dataset]);
+    names.lines().filter_map(|name| name.split_once('@')).map(|(_, name)| name.to_owned()).collect()
+}
+
+/// One more clone of a snapshot costs the more the more it has, so that there are several of the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_roots_of_one_layer_are_clones_of_several_snapshots_of_it() {
+    const CLONES: usize = 64;
+    on_zfs(async |store| {
+        let layer = store.layer("one", |dir| fs::write(dir.join("file"), "x").unwrap()).await;
+        let make = async || {
+            let id = ContainerId::random();
+            store.driver.create_root(&id, std::slice::from_ref(&layer), map().into()).await.unwrap();
+            id
+        };
+        let origin = |id: &ContainerId| origin(&format!("{}/roots/{id}", store.dataset()));
+        let mut first = Vec::new();
+        for _ in 0..CLONES {
+            first.push(make().await);
+        }
+        let dataset = origin(&first[0]).strip_suffix("@layer").unwrap().to_owned();
+        assert_eq!(origin(&first[CLONES - 1]), format!("{dataset}@layer"));
+        assert_eq!(snapshots(&dataset), ["layer"]);
+        let (above, both) = (make().await, make().await);
+        assert_eq!(origin(&above), format!("{dataset}@layer-1"));
+        assert_eq!(origin(&both), format!("{dataset}@layer-1"));
+        let target = store.path("above");
+        store.driver.mount_root(&above, &target).await.unwrap();
+        assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "x");
+        store.driver.unmount_root(&above, &target).await.unwrap();
+
+        // What is full and what has room is known after a start, too.
+        store.driver.remove_root(&first.pop().unwrap()).await.unwrap();
+        store.reopen().await;
+        first.push(make().await);
+        assert_eq!(origin(first.last().unwrap()), format!("{dataset}@layer"));
+        let third = make().await;
+        assert_eq!(origin(&third), format!("{dataset}@layer-1"));
+
+        // One that nothing is cloned from may go, and is taken again.
+        for id in [above, both, third] {
+            store.driver.remove_root(&id).await.unwrap();
+        }
+        zfs(&["destroy", &format!("{dataset}@layer-1")]);
+        let again = make().await;
+        assert_eq!(origin(&again), format!("{dataset}@layer-1"));
+
+        // Somebody's clone keeps the layer, with all of its snapshots.
+        let theirs = format!("{}/clone-of-others", store.dataset());
+        zfs(&["clone", "-o", "mountpoint=legacy", &format!("{dataset}@layer-1"), &theirs]);
+        for id in first.iter().chain([&again]) {
+            store.driver.remove_root(id).await.unwrap();
+        }
+        let refused = store.driver.remove_layer(&layer).await.unwrap_err();
+        assert!(matches!(&refused, Error::LayerInUse { .. }), "{refused}");
+        assert!(refused.to_string().contains(&theirs), "{refused}");
+        assert_eq!(snapshots(&dataset), ["layer", "layer-1"]);
+        zfs(&["destroy", &theirs]);
+        store.driver.remove_layer(&layer).await.unwrap();
+        assert!(store.driver.layers().await.unwrap().is_empty());
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_moves_to_another_pool_and_shares_there_what_it_shared() {
     on_zfs(async |store| {
