@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
@@ -242,7 +242,11 @@ impl Calls {
 
 /// A call of the simulator's admin port; its answer.
 pub async fn control(sim: &Simulator, method: &str, path: &str, body: &Value) -> Value {
-    let address = sim.admin().unwrap();
+    control_at(sim.admin().unwrap(), method, path, body).await
+}
+
+/// The same of a simulator that runs elsewhere.
+pub async fn control_at(address: SocketAddr, method: &str, path: &str, body: &Value) -> Value {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let body = body.to_string();
     let head = format!(

@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 use crate::table::{Bound, Table, ms, quantile};
 
 /// What a pod's start may ask for.
-const CALLS: f64 = 6.0;
+pub(super) const CALLS: f64 = 6.0;
 /// What each answer takes longer, and what a start may take longer by it.
-const LATENCY: Duration = Duration::from_millis(50);
+pub(super) const LATENCY: Duration = Duration::from_millis(50);
 /// How long an idle host is watched, and how often its agent looks.
 const IDLE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_secs(2);
