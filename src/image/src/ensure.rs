@@ -2,17 +2,17 @@
 //!
 //! That an image is here does not mean that every pod may use it: it may have come with the pull secret of another one. As
 //! the kubelet does (KEP-2535, its policy `NeverVerifyPreloadedImages`), the store remembers of an image that was pulled
-//! for a pod with which credentials that was, as salted digests, or that none were needed. A pod that cannot show any of
-//! these has to pass the registry's authorisation itself, which moves no layer that is here. Images that were imported,
-//! or pulled by hand, are free for all.
+//! for a pod with which of the pod's credentials that was, as salted digests, or that the pod had none for it. That is
+//! part of the image's record from its first moment on. A pod that cannot show any of these has to pass the registry's
+//! authorisation itself, which moves no layer that is here. Images that were imported, or pulled by hand, are free for all.
 
-use std::str::FromStr;
+use std::{collections::BTreeSet, str::FromStr};
 
 use moxlet_ids::Digest;
 use tokio::sync::watch;
 
 use crate::{
-    Credentials, Error, ImageRecord, ImageStore, Keyring, PullProgress, Reference, Result,
+    Credentials, Error, ImageRecord, ImageStore, Keyring, PullProgress, Reference, Result, Wanted,
     store::{Access, Details, blocking},
 };
 
@@ -40,6 +40,28 @@ impl FromStr for PullPolicy {
     }
 }
 
+/// For whom an image is pulled. That says who may have it once it is here.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Taker {
+    /// Whoever works on the host: what is pulled by hand says nothing about pods.
+    Host,
+    /// A pod that has credentials for it, of which this is the salted digest.
+    Holder(String),
+    /// A pod that has none.
+    Anyone,
+}
+
+impl Taker {
+    /// What the record of the image says of it.
+    pub(crate) fn access(self) -> Option<Access> {
+        match self {
+            Self::Host => None,
+            Self::Holder(proof) => Some(Access { anyone: false, credentials: BTreeSet::from([proof]) }),
+            Self::Anyone => Some(Access { anyone: true, credentials: BTreeSet::new() }),
+        }
+    }
+}
+
 /// Whether somebody with these credentials may use an image of a repository that is here.
 fn may_use(details: &Details, repository: &str, proofs: &[String]) -> bool {
     if details.access.is_empty() {
@@ -54,8 +76,7 @@ impl ImageStore {
     /// That counts as a use.
     ///
     /// # Errors
-    /// [`Error::NeverPull`] where it is not here, or not free for the pod, and must not be pulled; else as
-    /// [`Self::resolve`].
+    /// [`Error::NeverPull`] where it is not here, or not free for the pod, and must not be pulled; [`Error::InvalidName`].
     pub async fn find_for(
         &self,
         reference: &str,
@@ -66,7 +87,8 @@ impl ImageStore {
         if policy == PullPolicy::Always {
             return Ok(None);
         }
-        if let Some((record, details)) = self.store.look_up(reference)? {
+        // Not by the beginning of an id: a pod that says `cafe` means that name.
+        if let Some((record, details)) = self.store.look_up_name(reference, &parsed) {
             let proofs = self.proofs(&secrets.lookup(&parsed)).await?;
             if may_use(&details, &parsed.name(), &proofs) {
                 self.used(&record.id).await?;
@@ -97,8 +119,9 @@ impl ImageStore {
         let proofs = self.proofs(&credentials).await?;
         let mut denied = None;
         for (credentials, proof) in credentials.into_iter().zip(proofs) {
-            match self.pull_telling(reference, &[credentials], progress).await {
-                Ok(record) => return self.shown(record, parsed.name(), Some(proof)).await,
+            let wanted = (parsed.clone(), vec![credentials], Taker::Holder(proof));
+            match self.follow(wanted, progress).await {
+                Ok(record) => return Ok(record),
                 // Some registries say that there is nothing of what they do not show.
                 Err(error @ (Error::Denied { .. } | Error::NotFound { .. })) => {
                     denied.get_or_insert(error);
@@ -108,10 +131,7 @@ impl ImageStore {
         }
         match denied {
             Some(error) => Err(error),
-            None => {
-                let record = self.pull_telling(reference, &[], progress).await?;
-                self.shown(record, parsed.name(), None).await
-            }
+            None => self.follow((parsed, Vec::new(), Taker::Anyone), progress).await,
         }
     }
 
@@ -125,7 +145,11 @@ impl ImageStore {
         auths: &[Credentials],
         progress: &watch::Sender<PullProgress>,
     ) -> Result<ImageRecord> {
-        let (mut seen, pull) = self.pull_with_progress(reference, auths)?;
+        self.follow((Reference::parse(reference)?, auths.to_vec(), Taker::Host), progress).await
+    }
+
+    async fn follow(&self, wanted: Wanted, progress: &watch::Sender<PullProgress>) -> Result<ImageRecord> {
+        let (mut seen, pull) = self.join(wanted);
         let mut pull = std::pin::pin!(pull);
         let outcome = loop {
             tokio::select! {
@@ -146,33 +170,7 @@ impl ImageStore {
         let (store, credentials) = (self.store.clone(), credentials.to_vec());
         blocking(move || credentials.iter().map(|c| store.records.proof(c)).collect()).await
     }
-
-    /// Notes who has shown that he may have an image.
-    async fn shown(
-        &self,
-        record: ImageRecord,
-        repository: String,
-        proof: Option<String>,
-    ) -> Result<ImageRecord> {
-        let id: Digest = record.id.clone();
-        let note = move |_: &mut ImageRecord, details: &mut Details| {
-            let access: &mut Access = details.access.entry(repository).or_default();
-            match proof {
-                Some(proof) => {
-                    access.credentials.insert(proof);
-                }
-                None => access.anyone = true,
-            }
-            while access.credentials.len() > MAX_PROOFS {
-                access.credentials.pop_first();
-            }
-        };
-        Ok(self.store.change(&id, note).await?.unwrap_or(record))
-    }
 }
-
-/// How many credentials are remembered of a repository; who is forgotten asks the registry once more.
-const MAX_PROOFS: usize = 256;
 
 impl crate::store::Records {
     /// A digest of credentials that says nothing to somebody who has the disk but not the salt, and tells equal ones.

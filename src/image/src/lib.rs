@@ -48,6 +48,7 @@ use moxlet_storage::Driver;
 
 pub use credentials::{Credentials, Keyring};
 pub use ensure::PullPolicy;
+use ensure::Taker;
 pub use error::{Error, Result};
 pub use garbage::{Garbage, GarbagePolicy};
 pub use import::{Feed, RootfsOptions, Source, feed};
@@ -162,8 +163,8 @@ pub enum Removed {
     Image(Box<ImageRecord>),
 }
 
-/// Who pulls what. Credentials are part of it: one caller must not get what only another one may have.
-type Wanted = (Reference, Vec<Credentials>);
+/// Who pulls what for whom. Credentials are part of it: one caller must not get what only another one may have.
+type Wanted = (Reference, Vec<Credentials>, Taker);
 type Pull = BoxFuture<'static, Result<ImageRecord>>;
 
 /// A pull that is under way.
@@ -230,7 +231,7 @@ impl ImageStore {
         auths: &[Credentials],
     ) -> Result<(watch::Receiver<PullProgress>, impl Future<Output = Result<ImageRecord>> + Send + 'static)>
     {
-        let wanted = (Reference::parse(reference)?, auths.to_vec());
+        let wanted = (Reference::parse(reference)?, auths.to_vec(), Taker::Host);
         Ok(self.join(wanted))
     }
 
@@ -323,11 +324,11 @@ impl ImageStore {
         {
             return (under.progress.clone(), pull);
         }
-        let (reference, auths) = wanted.clone();
+        let (reference, auths, taker) = wanted.clone();
         let (reporter, progress) = Reporter::new();
         let store = Arc::clone(&self.store);
         let pull = async move {
-            let pull = pull::pull(Arc::clone(&store), reference, auths, reporter);
+            let pull = pull::pull(Arc::clone(&store), reference, auths, taker, reporter);
             store.unless_stalled(pull).await
         };
         let pull = pull.boxed().shared();

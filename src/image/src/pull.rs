@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use crate::{
     Credentials, Error, ImageRecord, Origin, Reference, Result,
     download::download,
+    ensure::Taker,
     fetch::{self, Job},
     layer::{self, Claim, Piece},
     progress::Reporter,
@@ -29,10 +30,11 @@ pub(crate) async fn pull(
     store: Arc<Store>,
     reference: Reference,
     auths: Vec<Credentials>,
+    taker: Taker,
     progress: Reporter,
 ) -> Result<ImageRecord> {
     let session = store.registry.session(&reference, &auths).await?;
-    let outcome = pull_from(&store, &session, &progress).await;
+    let outcome = pull_from(&store, &session, taker, &progress).await;
     progress.publish();
     if matches!(outcome, Err(Error::DigestMismatch { .. } | Error::BadImage { .. }))
         && let Err(error) = store.collect().await
@@ -42,7 +44,12 @@ pub(crate) async fn pull(
     outcome
 }
 
-async fn pull_from(store: &Arc<Store>, session: &Session<'_>, progress: &Reporter) -> Result<ImageRecord> {
+async fn pull_from(
+    store: &Arc<Store>,
+    session: &Session<'_>,
+    taker: Taker,
+    progress: &Reporter,
+) -> Result<ImageRecord> {
     let manifest = manifest::fetch(session).await?;
     check_sizes(session, &manifest)?;
     let (config, blob) = match store.config(&manifest.config.digest) {
@@ -79,7 +86,8 @@ async fn pull_from(store: &Arc<Store>, session: &Session<'_>, progress: &Reporte
         blobs: manifest.layers.into_iter().map(Into::into).collect(),
         manifest: Some(manifest.raw),
         origin: Origin::Pulled,
-        access: None,
+        // In the record's first write: an image that were free for all even for a moment would stay so after a crash.
+        access: taker.access().map(|access| (reference.name(), access)),
     };
     let record = store.add(image, pins).await?;
     tracing::info!(image = %reference, id = %record.id, layers = record.layers.len(), fetched, "image pulled");

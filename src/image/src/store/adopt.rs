@@ -162,9 +162,7 @@ fn merge(mut ours: Stored, theirs: Stored) -> Stored {
         ours.details.manifest = theirs.details.manifest;
     }
     for (repository, access) in theirs.details.access {
-        let known = ours.details.access.entry(repository).or_default();
-        known.anyone |= access.anyone;
-        known.credentials.extend(access.credentials);
+        ours.details.access.entry(repository).or_default().add(&access);
     }
     for (chain, blob) in theirs.details.pushed {
         ours.details.pushed.entry(chain).or_insert(blob);

@@ -92,9 +92,7 @@ impl Store {
             details.blobs = image.blobs;
         }
         if let Some((repository, access)) = image.access {
-            let known = details.access.entry(repository).or_default();
-            known.anyone |= access.anyone;
-            known.credentials.extend(access.credentials);
+            details.access.entry(repository).or_default().add(&access);
         }
         if let Some(blob) = &image.blob {
             self.records.write_config(&id, blob)?;

@@ -22,7 +22,7 @@ use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::Driver;
 use oci_spec::image::ImageConfiguration;
 
-use crate::{Config, Error, ImageRecord, Result, registry::Registry};
+use crate::{Config, Error, ImageRecord, Reference, Result, registry::Registry};
 pub(crate) use adopt::{Adopted, SourceRecords};
 pub(crate) use change::{NewImage, RawManifest};
 pub(crate) use lock::DirLock;
@@ -172,6 +172,13 @@ impl Store {
         let images = lock(&self.images);
         let named = names::find(&images, text)?;
         Ok(named.and_then(|n| images.get(n.id())).map(|s| (s.record.clone(), s.details.clone())))
+    }
+
+    /// As [`Self::look_up`], for whom only a whole id (`sha256:…`) is one: what else a pod says is a name.
+    pub(crate) fn look_up_name(&self, text: &str, reference: &Reference) -> Option<(ImageRecord, Details)> {
+        let images = lock(&self.images);
+        let id = names::find_name(&images, text, reference)?;
+        images.get(&id).map(|s| (s.record.clone(), s.details.clone()))
     }
 
     /// When an image was used last: by a container, or by a pull.

@@ -52,6 +52,12 @@ pub(super) fn find(images: &Images, text: &str) -> Result<Option<Named>> {
     }
 }
 
+/// The id of the image that has a name, or of which this is the whole id.
+pub(super) fn find_name(images: &Images, text: &str, reference: &Reference) -> Option<Digest> {
+    let id = text.parse::<Digest>().ok().filter(|id| images.contains_key(id));
+    id.or_else(|| by_name(images, reference).map(|named| named.id().clone()))
+}
+
 fn by_name(images: &Images, reference: &Reference) -> Option<Named> {
     if let Some(digest) = reference.digest() {
         let full = format!("{}@{digest}", reference.name());
@@ -134,6 +140,19 @@ mod tests {
         }
         assert!(matches!(find(&images, "abc"), Err(Error::Ambiguous(_))));
         assert!(matches!(find(&images, "A b"), Err(Error::InvalidName { .. })));
+    }
+
+    #[test]
+    fn a_pods_name_is_never_the_beginning_of_an_id() {
+        let images = images();
+        let found = |text: &str| find_name(&images, text, &Reference::parse(text).unwrap());
+        for text in ["busybox", id("abc1").as_str(), "a.b/c:1", &format!("a.b/c@{}", id("1"))] {
+            assert_eq!(found(text), Some(id("abc1")), "{text}");
+        }
+        assert_eq!(found("abc1"), Some(id("abc2")), "as a name");
+        for text in ["abc2", "abc10", "sha256:abc2", id("9").as_str()] {
+            assert_eq!(found(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -37,6 +37,8 @@ use crate::{
 const VERSION: u32 = 2;
 /// Bytes of the salt.
 const SALT: usize = 32;
+/// How many credentials are remembered of a repository.
+const MAX_PROOFS: usize = 256;
 /// Far more than the longest list of names that anybody has.
 const MAX_FILE: u64 = 16 << 20;
 
@@ -58,7 +60,7 @@ pub(crate) struct Details {
     /// The manifest that it came with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) manifest: Option<ManifestNote>,
-    /// When it was pulled or imported, the last time.
+    /// When it was pulled or imported, the first time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) added_at: Option<Timestamp>,
     #[serde(default)]
@@ -81,12 +83,26 @@ pub(crate) struct ManifestNote {
 /// Who may have an image of a repository.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Access {
-    /// It was pulled without credentials, or with the host's own.
+    /// It was pulled for a pod that had no credentials for it.
     #[serde(default)]
     pub(crate) anyone: bool,
-    /// Salted digests of the credentials that it was pulled with.
+    /// Salted digests of the credentials that pods have shown when it was pulled for them.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub(crate) credentials: BTreeSet<String>,
+}
+
+impl Access {
+    /// Adds those who have shown it now. Of too many, earlier ones are forgotten: they ask the registry once more.
+    pub(super) fn add(&mut self, more: &Self) {
+        self.anyone |= more.anyone;
+        self.credentials.extend(more.credentials.iter().cloned());
+        while self.credentials.len() > MAX_PROOFS {
+            let Some(old) = self.credentials.iter().find(|c| !more.credentials.contains(*c)).cloned() else {
+                return;
+            };
+            self.credentials.remove(&old);
+        }
+    }
 }
 
 /// The images by their ids.
