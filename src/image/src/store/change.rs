@@ -86,7 +86,7 @@ impl Store {
         (record.size_bytes, record.layers) = (image.size_bytes, image.layers);
         let id = record.id.clone();
         let details = &mut stored.details;
-        details.added_at = Some(Timestamp::now());
+        details.added_at.get_or_insert_with(Timestamp::now);
         details.origin = image.origin;
         if !image.blobs.is_empty() {
             details.blobs = image.blobs;
