@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -79,6 +79,8 @@ pub(crate) struct Sandbox {
     client: Mutex<Option<Client>>,
     /// Who else holds its CT, so that it cannot be changed now.
     held: Mutex<Option<String>>,
+    /// Whether a task removes it in the background.
+    pub(crate) goes: AtomicBool,
     /// Held through every change of the sandbox as a whole and of its containers, and while its record is written.
     pub(crate) change: tokio::sync::Mutex<()>,
 }
@@ -91,6 +93,7 @@ impl Sandbox {
             record: Mutex::new(record),
             client: Mutex::new(None),
             held: Mutex::new(None),
+            goes: AtomicBool::new(false),
             change: tokio::sync::Mutex::new(()),
         })
     }
@@ -314,6 +317,11 @@ impl Core {
     /// Forgets a sandbox.
     pub(crate) fn forget_sandbox(&self, id: &SandboxId) {
         lock(&self.sandboxes).remove(id);
+    }
+
+    /// Whether there is such a sandbox (still).
+    pub(crate) fn knows(&self, id: &SandboxId) -> bool {
+        lock(&self.sandboxes).contains_key(id)
     }
 
     /// All sandboxes.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `core` | sandboxes and containers in memory, the parts below, the stream of events |
 //! | `ledger` | what must survive: one small file for each sandbox and container |
+//! | `again` | what could not be removed is tried again in the background |
 //! | `recover` | at the start: ledger and host are brought in line |
 //! | `sandboxes`, `containers`, `prepare`, `spec` | their lives, and what a container is made of |
 //! | `engine`, `network` | which engine makes the CTs, and who attaches them |
@@ -14,8 +15,9 @@
 //! | `streaming` | exec, attach and port-forward |
 //!
 //! Tasks that live as long as the agent: the gRPC server, the streaming server's listeners, a watch for each running
-//! sandbox, the look at what others do. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
+//! sandbox, a retry for each that could not be removed, the look at what others do. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
 
+mod again;
 mod beneath;
 mod config;
 mod containers;
@@ -23,6 +25,8 @@ mod core;
 mod engine;
 mod error;
 mod facts;
+#[cfg(test)]
+mod fake;
 mod init_binary;
 mod ledger;
 mod logs;

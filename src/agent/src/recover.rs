@@ -9,7 +9,7 @@ use moxlet_sandbox::SandboxState;
 use tracing::{info, warn};
 
 use crate::{
-    containers,
+    again, containers,
     core::{Container, Core, Sandbox, blocking},
     error::{Error, Result, chain},
     ledger::Phase,
@@ -22,8 +22,8 @@ const HELLO: Duration = Duration::from_secs(5);
 /// Loads the ledger and brings the host in line with it.
 ///
 /// # Errors
-/// A ledger that cannot be read: to guess would be to lose a pod. What else goes wrong is logged and tried again at the next
-/// start.
+/// A ledger that cannot be read: to guess would be to lose a pod. What else goes wrong is logged and tried again, removals in the
+/// background, the rest at the next start.
 pub(crate) async fn recover(core: &Arc<Core>) -> Result<()> {
     let ledger = core.ledger.clone();
     let (sandboxes, containers) = blocking("reading the ledger", move || ledger.load()).await?;
@@ -40,6 +40,10 @@ pub(crate) async fn recover(core: &Arc<Core>) -> Result<()> {
     strays(core).await;
     let all = core.sandboxes().into_iter().map(|sandbox| async move {
         if let Err(error) = sandbox_again(core, &sandbox).await {
+            if matches!(sandbox.phase(), Phase::Creating | Phase::Removing) {
+                warn!(sandbox = %sandbox.id, error = chain(&error), "a sandbox is not wholly removed; it is tried again");
+                return again::sandbox(core, &sandbox);
+            }
             warn!(sandbox = %sandbox.id, error = chain(&error), "a sandbox is not wholly recovered; the next start tries again");
         }
     });
@@ -126,7 +130,8 @@ async fn strays(core: &Arc<Core>) {
     for id in found.difference(&sandboxes) {
         info!(sandbox = %id, "removing what is left of a sandbox");
         if let Err(error) = sandboxes::remove_stray(core, id).await {
-            warn!(sandbox = %id, error = chain(&error), "not wholly removed; the next start tries again");
+            warn!(sandbox = %id, error = chain(&error), "not wholly removed; it is tried again");
+            again::stray(core, id.clone());
         }
     }
     let roots = match core.driver.roots().await {

@@ -27,6 +27,7 @@ use rustix::mount::{MountFlags, mount};
 use tracing::{info, warn};
 
 use crate::{
+    again,
     config::EngineSettings,
     containers,
     core::{Core, Sandbox, blocking, now_ns},
@@ -197,7 +198,8 @@ pub(crate) async fn run(core: &Arc<Core>, config: v1::PodSandboxConfig, handler:
                 Ok(()) => Ok(sandbox.id.clone()),
                 Err(error) => {
                     if let Err(second) = remove_parts(&core, &sandbox).await {
-                        warn!(sandbox = %sandbox.id, error = chain(&second), "a failed sandbox is not wholly removed; the next start tries again");
+                        warn!(sandbox = %sandbox.id, error = chain(&second), "a failed sandbox is not wholly removed; it is tried again");
+                        again::sandbox(&core, &sandbox);
                     }
                     Err(error)
                 }
@@ -264,14 +266,19 @@ pub(crate) async fn stop(core: &Arc<Core>, id: &str) -> Result<()> {
         .await
 }
 
+/// Refuses a change of a CT, or of what is in it, that somebody else holds: a backup relies on its state.
+pub(crate) async fn not_held(core: &Core, sandbox: &Sandbox) -> Result<()> {
+    match core.engine.held_by(&sandbox.id).await? {
+        Some(by) => Err(Error::Held { sandbox: sandbox.id.to_string(), by }),
+        None => Ok(()),
+    }
+}
+
 /// Stops a CT and releases its network; the caller holds the sandbox.
 async fn stop_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
     let running = matches!(core.engine.state(&sandbox.id).await?, Some(SandboxState::Running { .. }));
     if running {
-        // Not even asked to end: whoever holds it relies on its state.
-        if let Some(lock) = core.engine.held_by(&sandbox.id).await? {
-            return Err(Error::Held { sandbox: sandbox.id.to_string(), by: lock });
-        }
+        not_held(core, sandbox).await?;
         if let Ok(client) = sandbox.client() {
             // It kills its containers and writes how they ended; what goes wrong here the engine ends.
             let _ = tokio::time::timeout(STOP_GRACE, client.shutdown(Duration::ZERO)).await;
@@ -304,8 +311,16 @@ pub(crate) async fn remove(core: &Arc<Core>, id: &str) -> Result<()> {
     core.clone()
         .whole(async move {
             let _guard = sandbox.change.lock().await;
+            // Somebody else may have removed it meanwhile.
+            if !core.knows(&sandbox.id) {
+                return Ok(());
+            }
             stop_parts(&core, &sandbox).await?;
-            remove_parts(&core, &sandbox).await
+            let removed = remove_parts(&core, &sandbox).await;
+            if removed.is_err() {
+                again::sandbox(&core, &sandbox);
+            }
+            removed
         })
         .await
 }

@@ -15,11 +15,50 @@ use crate::{Engine, Error, Result, SandboxInfo, SandboxSpec, SandboxState};
 #[derive(Debug, Default)]
 pub struct FakeEngine {
     sandboxes: Mutex<BTreeMap<SandboxId, (SandboxSpec, SandboxState)>>,
+    refusals: Mutex<BTreeMap<Call, u32>>,
+    holders: Mutex<BTreeMap<SandboxId, String>>,
+}
+
+/// A call that can be refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Call {
+    /// [`Engine::start`].
+    Start,
+    /// [`Engine::delete`].
+    Delete,
+}
+
+fn own<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FakeEngine {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<SandboxId, (SandboxSpec, SandboxState)>> {
-        self.sandboxes.lock().unwrap_or_else(PoisonError::into_inner)
+        own(&self.sandboxes)
+    }
+
+    /// Refuses the next so many calls of this kind.
+    pub fn refuse(&self, call: Call, times: u32) {
+        own(&self.refusals).insert(call, times);
+    }
+
+    fn allowed(&self, call: Call) -> Result<()> {
+        match own(&self.refusals).get_mut(&call).filter(|left| **left > 0) {
+            Some(left) => {
+                *left -= 1;
+                Err(Error::Host(format!("{call:?} is refused")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// As if somebody else held a CT, or did not any more.
+    pub fn hold(&self, id: &SandboxId, holder: Option<&str>) {
+        let mut holders = own(&self.holders);
+        match holder {
+            Some(holder) => holders.insert(id.clone(), holder.to_owned()),
+            None => holders.remove(id),
+        };
     }
 
     /// The spec that a CT was created with.
@@ -48,6 +87,7 @@ impl Engine for FakeEngine {
     }
 
     async fn start(&self, id: &SandboxId) -> Result<u32> {
+        self.allowed(Call::Start)?;
         let mut all = self.lock();
         let pid = 1_000_000 + u32::try_from(all.len()).unwrap_or(0);
         let (_, state) = all.get_mut(id).ok_or_else(|| Error::NotFound(id.to_string()))?;
@@ -66,6 +106,7 @@ impl Engine for FakeEngine {
     }
 
     async fn delete(&self, id: &SandboxId) -> Result<()> {
+        self.allowed(Call::Delete)?;
         self.lock().remove(id);
         Ok(())
     }
@@ -76,6 +117,10 @@ impl Engine for FakeEngine {
 
     async fn state(&self, id: &SandboxId) -> Result<Option<SandboxState>> {
         Ok(self.lock().get(id).map(|(_, state)| *state))
+    }
+
+    async fn held_by(&self, id: &SandboxId) -> Result<Option<String>> {
+        Ok(own(&self.holders).get(id).cloned())
     }
 
     async fn wait(&self, id: &SandboxId) -> Result<()> {

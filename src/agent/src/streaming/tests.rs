@@ -1,7 +1,7 @@
 //! The streaming server over its sockets, before an init that runs its commands on this machine.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{io::Write, path::Path};
+use std::io::Write;
 
 use moxlet_ids::{Digest, SandboxId};
 use moxlet_init_proto::client::Client as InitClient;
@@ -11,14 +11,11 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
 };
-use tokio_util::sync::CancellationToken;
 
 use super::{fake_init::FakeInit, *};
 use crate::{
-    Config,
-    core::{Parts, Sandbox},
-    ledger::{ContainerRecord, Exit, Ledger, SandboxRecord},
-    volumes::Volumes,
+    core::Sandbox,
+    ledger::{ContainerRecord, Exit, SandboxRecord},
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -40,44 +37,9 @@ impl Drop for Place {
     }
 }
 
-async fn core(root: &Path) -> Arc<Core> {
-    let driver = Arc::new(moxlet_storage::OverlayDriver::open(&root.join("storage")).await.unwrap());
-    let images = moxlet_image::Config {
-        dir: root.join("images"),
-        max_parallel_downloads: 1,
-        ..moxlet_image::Config::default()
-    };
-    let config = Config { root_dir: root.to_owned(), ..Config::default() };
-    let cni = moxlet_network::CniConfig {
-        conf_dir: root.join("net.d"),
-        bin_dirs: Vec::new(),
-        cache_dir: root.join("cni"),
-        ipam_dir: root.join("ipam"),
-        pod_cidr: None,
-        bridge_name: "moxlet0".to_owned(),
-        network_name: "moxlet".to_owned(),
-        ip_masq: false,
-        write_default: false,
-        timeout: LIMIT,
-    };
-    Core::new(Parts {
-        shifted: moxlet_storage::idmap::Namespace::new(moxlet_storage::IdMap::default()).unwrap(),
-        images: moxlet_image::ImageStore::open(images, driver.clone()).await.unwrap(),
-        driver,
-        engine: Arc::new(moxlet_sandbox::fake::FakeEngine::default()),
-        network: crate::network::Network::Cni(Box::new(moxlet_network::Cni::new(cni).await.unwrap())),
-        cgroups: moxlet_sandbox::cgroup::ContainerCgroups::detect().unwrap(),
-        volumes: Volumes::open(root.join("volumes"), config.map).unwrap(),
-        ledger: Ledger::open(&root.join("ledger")).unwrap(),
-        init_binary: root.join("init"),
-        stop: CancellationToken::new(),
-        config,
-    })
-}
-
 async fn place() -> Place {
     let dir = tempfile::tempdir().unwrap();
-    let core = core(dir.path()).await;
+    let core = crate::fake::core(dir.path(), Arc::default()).await;
     let socket = dir.path().join("init.sock");
     let init = FakeInit::listen(&socket);
     let mut record = SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1);

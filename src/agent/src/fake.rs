@@ -1,0 +1,54 @@
+//! An agent's core for tests: an engine in memory, stores below a directory, no network.
+#![allow(clippy::unwrap_used)]
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use moxlet_network::{Cni, CniConfig};
+use moxlet_sandbox::{cgroup::ContainerCgroups, fake::FakeEngine};
+use moxlet_storage::{IdMap, OverlayDriver, idmap};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Config,
+    core::{Core, Parts},
+    ledger::Ledger,
+    network::Network,
+    volumes::Volumes,
+};
+
+/// A core with all of it below this directory.
+pub(crate) async fn core(root: &Path, engine: Arc<FakeEngine>) -> Arc<Core> {
+    let driver = Arc::new(OverlayDriver::open(&root.join("storage")).await.unwrap());
+    let images = moxlet_image::Config {
+        dir: root.join("images"),
+        max_parallel_downloads: 1,
+        ..moxlet_image::Config::default()
+    };
+    let config = Config { root_dir: root.to_owned(), ..Config::default() };
+    let cni = CniConfig {
+        conf_dir: root.join("net.d"),
+        bin_dirs: Vec::new(),
+        cache_dir: root.join("cni"),
+        ipam_dir: root.join("ipam"),
+        pod_cidr: None,
+        bridge_name: "moxlet0".to_owned(),
+        network_name: "moxlet".to_owned(),
+        ip_masq: false,
+        write_default: false,
+        timeout: Duration::from_secs(30),
+    };
+    std::fs::create_dir_all(root.join("pods")).unwrap();
+    Core::new(Parts {
+        shifted: idmap::Namespace::new(IdMap::default()).unwrap(),
+        images: moxlet_image::ImageStore::open(images, driver.clone()).await.unwrap(),
+        driver,
+        engine,
+        network: Network::Cni(Box::new(Cni::new(cni).await.unwrap())),
+        cgroups: ContainerCgroups::detect().unwrap(),
+        volumes: Volumes::open(root.join("volumes"), config.map).unwrap(),
+        ledger: Ledger::open(&root.join("ledger")).unwrap(),
+        init_binary: root.join("init"),
+        stop: CancellationToken::new(),
+        config,
+    })
+}
