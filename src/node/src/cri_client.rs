@@ -117,7 +117,90 @@ macro_rules! calls {
                 Ok(tail)
             }
         }
+
+        #[cfg(test)]
+        #[async_trait]
+        impl Runtime for fake::FakeRuntime {
+            $(async fn $name(&self, request: $request) -> Result<$response> {
+                self.answer($call, &format!("{request:?}"))
+            })*
+
+            async fn stop_container(&self, id: &str, _: i64) -> Result<()> {
+                self.answer("StopContainer", id)
+            }
+
+            async fn ensure_image(
+                &self,
+                request: host::ImageEnsureRequest,
+            ) -> Result<BoxStream<'static, Result<host::ImagePullUpdate>>> {
+                self.answer::<()>("Ensure", &format!("{request:?}"))?;
+                Ok(futures::stream::empty().boxed())
+            }
+
+            async fn collect_garbage(&self, request: host::ImageGarbageRequest) -> Result<host::ImageGarbageResponse> {
+                self.answer("CollectGarbage", &format!("{request:?}"))
+            }
+
+            async fn container_events(&self) -> Result<BoxStream<'static, Result<v1::ContainerEventResponse>>> {
+                Ok(futures::stream::empty().boxed())
+            }
+
+            async fn notices(&self, _: i64) -> Result<BoxStream<'static, Result<host::Notice>>> {
+                Ok(futures::stream::empty().boxed())
+            }
+
+            async fn log_tail(&self, id: &str, _: u64, _: usize) -> Result<Vec<u8>> {
+                self.answer("StreamLogs", id)
+            }
+        }
     };
+}
+
+#[cfg(test)]
+pub(crate) mod fake {
+    //! An agent for tests: it remembers what it was asked, and answers nothing in particular unless it is told what.
+    #![allow(clippy::unwrap_used)]
+
+    use std::{any::Any, sync::Mutex};
+
+    use crate::error::{Error, Result};
+
+    /// An answer to a call: its message, or the agent's error.
+    pub(crate) type Answer = std::result::Result<Box<dyn Any + Send>, tonic::Status>;
+    type Answers = Box<dyn Fn(&str, &str) -> Option<Answer> + Send + Sync>;
+
+    pub(crate) struct FakeRuntime {
+        asked: Mutex<Vec<String>>,
+        answers: Answers,
+    }
+
+    /// An answer with this message.
+    pub(crate) fn with<T: Send + 'static>(message: T) -> Option<Answer> {
+        Some(Ok(Box::new(message)))
+    }
+
+    impl FakeRuntime {
+        /// It answers so to the call of this name with this request (as `Debug` shows it).
+        pub(crate) fn new(answers: impl Fn(&str, &str) -> Option<Answer> + Send + Sync + 'static) -> Self {
+            Self { asked: Mutex::default(), answers: Box::new(answers) }
+        }
+
+        pub(super) fn answer<T: Default + 'static>(&self, call: &'static str, request: &str) -> Result<T> {
+            self.asked.lock().unwrap().push(format!("{call} {request}"));
+            match (self.answers)(call, request) {
+                Some(Ok(message)) => Ok(*message.downcast().unwrap()),
+                Some(Err(status)) => Err(Error::agent(call)(status)),
+                None => Ok(T::default()),
+            }
+        }
+
+        /// The calls of these names, in their order.
+        pub(crate) fn calls(&self, names: &[&str]) -> Vec<String> {
+            let asked = self.asked.lock().unwrap();
+            let name = |call: &String| call.split(' ').next().unwrap_or_default().to_owned();
+            asked.iter().map(name).filter(|call| names.contains(&call.as_str())).collect()
+        }
+    }
 }
 
 impl Agent {

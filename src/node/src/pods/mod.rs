@@ -21,4 +21,6 @@ pub(crate) mod start;
 pub(crate) mod state;
 pub(crate) mod status;
 pub(crate) mod terminate;
+#[cfg(test)]
+mod tests;
 pub(crate) mod worker;

@@ -27,7 +27,7 @@ use super::{
     publish::{Publisher, Target},
     registry::PodRegistry,
     resources, restart, sandbox,
-    state::{Phase, PodState},
+    state::{Phase, PodState, Sandbox},
 };
 use crate::{
     cluster::Cluster,
@@ -190,6 +190,10 @@ impl Worker {
                 }
                 Err(error) => {
                     self.failures = (self.failures + 1).min(6);
+                    if desired.terminating() {
+                        let text = format!("error killing pod: {}", chain(&error));
+                        self.shared.events.pod(&desired.pod, None, Kind::Warning, "FailedKillPod", text);
+                    }
                     warn!(pod = %names::full(&desired.pod), error = %chain(&error), "pass failed, will try again");
                     Some(Duration::from_millis(250) * 2_u32.pow(self.failures))
                 }
@@ -421,6 +425,8 @@ impl Worker {
             for s in &state.sandboxes {
                 agent.stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: s.id.clone() }).await?;
             }
+            // What came of a start that failed has an address and a number that the next one may need.
+            self.remove_emptied(&state.sandboxes, state).await?;
         }
         let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
         let info = shared.info.borrow().clone();
@@ -439,18 +445,21 @@ impl Worker {
             })
             .await?;
         *state = PodState::read(agent, names::uid(pod)).await?;
-        // Old sandboxes are kept for as long as their containers are anybody's last state.
-        for s in state.sandboxes.iter().skip(1) {
-            if !state.containers.iter().any(|c| c.sandbox == s.id) {
-                agent
-                    .remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() })
-                    .await?;
-            }
-        }
+        self.remove_emptied(state.sandboxes.get(1..).unwrap_or_default(), state).await?;
         match state.sandbox().filter(|s| s.ready) {
             Some(s) => Ok(s.ips.clone()),
             None => Err(Error::AgentAnswer { call: "PodSandboxStatus", what: "a running sandbox" }),
         }
+    }
+
+    /// Removes those of the stopped sandboxes that have no containers: the others are kept for as long as their containers are
+    /// anybody's last state.
+    async fn remove_emptied(&self, stopped: &[Sandbox], state: &PodState) -> Result<()> {
+        for s in stopped.iter().filter(|s| !state.containers.iter().any(|c| c.sandbox == s.id)) {
+            let request = v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() };
+            self.shared.agent.remove_pod_sandbox(request).await?;
+        }
+        Ok(())
     }
 
     /// Init containers in their order, then all others.
