@@ -255,12 +255,16 @@ pub(crate) async fn lost(core: &Arc<Core>, sandbox: &Arc<Sandbox>, container: &A
 }
 
 /// `StopContainer`: the stop signal, SIGKILL after `seconds`; of one that does not run: nothing.
+///
+/// # Errors
+/// [`Error::Held`]: somebody else holds the CT. It is not even asked to end then.
 pub(crate) async fn stop(core: &Arc<Core>, id: &str, seconds: i64) -> Result<()> {
     let Ok(container) = core.container(id) else { return Ok(()) };
     if !matches!(container.run_state(), RunState::Running { .. }) {
         return Ok(());
     }
     let sandbox = core.sandbox(container.sandbox.as_str())?;
+    sandboxes::not_held(core, &sandbox).await?;
     let Ok(client) = sandbox.client() else {
         // Its CT is going or gone; the watch writes down its end.
         return ended_within(&container, KILLED).await;
@@ -272,6 +276,8 @@ pub(crate) async fn stop(core: &Arc<Core>, id: &str, seconds: i64) -> Result<()>
         if tokio::time::timeout(Duration::from_secs(seconds), container.ended()).await.is_ok() {
             return Ok(());
         }
+        // It may be held only since a moment ago.
+        sandboxes::not_held(core, &sandbox).await?;
         info!(container = name, seconds, "container did not end in time and is killed");
     }
     send(client.signal(name, libc_kill(), true).await)?;
@@ -299,6 +305,7 @@ pub(crate) async fn remove(core: &Arc<Core>, id: &str) -> Result<()> {
     let core = core.clone();
     core.clone()
         .whole(async move {
+            sandboxes::not_held(&core, &sandbox).await?;
             stop(&core, container.id.as_str(), 0).await?;
             let _guard = sandbox.change.lock().await;
             remove_parts(&core, &sandbox, &container).await
@@ -392,4 +399,50 @@ fn remove_log(record: &ContainerRecord) -> Result<()> {
     }
     let _ = rustix::fs::unlinkat(&base, &below, AtFlags::REMOVEDIR);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::unix::net::UnixListener;
+
+    use moxlet_ids::SandboxId;
+    use moxlet_init_proto::client::Client;
+    use moxlet_sandbox::fake::FakeEngine;
+
+    use super::*;
+    use crate::{fake, ledger::SandboxRecord};
+
+    #[tokio::test]
+    async fn a_container_of_a_ct_that_somebody_holds_is_neither_stopped_nor_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(FakeEngine::default());
+        let core = fake::core(dir.path(), engine.clone()).await;
+        let socket = dir.path().join("init.sock");
+        let init = UnixListener::bind(&socket).unwrap();
+        init.set_nonblocking(true).unwrap();
+        let sandbox = Sandbox::new(SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1));
+        sandbox.set_client(Some(Client::new(&socket)));
+        core.insert_sandbox(sandbox.clone());
+        let image = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
+        let record = ContainerRecord::new(ContainerId::random(), sandbox.id.clone(), image, 1);
+        let container = Container::new(record);
+        core.insert_container(container.clone());
+        engine.hold(&sandbox.id, Some("backup"));
+        let id = container.id.as_str();
+        for state in [RunState::Created, RunState::Running { started_at_ns: 1 }] {
+            container.state.send_replace(state);
+            let error = remove(&core, id).await.unwrap_err();
+            assert!(matches!(&error, Error::Held { by, .. } if by == "backup"), "{error}");
+        }
+        let error = stop(&core, id, 30).await.unwrap_err();
+        assert!(error.to_string().contains("backup"), "{error}");
+        assert_eq!(init.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "no signal was sent");
+        assert!(core.container(id).is_ok());
+        container.state.send_replace(RunState::Created);
+        engine.hold(&sandbox.id, None);
+        sandbox.set_client(None);
+        remove(&core, id).await.unwrap();
+        assert!(core.container(id).is_err());
+    }
 }
