@@ -79,6 +79,8 @@ pub(super) struct Extraction<'a> {
     noted: Ours,
     /// Directories that the layer has an entry for.
     pub(super) named: Ours,
+    /// Directories in which nothing of the layers below is left.
+    pub(super) purged: Ours,
     /// The times of directories, which change with every entry in them.
     pub(super) dirs: Vec<(Vec<u8>, Timespec)>,
     /// Directories that had entries in them before one of their own, and whether they still have none: then they are as
@@ -110,6 +112,7 @@ impl<'a> Extraction<'a> {
             ours: Ours::default(),
             noted: Ours::default(),
             named: Ours::default(),
+            purged: Ours::default(),
             dirs: Vec::new(),
             implied,
             hidden: BTreeSet::new(),
@@ -170,11 +173,10 @@ impl<'a> Extraction<'a> {
 
     /// What was noted of a path does not hold any more once an entry takes it.
     fn forget(&mut self, path: &[u8], kind: Kind) {
-        let below = |name: &[u8]| name.starts_with(path) && name.get(path.len()) == Some(&b'/');
         self.name(path);
         self.deferred.remove(path);
-        if kind != Kind::Directory && !self.deferred.is_empty() {
-            self.deferred.retain(|name, _| !below(name));
+        if kind != Kind::Directory {
+            remove_below(&mut self.deferred, path);
         }
     }
 
@@ -521,6 +523,18 @@ impl<'a> Extraction<'a> {
     }
 }
 
+/// Removes what lies beneath a path; nothing else is looked at, since this is done for each entry of a layer.
+fn remove_below(names: &mut BTreeMap<Vec<u8>, Vec<u8>>, path: &[u8]) {
+    let begin = [path, b"/"].concat();
+    while let Some((name, _)) = names.range(begin.clone()..).next() {
+        if !name.starts_with(&begin) {
+            return;
+        }
+        let name = name.clone();
+        names.remove(&name);
+    }
+}
+
 pub(super) fn joined(dir: &[u8], name: &[u8]) -> Vec<u8> {
     if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() }
 }
@@ -535,4 +549,20 @@ fn gid(entry: &Entry) -> Option<Gid> {
 
 pub(super) fn times(mtime: Timespec) -> Timestamps {
     Timestamps { last_access: mtime, last_modification: mtime }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_beneath_a_path_is_removed_and_its_neighbours_stay() {
+        let all = ["a", "a-b", "a/b", "a/b/c", "a/z", "a0", "b"];
+        let mut names = all.iter().map(|n| (n.as_bytes().to_vec(), Vec::new())).collect();
+        remove_below(&mut names, b"a");
+        let left: Vec<_> = names.keys().map(|n| String::from_utf8_lossy(n).into_owned()).collect();
+        assert_eq!(left, ["a", "a-b", "a0", "b"]);
+        remove_below(&mut names, b"c");
+        assert_eq!(names.len(), 4);
+    }
 }

@@ -7,6 +7,7 @@ use rustix::fs::{Gid, Mode, Uid, XattrFlags};
 
 use super::{
     Outcome,
+    below::lies_in,
     extract::{Extraction, joined},
     root::{Leaving, is_dir, parent},
     settle::xattrs,
@@ -88,17 +89,24 @@ impl Extraction<'_> {
         Ok(())
     }
 
-    /// Removes all that the layer has not brought itself beneath a path.
+    /// Removes all that the layer has not brought itself beneath a path. What comes there afterwards is of the layer, so no
+    /// directory is looked through twice, however often and in whatever order a layer says that it is empty.
     fn purge(&mut self, path: &[u8]) -> Outcome<()> {
+        if self.purged.contains(path) || lies_in(path, |dir| self.purged.contains(dir)) {
+            return Ok(());
+        }
         let mut waiting = vec![path.to_vec()];
         while let Some(path) = waiting.pop() {
             let Ok(dir) = self.root.dir(&path)? else { continue };
+            self.purged.insert_one(&path);
             let list = self.root.reopen(&dir, &path)?;
             for name in self.root.names(&list, &path)? {
                 let child = joined(&path, &name);
                 if self.ours.contains(&child) {
                     self.renew(&child)?;
-                    waiting.push(child);
+                    if !self.purged.contains(&child) {
+                        waiting.push(child);
+                    }
                 } else {
                     self.root.remove(&dir, &child, &mut Leaving::nothing_of_ours())?;
                 }

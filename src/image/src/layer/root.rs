@@ -114,6 +114,8 @@ pub(super) struct Root {
     /// The directory that was used last: entries of one directory mostly follow each other.
     last: Option<(Vec<u8>, Rc<OwnedFd>)>,
     steps: u64,
+    #[cfg(test)]
+    pub(super) lists: std::cell::Cell<usize>,
 }
 
 impl Root {
@@ -121,7 +123,14 @@ impl Root {
         let path = path.to_owned();
         let fd = rustix::fs::openat(CWD, &path, READ_DIR, Mode::empty());
         let fd = fd.map_err(|e| Fault::System { what: "open", path: path.clone(), source: e.into() })?;
-        Ok(Self { fd, path, last: None, steps: 0 })
+        Ok(Self {
+            fd,
+            path,
+            last: None,
+            steps: 0,
+            #[cfg(test)]
+            lists: std::cell::Cell::default(),
+        })
     }
 
     /// A failure of the system at a path of the layer.
@@ -288,6 +297,8 @@ impl Root {
 
     /// The names in a directory.
     pub(super) fn names(&self, dir: &OwnedFd, path: &[u8]) -> Outcome<Vec<Vec<u8>>> {
+        #[cfg(test)]
+        self.lists.set(self.lists.get() + 1);
         list(dir).map_err(|e| self.fault("list", path, e))
     }
 

@@ -146,6 +146,48 @@ fn hard_links_go_to_files_of_the_layer_only() {
 }
 
 #[test]
+fn a_directory_is_looked_through_once_however_often_it_is_said_to_be_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    let deep = "d/e/f/g";
+    fs::create_dir_all(dir.path().join(deep)).unwrap();
+    fs::write(dir.path().join(deep).join("old"), "").unwrap();
+    let mut tar = Tar::default().file("d/e/f/g/new", "1").file("other/x", "");
+    // From the inside to the outside, again and again, and with more in between.
+    for n in 0..20 {
+        for path in ["d/e/f/g", "d/e/f", "d/e", "d", "other"] {
+            tar = tar.file(&format!("{path}/.wh..wh..opq"), "");
+        }
+        tar = tar.file("d/e/.wh.f", "").file(&format!("d/e/f/g/{n}"), "").file(".wh.d", "");
+    }
+    let bytes = tar.end();
+    let target =
+        Target { root: dir.path(), style: WhiteoutStyle::Apply, bottom: false, tape: None, below: None };
+    let mut extraction = extract::Extraction::new(target).unwrap();
+    extraction.run(archive::Archive::new(&bytes[..], None)).unwrap();
+    assert_eq!(extraction.root.lists.get(), 5, "each directory once");
+    let left = fs::read_dir(dir.path().join(deep)).unwrap().count();
+    assert_eq!(left, 21, "what the layer has brought, and nothing else");
+}
+
+#[test]
+fn a_hard_link_is_forgotten_with_the_directory_that_a_file_takes_the_place_of() {
+    let (low, high) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::write(low.path().join("f"), "below").unwrap();
+    let tar = Tar::default().link("d/l", "f").link("d-l", "f").file("d", "a file").end();
+    let lower = vec![low.path().to_owned()];
+    let target = Target {
+        root: high.path(),
+        style: WhiteoutStyle::Overlay,
+        bottom: false,
+        tape: None,
+        below: Some(Box::new(move || Ok(lower.into()))),
+    };
+    unpack_reader(&tar[..], &Claim::default(), target).unwrap();
+    assert_eq!(fs::read_to_string(high.path().join("d")).unwrap(), "a file");
+    assert_eq!(fs::read_to_string(high.path().join("d-l")).unwrap(), "below");
+}
+
+#[test]
 fn whiteouts_without_a_proper_name_are_refused() {
     for name in [".wh.", ".wh..", ".wh...", "a/.wh...", ".wh./x", ".wh.a/x", ".wh.a/.wh..wh..opq"] {
         refused(Tar::default().file(name, ""));
