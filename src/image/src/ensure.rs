@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use crate::{
     Credentials, Error, ImageRecord, ImageStore, Keyring, PullProgress, Reference, Result, Wanted,
-    store::{Access, Details, blocking},
+    store::{Access, Details},
 };
 
 /// When an image is pulled (`imagePullPolicy`).
@@ -168,7 +168,8 @@ impl ImageStore {
             return Ok(Vec::new());
         }
         let (store, credentials) = (self.store.clone(), credentials.to_vec());
-        blocking(move || credentials.iter().map(|c| store.records.proof(c)).collect()).await
+        // The first one makes the salt.
+        self.store.writing(move || credentials.iter().map(|c| store.records.proof(c)).collect()).await
     }
 }
 

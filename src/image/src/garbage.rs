@@ -2,13 +2,13 @@
 //! container uses or what is pinned; what was not used for longest goes first; what has just come stays.
 //!
 //! Unlike the kubelet, which begins anew with each of its starts, last uses are remembered on disk, and what a removal
-//! has freed is measured: images share layers, so the sum of their sizes says little.
+//! has freed is the sum of the layers that went: images share layers, so the sum of their sizes says little.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::{ImageRecord, ImageStore, Result, store::blocking};
+use crate::{ImageRecord, ImageStore, Result};
 
 /// What is removed when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl Default for GarbagePolicy {
 pub struct Garbage {
     /// The images that went.
     pub removed: Vec<ImageRecord>,
-    /// Bytes of layers that went with them.
+    /// Bytes of layers that went, with them or left by pulls that never ended.
     pub freed_bytes: u64,
     /// Bytes that had to go to reach the low threshold; 0 below the high one.
     pub wanted_bytes: u64,
@@ -98,17 +98,20 @@ impl ImageStore {
         let (old, rest) = sort(self.candidates().await?, policy, now);
         let mut done = Garbage::default();
         for candidate in old {
-            self.discard(candidate, &mut done).await?;
+            self.discard(candidate, &mut done).await;
         }
         let disk = self.store.driver.fs_usage().await?;
         done.capacity_bytes = disk.capacity_bytes;
         let freed_before = done.freed_bytes;
         (done.usage_percent, done.wanted_bytes) = wanted(disk.capacity_bytes, disk.available_bytes, policy);
+        if done.wanted_bytes > 0 {
+            self.discard_leftovers(&mut done).await;
+        }
         for candidate in rest {
             if done.freed_bytes - freed_before >= done.wanted_bytes {
                 break;
             }
-            self.discard(candidate, &mut done).await?;
+            self.discard(candidate, &mut done).await;
         }
         if done.wanted_bytes > 0 {
             // What went for its age was not part of it.
@@ -124,9 +127,10 @@ impl ImageStore {
     pub async fn prune(&self, min_age: Duration) -> Result<Garbage> {
         let _one = self.collecting.lock().await;
         let mut done = Garbage::default();
+        self.discard_leftovers(&mut done).await;
         let policy = GarbagePolicy { min_age, ..GarbagePolicy::default() };
         for candidate in sort(self.candidates().await?, &policy, Timestamp::now()).1 {
-            self.discard(candidate, &mut done).await?;
+            self.discard(candidate, &mut done).await;
         }
         Ok(done)
     }
@@ -135,38 +139,44 @@ impl ImageStore {
     async fn candidates(&self) -> Result<Vec<Candidate>> {
         let users = self.store.users().await?;
         let store = self.store.clone();
-        blocking(move || {
-            let mut all = Vec::new();
-            for image in store.list() {
-                if !users.of(&store, &image).is_empty() {
-                    store.touch(&image.id);
-                } else if !image.pinned {
-                    let known = store.look_up(image.id.as_str())?.and_then(|(_, details)| details.added_at);
-                    let added_at = known.unwrap_or(Timestamp::UNIX_EPOCH);
-                    let last_used = store.last_used(&image.id).unwrap_or(added_at).max(added_at);
-                    all.push(Candidate { image, added_at, last_used });
+        self.store
+            .writing(move || {
+                let mut all = Vec::new();
+                for image in store.list() {
+                    if !users.of(&image).is_empty() {
+                        store.touch(&image.id);
+                    } else if !image.pinned {
+                        let known =
+                            store.look_up(image.id.as_str())?.and_then(|(_, details)| details.added_at);
+                        let added_at = known.unwrap_or(Timestamp::UNIX_EPOCH);
+                        let last_used = store.last_used(&image.id).unwrap_or(added_at).max(added_at);
+                        all.push(Candidate { image, added_at, last_used });
+                    }
                 }
-            }
-            Ok(all)
-        })
-        .await
+                Ok(all)
+            })
+            .await
     }
 
-    async fn discard(&self, candidate: Candidate, done: &mut Garbage) -> Result<()> {
-        let before = self.store.driver.layers_usage().await?.bytes;
+    /// Layers that no image has: a pull that failed or was given up leaves those that were complete to the next attempt.
+    async fn discard_leftovers(&self, done: &mut Garbage) {
+        match self.store.collect().await {
+            Ok(freed) => done.freed_bytes = done.freed_bytes.saturating_add(freed),
+            Err(error) => done.failures.push(format!("layers without an image: {error}")),
+        }
+    }
+
+    async fn discard(&self, candidate: Candidate, done: &mut Garbage) {
         match self.store.remove_idle(&candidate.image.id).await {
-            Ok(true) => {
-                let after = self.store.driver.layers_usage().await?.bytes;
-                let freed = before.saturating_sub(after);
+            Ok(Some(freed)) => {
                 let image = candidate.image;
                 tracing::info!(id = %image.id, names = ?image.repo_tags, freed, "an unused image is removed");
-                done.freed_bytes += freed;
+                done.freed_bytes = done.freed_bytes.saturating_add(freed);
                 done.removed.push(image);
             }
-            Ok(false) => {}
+            Ok(None) => {}
             Err(error) => done.failures.push(format!("{}: {error}", candidate.image.id)),
         }
-        Ok(())
     }
 }
 

@@ -120,7 +120,7 @@ impl ImageStore {
                 last_used_at: store.last_used(&image.id),
                 origin: details.origin,
                 pinned: image.pinned,
-                in_use_by: users.of(&store, &image).iter().map(ToString::to_string).collect(),
+                in_use_by: users.of(&image).iter().map(ToString::to_string).collect(),
                 size_bytes: image.size_bytes,
                 manifest: manifest.map(|m| InspectedManifest { digest: m.digest, media_type: m.media_type }),
                 config,
@@ -146,7 +146,7 @@ impl ImageStore {
                 all.push(ListedImage {
                     added_at: details.and_then(|d| d.added_at),
                     last_used_at: store.last_used(&record.id),
-                    in_use_by: users.of(&store, &record).iter().map(ToString::to_string).collect(),
+                    in_use_by: users.of(&record).iter().map(ToString::to_string).collect(),
                     record,
                 });
             }

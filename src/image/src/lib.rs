@@ -263,11 +263,11 @@ impl ImageStore {
     /// The runtime ends.
     pub async fn used(&self, id: &Digest) -> Result<()> {
         let (store, id) = (Arc::clone(&self.store), id.clone());
-        let touched = store::blocking(move || {
+        let touched = move || {
             store.touch(&id);
             Ok(())
-        });
-        self.store.unless_stalled(touched).await
+        };
+        self.store.writing(touched).await
     }
 
     /// Gives an image a further tag, which goes from whoever had it.

@@ -36,10 +36,11 @@ pub(crate) async fn pull(
     let session = store.registry.session(&reference, &auths).await?;
     let outcome = pull_from(&store, &session, taker, &progress).await;
     progress.publish();
-    if matches!(outcome, Err(Error::DigestMismatch { .. } | Error::BadImage { .. }))
+    // Of a pull that can be tried again the layers that came stay for that, unless it is they who fill the disk.
+    if matches!(outcome, Err(Error::DigestMismatch { .. } | Error::BadImage { .. } | Error::Full { .. }))
         && let Err(error) = store.collect().await
     {
-        tracing::warn!(%error, "layers of an image that was refused stay for now");
+        tracing::warn!(%error, "layers of an image that did not come stay for now");
     }
     outcome
 }

@@ -48,6 +48,9 @@ impl Driver for ApplyingDriver {
     async fn layers(&self) -> Result<Vec<ChainId>> {
         self.0.layers().await
     }
+    async fn layer_usage(&self, chain: &ChainId) -> Result<Usage> {
+        self.0.layer_usage(chain).await
+    }
     async fn layers_usage(&self) -> Result<Usage> {
         self.0.layers_usage().await
     }

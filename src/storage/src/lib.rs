@@ -214,6 +214,8 @@ pub trait Driver: Send + Sync {
     async fn remove_layer(&self, chain: &ChainId) -> Result<()>;
     /// The finished layers, each before those that it was made on, so that removing them in this order can succeed.
     async fn layers(&self) -> Result<Vec<ChainId>>;
+    /// What the removal of a layer would give back; nothing for one that is not here.
+    async fn layer_usage(&self, chain: &ChainId) -> Result<Usage>;
     /// What all layers take.
     async fn layers_usage(&self) -> Result<Usage>;
     /// Mounts a stack of layers at `target` (made if missing), merged, read-only and with ids as they are in the image;

@@ -61,7 +61,7 @@ impl Store {
     /// Takes over the salt of the other store, if this one has none. Whether both have the same then.
     pub(crate) async fn adopt_salt(self: &Arc<Self>, from: &SourceRecords) -> Result<bool> {
         let (store, from) = (Arc::clone(self), Arc::clone(&from.records));
-        blocking(move || store.records.adopt_salt(&from)).await
+        self.writing(move || store.records.adopt_salt(&from)).await
     }
 
     /// Takes over the tapes of layers, which have to be pinned or here.
@@ -71,7 +71,7 @@ impl Store {
         layers: Vec<ChainId>,
     ) -> Result<()> {
         let (store, from) = (Arc::clone(self), Arc::clone(&from.records));
-        blocking(move || layers.iter().try_for_each(|l| store.records.adopt_tape(&from, l))).await
+        self.writing(move || layers.iter().try_for_each(|l| store.records.adopt_tape(&from, l))).await
     }
 
     /// Takes over an image whose layers are all here; `same_salt` says whether digests of credentials mean the same in both.
@@ -85,7 +85,7 @@ impl Store {
             return Ok(None);
         };
         let (store, from) = (Arc::clone(self), Arc::clone(&from.records));
-        blocking(move || store.adopt_now(&from, stored, same_salt).map(Some)).await
+        self.writing(move || store.adopt_now(&from, stored, same_salt).map(Some)).await
     }
 
     fn adopt_now(&self, from: &Records, mut theirs: Stored, same_salt: bool) -> Result<Adopted> {

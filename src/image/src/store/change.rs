@@ -9,11 +9,11 @@ use moxlet_ids::{ChainId, Digest};
 use oci_spec::image::ImageConfiguration;
 
 use super::{
-    Access, Pins, Store, blocking, lock,
+    Access, Pins, Store, lock,
     names::{self, Named},
     records::{Details, Images, ManifestNote, Stored},
 };
-use crate::{Error, ImageRecord, LayerBlob, Origin, Reference, Removed, Result, User};
+use crate::{Error, ImageRecord, LayerBlob, Origin, Reference, Removed, Result};
 
 /// The manifest of an image, byte by byte as it came.
 #[derive(Debug, Clone)]
@@ -42,6 +42,14 @@ pub(crate) struct NewImage {
     pub(crate) access: Option<(String, Access)>,
 }
 
+/// What keeps an image from being removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Veto {
+    Nobody,
+    Used,
+    UsedOrPinned,
+}
+
 pub(super) fn next_serial(images: &Images) -> u64 {
     images.values().map(|s| s.serial).max().map_or(1, |s| s + 1)
 }
@@ -50,7 +58,7 @@ impl Store {
     /// Records an image whose layers are all here and pinned. It is done even if the caller goes away.
     pub(crate) async fn add(self: &Arc<Self>, image: NewImage, pins: Pins) -> Result<ImageRecord> {
         let store = Arc::clone(self);
-        blocking(move || {
+        self.writing(move || {
             let record = store.add_now(image);
             drop(pins);
             record
@@ -137,7 +145,7 @@ impl Store {
         change: impl FnOnce(&mut ImageRecord, &mut Details) + Send + 'static,
     ) -> Result<Option<ImageRecord>> {
         let (store, id) = (Arc::clone(self), id.clone());
-        blocking(move || {
+        self.writing(move || {
             let _writer = lock(&store.writer);
             let Some(mut stored) = lock(&store.images).get(&id).cloned() else { return Ok(None) };
             change(&mut stored.record, &mut stored.details);
@@ -154,7 +162,7 @@ impl Store {
             return Err(Error::InvalidName { reference: tag.to_string(), reason });
         };
         let (store, text) = (Arc::clone(self), text.to_owned());
-        blocking(move || {
+        self.writing(move || {
             let _writer = lock(&store.writer);
             let found = {
                 let images = lock(&store.images);
@@ -172,53 +180,49 @@ impl Store {
 
     /// Takes a name from its image, or removes the image; then the layers that nothing needs any more.
     pub(crate) async fn remove(self: &Arc<Self>, text: &str) -> Result<()> {
-        self.remove_unless(text, |_| Ok(())).await.map(drop)
+        self.remove_unless(text, Veto::Nobody).await.map(drop)
     }
 
     /// The same, unless somebody uses an image that would go.
     pub(crate) async fn remove_unused(self: &Arc<Self>, text: &str) -> Result<Removed> {
-        let users = self.users().await?;
-        let store = Arc::clone(self);
-        let unless_used = move |image: &ImageRecord| match users.of(&store, image).as_slice() {
-            [] => Ok(()),
-            all => {
-                let image = image.repo_tags.first().cloned().unwrap_or_else(|| image.id.to_string());
-                Err(Error::InUse { image, by: all.to_vec() })
-            }
-        };
-        self.remove_unless(text, unless_used).await
+        Ok(self.remove_unless(text, Veto::Used).await?.0)
     }
 
-    /// Removes an image with all its names unless somebody is about to use it or has pinned it; whether it went.
-    pub(crate) async fn remove_idle(self: &Arc<Self>, id: &Digest) -> Result<bool> {
-        let store = Arc::clone(self);
-        let veto = move |image: &ImageRecord| match store.is_held(&image.id) || image.pinned {
-            true => Err(Error::InUse { image: image.id.to_string(), by: vec![User::Starting] }),
-            false => Ok(()),
-        };
-        match self.remove_unless(id.as_str(), veto).await {
-            Ok(removed) => Ok(matches!(removed, Removed::Image(_))),
-            Err(Error::InUse { .. }) => Ok(false),
+    /// Removes an image with all its names unless somebody uses it or has pinned it; how many bytes that gave back if it
+    /// went.
+    pub(crate) async fn remove_idle(self: &Arc<Self>, id: &Digest) -> Result<Option<u64>> {
+        match self.remove_unless(id.as_str(), Veto::UsedOrPinned).await {
+            Ok((removed, freed)) => Ok(matches!(removed, Removed::Image(_)).then_some(freed)),
+            Err(Error::InUse { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    async fn remove_unless(
-        self: &Arc<Self>,
-        text: &str,
-        veto: impl FnOnce(&ImageRecord) -> Result<()> + Send + 'static,
-    ) -> Result<Removed> {
+    async fn remove_unless(self: &Arc<Self>, text: &str, veto: Veto) -> Result<(Removed, u64)> {
         let (store, text) = (Arc::clone(self), text.to_owned());
         // A task of its own, since half a removal would leave layers that only the next one finds.
         let work = async move {
-            let changing = Arc::clone(&store);
-            let removed = blocking(move || changing.remove_now(&text, veto)).await?;
-            if matches!(removed, Removed::Image(_)) {
-                store.collect().await?;
-            }
-            Ok(removed)
+            let removed = store.remove_gated(text, veto).await?;
+            let freed = if matches!(removed, Removed::Image(_)) { store.collect().await? } else { 0 };
+            Ok((removed, freed))
         };
         tokio::spawn(work).await.map_err(|_| Error::Stopped)?
+    }
+
+    /// Nobody can take hold of the image between the look at who uses it and its removal.
+    async fn remove_gated(self: &Arc<Self>, text: String, veto: Veto) -> Result<Removed> {
+        let _gate = self.gate.lock().await;
+        let users = if veto == Veto::Nobody { None } else { Some(self.users().await?) };
+        let store = Arc::clone(self);
+        let check = move |image: &ImageRecord| {
+            let by = users.map(|users| users.of(image)).unwrap_or_default();
+            if by.is_empty() && !(image.pinned && veto == Veto::UsedOrPinned) {
+                return Ok(());
+            }
+            let image = image.repo_tags.first().cloned().unwrap_or_else(|| image.id.to_string());
+            Err(Error::InUse { image, by })
+        };
+        self.writing(move || store.remove_now(&text, check)).await
     }
 
     fn remove_now(&self, text: &str, veto: impl FnOnce(&ImageRecord) -> Result<()>) -> Result<Removed> {

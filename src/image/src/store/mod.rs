@@ -110,6 +110,14 @@ impl Store {
         }
     }
 
+    /// The same for work that blocks on the records.
+    pub(crate) async fn writing<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.unless_stalled(blocking(work)).await
+    }
+
     pub(crate) async fn open(settings: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
         Self::open_keeping(settings, driver, lock, &[]).await.map(|(store, _)| store)
     }
@@ -214,9 +222,9 @@ impl Store {
         Ok(Some(ImageHold { record, pins }))
     }
 
-    /// Whether somebody holds an image.
-    pub(crate) fn is_held(&self, id: &Digest) -> bool {
-        lock(&self.held).contains_key(id)
+    /// The images that somebody holds.
+    fn held(&self) -> HashSet<Digest> {
+        lock(&self.held).keys().cloned().collect()
     }
 
     /// The lock of a layer that is being made.
@@ -231,50 +239,53 @@ impl Store {
         turn
     }
 
-    /// Removes the layers that no image names, no mount shows and no pull needs. One that a container's root stands on
-    /// stays until the next time.
-    pub(crate) async fn collect(self: &Arc<Self>) -> Result<()> {
+    /// Removes the layers that no image names, no mount shows and no pull needs; how many bytes that gave back. One that
+    /// a container's root stands on stays until the next time.
+    pub(crate) async fn collect(self: &Arc<Self>) -> Result<u64> {
         let mut outcome = Ok(());
-        let mut left = Vec::new();
+        let (mut left, mut freed) = (Vec::new(), 0_u64);
         for layer in self.driver.layers().await? {
             match self.remove_unneeded(&layer).await {
-                Ok(true) => {}
-                Ok(false) => left.push(layer),
+                Ok(Some(bytes)) => freed = freed.saturating_add(bytes),
+                Ok(None) => left.push(layer),
                 Err(error) if outcome.is_ok() => outcome = Err(error),
                 Err(error) => tracing::warn!(%layer, %error, "a layer could not be removed"),
             }
         }
         let store = Arc::clone(self);
-        let tapes = blocking(move || {
+        let tapes = self.writing(move || {
             for layer in store.records.tapes()? {
                 if !left.contains(&layer) && !lock(&store.pinned).contains_key(&layer) {
                     store.records.remove_tape(&layer)?;
                 }
             }
             Ok(())
-        })
-        .await;
-        outcome.and(tapes)
+        });
+        outcome.and(tapes.await).map(|()| freed)
     }
 
-    /// Whether a layer is gone. The gate is held for one at a time, so that a large store keeps nobody waiting.
-    async fn remove_unneeded(&self, layer: &ChainId) -> Result<bool> {
+    /// What a layer gave back that is gone now. The gate is held for one at a time, so that a large store keeps nobody
+    /// waiting.
+    async fn remove_unneeded(self: &Arc<Self>, layer: &ChainId) -> Result<Option<u64>> {
         let _gate = self.gate.lock().await;
         let named = |s: &Stored| s.record.layers.contains(layer);
         if lock(&self.pinned).contains_key(layer) || lock(&self.images).values().any(named) {
-            return Ok(false);
+            return Ok(None);
         }
-        if self.records.views()?.iter().any(|v| v.layers.contains(layer)) {
-            return Ok(false);
+        let store = Arc::clone(self);
+        if self.writing(move || store.records.views()).await?.iter().any(|v| v.layers.contains(layer)) {
+            return Ok(None);
         }
+        // Of this layer alone: what all of them take changes with every pull that ends meanwhile.
+        let freed = self.driver.layer_usage(layer).await.map_or(0, |usage| usage.bytes);
         match self.driver.remove_layer(layer).await {
             Ok(()) => {
-                tracing::debug!(%layer, "layer removed");
-                Ok(true)
+                tracing::debug!(%layer, freed, "layer removed");
+                Ok(Some(freed))
             }
             Err(moxlet_storage::Error::LayerInUse { by, .. }) => {
                 tracing::debug!(%layer, container = %by, "a layer without an image is in use");
-                Ok(false)
+                Ok(None)
             }
             Err(error) => Err(error.into()),
         }

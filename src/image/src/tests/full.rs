@@ -2,8 +2,10 @@
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::{pipeline::noise, *};
-use crate::{Error, layer::tests::Tar};
+use tokio::sync::Semaphore;
+
+use super::{pipeline::noise, registry::Fault, *};
+use crate::{Error, GarbagePolicy, layer::tests::Tar};
 
 /// A file system of 4 MiB.
 struct Small(tempfile::TempDir);
@@ -50,6 +52,56 @@ async fn a_pull_for_which_there_is_no_room_says_how_much_is_missing_and_leaves_t
     }
     let tmp = small.0.path().join("driver/tmp");
     eventually(|| std::future::ready(std::fs::read_dir(&tmp).unwrap().count() == 0)).await;
+    assert!(driver.layers().await.unwrap().is_empty(), "what had come of it makes room again");
     store.pull(&registry.name("fits:1"), &[]).await.unwrap();
     driver.close().await.unwrap();
+}
+
+/// Pulls an image of two layers, the second of which does not come.
+async fn half(registry: &Registry, place: &Place, name: &str) -> tokio::task::JoinHandle<()> {
+    let image = Image::new()
+        .layer(Tar::default().file(&format!("{name}-first"), "x"))
+        .layer(Tar::default().file(&format!("{name}-second"), &noise(1, 100_000)));
+    registry.push(&format!("{name}:1"), &image);
+    registry.fault(&image.digest(1), Fault::Held(Arc::new(Semaphore::new(0))));
+    let (store, name, before) =
+        (Arc::clone(&place.store), registry.name(&format!("{name}:1")), place.layers().await);
+    let pull = tokio::spawn(async move { drop(store.pull(&name, &[]).await) });
+    eventually(|| async { place.layers().await == before + 1 }).await;
+    pull
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_collection_takes_what_pulls_have_left_and_nothing_of_those_under_way() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let always = GarbagePolicy { high_percent: 0, low_percent: 0, ..GarbagePolicy::default() };
+    let under_way = half(&registry, &place, "under-way").await;
+    for prune in [true, false] {
+        let given_up = half(&registry, &place, "given-up").await;
+        given_up.abort();
+        let _ = given_up.await;
+        assert_eq!(place.layers().await, 2, "the next attempt finds it");
+        let relaxed = GarbagePolicy { high_percent: 100, ..always };
+        assert_eq!(place.store.collect_garbage(&relaxed).await.unwrap().freed_bytes, 0);
+        let done = match prune {
+            true => place.store.prune(Duration::ZERO).await.unwrap(),
+            false => place.store.collect_garbage(&always).await.unwrap(),
+        };
+        assert!(done.freed_bytes > 0 && done.removed.is_empty() && done.failures.is_empty(), "{done:?}");
+        assert_eq!(place.layers().await, 1);
+    }
+    under_way.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_freed_is_what_the_layers_took_that_went() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    registry.push("a:1", &Image::new().layer(Tar::default().file("a", &noise(1, 300_000))));
+    let record = place.store.pull(&registry.name("a:1"), &[]).await.unwrap();
+    let took = place.driver.layer_usage(&record.layers[0]).await.unwrap().bytes;
+    assert!(took >= 300_000);
+    let under_way = half(&registry, &place, "under-way").await;
+    assert_eq!(place.store.prune(Duration::ZERO).await.unwrap().freed_bytes, took);
+    assert_eq!(place.driver.layer_usage(&record.layers[0]).await.unwrap().bytes, 0);
+    under_way.abort();
 }

@@ -106,6 +106,24 @@ async fn an_image_in_use_loses_names_but_not_the_last_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_has_come_into_use_since_it_was_chosen_stays() {
+    let (_registry, place, names) = with_images(&["a:1"]).await;
+    let hold = place.store.hold(&names[0]).await.unwrap().unwrap();
+    let record = hold.record().clone();
+    // A container gets its root, and lets go of the image, while it is looked for users.
+    let users = place.store.store.users().await.unwrap();
+    let id = ContainerId::random();
+    place.driver.create_root(&id, &record.layers, IdMap::default().into()).await.unwrap();
+    drop(hold);
+    assert_eq!(users.of(&record), [User::Starting]);
+    // It was a candidate before there was the root.
+    assert_eq!(place.store.store.remove_idle(&record.id).await.unwrap(), None);
+    assert!(place.store.resolve(&names[0]).await.unwrap().is_some());
+    place.driver.remove_root(&id).await.unwrap();
+    assert!(place.store.store.remove_idle(&record.id).await.unwrap().is_some_and(|freed| freed > 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn garbage_collection_spares_what_is_pinned_in_use_or_young() {
     let (_registry, place, names) = with_images(&["pinned:1", "used:1", "idle:1"]).await;
     place.store.set_pinned(&names[0], true).await.unwrap();

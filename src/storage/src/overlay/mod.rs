@@ -366,6 +366,15 @@ impl Driver for OverlayDriver {
         self.run(Inner::layers).await
     }
 
+    async fn layer_usage(&self, chain: &ChainId) -> Result<Usage> {
+        let chain = chain.clone();
+        self.run(move |inner| match inner.layer_dir(&chain).exists() {
+            true => inner.layer_usage(&chain),
+            false => Ok(Usage::default()),
+        })
+        .await
+    }
+
     async fn layers_usage(&self) -> Result<Usage> {
         self.run(Inner::layers_usage).await
     }

@@ -267,6 +267,14 @@ impl Inner {
         Ok(sum)
     }
 
+    /// Its clones of other layers have what they changed counted as their own.
+    fn layer_usage(&self, chain: &ChainId) -> Result<Usage> {
+        let Some(inodes) = self.index().layers.get(chain).map(|l| l.inodes) else {
+            return Ok(Usage::default());
+        };
+        Ok(Usage { bytes: self.usage(&[Kind::Layer(chain.clone())])?, inodes })
+    }
+
     fn layers_usage(&self) -> Result<Usage> {
         let bytes = self.usage(&[Kind::Group("layers".into()), Kind::Group("shifted".into())])?;
         let inodes = self.index().layers.values().fold(0_u64, |sum, l| sum.saturating_add(l.inodes));
@@ -383,6 +391,11 @@ impl Driver for ZfsDriver {
 
     async fn layers(&self) -> Result<Vec<ChainId>> {
         Ok(self.inner.index().top_first())
+    }
+
+    async fn layer_usage(&self, chain: &ChainId) -> Result<Usage> {
+        let chain = chain.clone();
+        self.run("measure a layer", move |inner| inner.layer_usage(&chain)).await
     }
 
     async fn layers_usage(&self) -> Result<Usage> {
