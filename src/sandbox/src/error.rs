@@ -73,6 +73,12 @@ pub enum Error {
         /// Which file.
         path: PathBuf,
     },
+    /// The cluster's file system is not there, so that nothing can be told of what is in it.
+    #[error("{} is not there: the cluster's file system is not mounted; is the service pve-cluster up?", path.display())]
+    NoClusterFs {
+        /// What is missing of it.
+        path: PathBuf,
+    },
     /// A CT's configuration cannot be read or written.
     #[error("the configuration {} cannot be used", path.display())]
     Config {
@@ -167,7 +173,9 @@ impl Error {
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         match self {
-            Self::Locked { .. } | Self::Busy { .. } | Self::NoQuorum { .. } => true,
+            Self::Locked { .. } | Self::Busy { .. } | Self::NoQuorum { .. } | Self::NoClusterFs { .. } => {
+                true
+            }
             Self::Pve { source, .. } => source.is_temporary(),
             _ => false,
         }

@@ -4,10 +4,14 @@
 //! beside it that then replaces it. Both are done under the lock that Proxmox VE itself takes for a CT
 //! (`/run/lock/lxc/pve-config-ID.lock`), and a `lock:` in the configuration is respected. The file system takes no changes of
 //! modes and owners, and none at all without quorum.
+//!
+//! That a file is not there says something only while the file system is: an unmounted `/etc/pve` is an empty directory, and
+//! not one CT of it was deleted. So each look begins at the folder as it is mounted at that moment.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
-    io::{self as std_io, ErrorKind, Write as _},
+    io::{self as std_io, ErrorKind, Read as _, Write as _},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -15,6 +19,10 @@ use std::{
 
 use moxlet_ids::Vmid;
 use moxlet_pve::{NodeName, config::LxcConfig};
+use rustix::{
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat},
+    io::Errno,
+};
 
 use crate::{Error, Result, error::io, process::read_bounded};
 
@@ -23,6 +31,8 @@ const MAX: u64 = 1 << 20;
 /// How long the lock of a CT is waited for, as Proxmox VE does.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// What every folder of a cluster has, of however many nodes, and no other directory.
+const MEMBERS: &str = ".members";
 
 /// A CT's file as it was read.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,17 +99,14 @@ impl ConfigDir {
     /// Checks that it is there.
     pub(super) fn open(dir: &Path, node: NodeName, locks: &Path) -> Result<Self> {
         let this = Self { dir: dir.to_owned(), node, locks: locks.to_owned() };
-        let own = this.own_dir();
-        match fs::metadata(&own) {
-            Ok(meta) if meta.is_dir() => {}
-            _ => {
-                return Err(Error::Host(format!(
-                    "{} is no directory: this is no Proxmox VE host, its pve-cluster service is down, or its node is not called {} \
-                     (keys config_dir and node)",
-                    own.display(),
-                    this.node
-                )));
-            }
+        if let Err(error) = this.mounted().and_then(|mounted| mounted.check()) {
+            tracing::debug!(%error, dir = %dir.display(), "the cluster's file system");
+            return Err(Error::Host(format!(
+                "{} is no directory of a cluster's file system: this is no Proxmox VE host, its pve-cluster service is down, or its \
+                 node is not called {} (keys config_dir and node)",
+                this.own_dir().display(),
+                this.node
+            )));
         }
         fs::create_dir_all(locks).map_err(io("create", locks))?;
         Ok(this)
@@ -111,7 +118,23 @@ impl ConfigDir {
     }
 
     fn own_dir(&self) -> PathBuf {
-        self.dir.join("nodes").join(self.node.as_str()).join("lxc")
+        self.dir.join(cts_of(self.node.as_str()))
+    }
+
+    /// The folder as it is mounted now.
+    fn mounted(&self) -> Result<Mounted<'_>> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = openat(CWD, &self.dir, flags, Mode::empty());
+        let root = root.map_err(|e| {
+            tracing::debug!(error = %e, dir = %self.dir.display(), "the folder cannot be opened");
+            Error::NoClusterFs { path: self.dir.clone() }
+        })?;
+        Ok(Mounted { of: self, root })
+    }
+
+    /// Fails while the cluster's file system is away: then nothing follows from what is not there.
+    pub(super) fn check(&self) -> Result<()> {
+        self.mounted()?.check()
     }
 
     pub(super) fn path(&self, vmid: Vmid) -> PathBuf {
@@ -119,17 +142,18 @@ impl ConfigDir {
     }
 
     /// On which other node a CT of this number is that includes this file.
-    pub(super) fn elsewhere(&self, vmid: Vmid, include: &Path) -> Option<String> {
-        let nodes = fs::read_dir(self.dir.join("nodes")).ok()?;
-        nodes.flatten().find_map(|node| {
-            let name = node.file_name().into_string().ok()?;
-            let path = node.path().join("lxc").join(format!("{vmid}.conf"));
-            let text = read_bounded(&path, MAX).ok().filter(|_| name != self.node.as_str())?;
-            let include = include.to_str()?;
-            text.lines()
-                .any(|line| line.starts_with("lxc.include") && line.trim_end().ends_with(include))
-                .then_some(name)
-        })
+    pub(super) fn elsewhere(&self, vmid: Vmid, include: &Path) -> Result<Option<String>> {
+        let mounted = self.mounted()?;
+        mounted.check()?;
+        let Some(include) = include.to_str() else { return Ok(None) };
+        for name in mounted.nodes()?.into_iter().filter(|name| name != self.node.as_str()) {
+            let text = mounted.text(&cts_of(&name).join(format!("{vmid}.conf")))?.unwrap_or_default();
+            let includes = |l: &str| l.starts_with("lxc.include") && l.trim_end().ends_with(include);
+            if text.lines().any(includes) {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     /// The VMIDs of this node's CTs.
@@ -149,9 +173,11 @@ impl ConfigDir {
         text.lines().any(|l| l.strip_prefix("ct:").is_some_and(|id| id.trim() == head))
     }
 
-    /// Fails if the cluster has no quorum, as far as the file system's own list of members says.
+    /// Fails if the cluster has no quorum, as far as the file system's own list of members says, or it is away.
     pub(super) fn check_quorum(&self, path: &Path) -> Result<()> {
-        let Ok(text) = read_bounded(&self.dir.join(".members"), MAX) else { return Ok(()) };
+        let mounted = self.mounted()?;
+        mounted.check()?;
+        let text = mounted.text(Path::new(MEMBERS))?.unwrap_or_default();
         let members: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         match members["cluster"]["quorate"].as_u64() {
             Some(0) => Err(Error::NoQuorum { path: path.to_owned() }),
@@ -179,12 +205,12 @@ impl ConfigDir {
 
     /// Reads a CT's file; none if this node has no such CT.
     pub(super) fn read(&self, vmid: Vmid) -> Result<Option<Content>> {
-        let path = self.path(vmid);
-        let text = match read_bounded(&path, MAX) {
-            Ok(text) => text,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(io("read", path)(e)),
+        let mounted = self.mounted()?;
+        let Some(text) = mounted.text(&cts_of(self.node.as_str()).join(format!("{vmid}.conf")))? else {
+            mounted.check()?;
+            return Ok(None);
         };
+        let path = self.path(vmid);
         Content::parse(&text).map(Some).map_err(|source| Error::Config { path, source })
     }
 
@@ -247,11 +273,78 @@ impl ConfigDir {
     }
 }
 
-/// A failed write: without quorum the cluster's file system is read-only for all, root included.
+/// The folder at one moment: all that is looked up by it is of the same mount, whatever is mounted or unmounted meanwhile.
+struct Mounted<'a> {
+    of: &'a ConfigDir,
+    root: OwnedFd,
+}
+
+impl Mounted<'_> {
+    /// Fails unless it is the cluster's file system.
+    fn check(&self) -> Result<()> {
+        let own = cts_of(self.of.node.as_str());
+        for (name, kind) in [(Path::new(MEMBERS), FileType::RegularFile), (&own, FileType::Directory)] {
+            match statat(&self.root, name, AtFlags::empty()) {
+                Ok(stat) if FileType::from_raw_mode(stat.st_mode) == kind => {}
+                _ => return Err(Error::NoClusterFs { path: self.of.dir.join(name) }),
+            }
+        }
+        Ok(())
+    }
+
+    /// A file of it; none if it is not there, which may mean that nothing is.
+    fn text(&self, name: &Path) -> Result<Option<String>> {
+        let read = || -> std_io::Result<String> {
+            let file = openat(&self.root, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+            let mut bytes = Vec::new();
+            File::from(file).take(MAX).read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        match read() {
+            Ok(text) => Ok(Some(text)),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(unreadable(self.of.dir.join(name), e)),
+        }
+    }
+
+    /// The names of the cluster's nodes.
+    fn nodes(&self) -> Result<Vec<String>> {
+        let path = || self.of.dir.join("nodes");
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = openat(&self.root, "nodes", flags, Mode::empty()).and_then(Dir::new);
+        let mut names = Vec::new();
+        for entry in dir.map_err(|e| unreadable(path(), e.into()))? {
+            let entry = entry.map_err(|e| unreadable(path(), e.into()))?;
+            names.extend(entry.file_name().to_str().ok().filter(|n| !n.starts_with('.')).map(str::to_owned));
+        }
+        Ok(names)
+    }
+}
+
+/// Where the CTs of a node are.
+fn cts_of(node: &str) -> PathBuf {
+    Path::new("nodes").join(node).join("lxc")
+}
+
+/// A failed read: where the service of the cluster's file system has died, its mount is still there and answers nobody.
+fn unreadable(path: PathBuf, error: std_io::Error) -> Error {
+    let died = [Errno::NOTCONN, Errno::CONNABORTED].map(Errno::raw_os_error);
+    if error.raw_os_error().is_some_and(|code| died.contains(&code)) {
+        return Error::NoClusterFs { path };
+    }
+    io("read", path)(error)
+}
+
+/// A failed write: without quorum the cluster's file system is read-only for all, root included; a directory that is not
+/// there is one of a file system that is not.
 fn refused(path: PathBuf, error: std_io::Error) -> Error {
     match error.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Error::NoQuorum { path },
-        _ => io("write", path)(error),
+        ErrorKind::NotFound => Error::NoClusterFs { path },
+        _ => match unreadable(path, error) {
+            Error::Io { path, source, .. } => io("write", path)(source),
+            away => away,
+        },
     }
 }
 
@@ -265,6 +358,7 @@ mod tests {
         for node in ["pve1", "pve2"] {
             fs::create_dir_all(dir.path().join("pve/nodes").join(node).join("lxc")).unwrap();
         }
+        fs::write(dir.path().join("pve/.members"), r#"{"nodename":"pve1","version":1}"#).unwrap();
         let config =
             ConfigDir::open(&dir.path().join("pve"), "pve1".parse().unwrap(), &dir.path().join("lock"))
                 .unwrap();
@@ -330,10 +424,35 @@ mod tests {
         let (dir, folder) = folder();
         fs::write(dir.path().join("pve/nodes/pve2/lxc/100.conf"), "memory: 5\nlxc.include: /x/100-u.conf\n")
             .unwrap();
-        assert_eq!(folder.elsewhere(v(100), Path::new("/x/100-u.conf")).as_deref(), Some("pve2"));
+        let elsewhere = |vmid, include| folder.elsewhere(v(vmid), Path::new(include)).unwrap();
+        assert_eq!(elsewhere(100, "/x/100-u.conf").as_deref(), Some("pve2"));
         // The number was used again there.
-        assert_eq!(folder.elsewhere(v(100), Path::new("/x/100-v.conf")), None);
-        assert_eq!(folder.elsewhere(v(101), Path::new("/x/100-u.conf")), None);
+        assert_eq!(elsewhere(100, "/x/100-v.conf"), None);
+        assert_eq!(elsewhere(101, "/x/100-u.conf"), None);
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_says_nothing_while_the_file_system_is_not_there() {
+        let (dir, folder) = folder();
+        let (here, away) = (dir.path().join("pve"), dir.path().join("away"));
+        assert_eq!(folder.read(v(100)).unwrap(), None);
+        let nothing_is_known = || {
+            assert!(matches!(folder.read(v(100)), Err(Error::NoClusterFs { .. })));
+            assert!(matches!(folder.elsewhere(v(100), Path::new("/x")), Err(Error::NoClusterFs { .. })));
+            let held = folder.lock(v(100)).unwrap();
+            assert!(matches!(folder.create(&held, &named("a")), Err(Error::NoClusterFs { .. })));
+            assert!(folder.check().unwrap_err().is_temporary());
+        };
+        fs::rename(&here, &away).unwrap();
+        nothing_is_known();
+        fs::create_dir(&here).unwrap();
+        nothing_is_known();
+        // Directories that somebody made in the mount point.
+        fs::create_dir_all(here.join("nodes/pve1/lxc")).unwrap();
+        nothing_is_known();
+        fs::remove_dir_all(&here).unwrap();
+        fs::rename(&away, &here).unwrap();
+        assert_eq!(folder.read(v(100)).unwrap(), None);
     }
 
     #[test]

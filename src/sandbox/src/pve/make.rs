@@ -67,6 +67,7 @@ impl Inner {
         let (inner, spec, mut tried) = (Arc::clone(self), spec.clone(), avoid.clone());
         let (record, tried) = blocking(move || {
             for _ in 0..TRIES {
+                inner.folder.check()?;
                 let mut taken = vmid::in_use(inner.folder.dir())?;
                 taken.extend(inner.records.all()?.into_iter().map(|r| r.vmid));
                 taken.extend(tried.iter().copied());

@@ -261,7 +261,7 @@ impl Inner {
             Ok(Some(content)) => content,
             Ok(None) => {
                 let elsewhere =
-                    self.folder.elsewhere(record.vmid, &record.mark().path(&self.layout.includes));
+                    self.folder.elsewhere(record.vmid, &record.mark().path(&self.layout.includes))?;
                 return Ok(elsewhere.map_or(Standing::Gone, Standing::Moved));
             }
             Err(Error::Config { path, source }) => {
@@ -462,7 +462,8 @@ impl Engine for PveEngine {
         let Some(record) = self.inner.record(id).await? else { return Ok(None) };
         let inner = Arc::clone(&self.inner);
         blocking(move || {
-            let there = inner.folder.path(record.vmid).exists();
+            // What cannot be looked for has not gone.
+            let there = !matches!(inner.folder.read(record.vmid), Ok(None));
             let state = inner.state(&record.id);
             Ok((there || state != SandboxState::Stopped).then_some(state))
         })

@@ -62,6 +62,51 @@ async fn deleted_by_hand_it_is_gone_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn while_the_clusters_file_system_is_away_no_ct_counts_as_deleted_and_nothing_is_removed() {
+    let world = World::new().await;
+    let (running, stopped) = (world.running("web").await, world.running("db").await);
+    world.engine.stop(&stopped, Duration::ZERO).await.unwrap();
+    world.engine.look().await.unwrap();
+    let with_both = world.place.snapshot();
+    let (here, away) = (world.place.etc_pve(), world.place.dir.join("away"));
+    fs::rename(&here, &away).unwrap();
+    // As an unmounted /etc/pve is: nothing, or the empty directory below it.
+    for empty in [false, true] {
+        if empty {
+            fs::create_dir(&here).unwrap();
+        }
+        let seen = world.engine.look().await.unwrap_or_default();
+        assert!(seen.iter().all(|o| o.reason != "CTDeleted"), "{seen:?}");
+        assert!(matches!(world.engine.state(&running).await.unwrap(), Some(SandboxState::Running { .. })));
+        assert_eq!(world.engine.state(&stopped).await.unwrap(), Some(SandboxState::Stopped));
+        let late = spec("late");
+        for refused in [
+            world.engine.delete(&running).await,
+            world.engine.delete(&stopped).await,
+            world.engine.start(&stopped).await.map(drop),
+            world.engine.create(&late).await,
+        ] {
+            let error = refused.unwrap_err();
+            assert!(error.is_temporary() && words(&error).contains("pve-cluster"), "{}", words(&error));
+        }
+        assert_eq!(world.engine.list().await.unwrap().len(), 2);
+        for (path, bytes) in with_both.iter().filter(|(path, _)| !path.starts_with(world.place.engine_dir()))
+        {
+            assert_eq!(fs::read(path).ok().as_ref(), Some(bytes), "{}", path.display());
+        }
+    }
+    fs::remove_dir(&here).unwrap();
+    fs::rename(&away, &here).unwrap();
+    let seen = world.engine.look().await.unwrap();
+    assert!(seen.iter().all(|o| o.reason != "CTDeleted"), "{seen:?}");
+    world.engine.start(&stopped).await.unwrap();
+    for id in [&running, &stopped] {
+        world.engine.delete(id).await.unwrap();
+    }
+    world.assert_as_before();
+}
+
+#[tokio::test]
 async fn deleted_by_hand_and_its_number_used_again_the_new_one_is_left_alone() {
     let world = World::new().await;
     let id = world.running("web").await;
