@@ -11,6 +11,7 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self as std_io, ErrorKind, Read as _, Write as _},
+    net::IpAddr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     thread,
@@ -54,6 +55,25 @@ impl Content {
             rest: text.get(at..).unwrap_or_default().to_owned(),
             sections: read.sections,
         })
+    }
+
+    /// Whether a volume of this name is in use here, by the CT or by a snapshot of it.
+    pub(super) fn uses(&self, volume: &str) -> bool {
+        let in_words =
+            |text: &str| text.split(|c: char| c.is_whitespace() || ",:=/@".contains(c)).any(|w| w == volume);
+        self.config.pairs().iter().any(|(key, value)| key != "description" && in_words(value))
+            || in_words(&self.rest)
+    }
+
+    /// Whether the CT has this address, in a key of its own or in a raw one.
+    pub(super) fn has_address(&self, address: IpAddr) -> bool {
+        let in_words = |text: &str| {
+            let mut words = text.split(|c: char| c.is_whitespace() || ",=/".contains(c));
+            words.any(|word| word.parse() == Ok(address))
+        };
+        let pairs = self.config.pairs();
+        let values = pairs.iter().filter(|(key, _)| key != "description").map(|(_, value)| value);
+        values.chain(self.config.lxc.iter().map(|(_, value)| value)).any(|value| in_words(value))
     }
 
     fn text(&self, path: &Path) -> Result<String> {
@@ -429,6 +449,24 @@ mod tests {
         // The number was used again there.
         assert_eq!(elsewhere(100, "/x/100-v.conf"), None);
         assert_eq!(elsewhere(101, "/x/100-u.conf"), None);
+    }
+
+    #[test]
+    fn volumes_and_addresses_of_a_ct_are_found_as_whole_words() {
+        let text = "#10.0.0.9 on subvol-9-disk-0\nnet0: name=eth0,gw=10.0.0.1,ip=10.0.0.7/24,ip6=fd00::7/64\n\
+            rootfs: local-zfs:subvol-100-disk-0,size=1G\nlxc.net.1.ipv4.address: 10.0.0.8/24\n\n[a]\nmp0: z:subvol-8-disk-1,mp=/x\n";
+        let content = Content::parse(text).unwrap();
+        assert!(content.uses("subvol-100-disk-0") && content.uses("subvol-8-disk-1"));
+        assert!(!content.uses("subvol-10-disk-0") && !content.uses("subvol-9-disk-0"));
+        for (address, has) in [
+            ("10.0.0.7", true),
+            ("10.0.0.8", true),
+            ("fd00:0::7", true),
+            ("10.0.0.9", false),
+            ("10.0.0.70", false),
+        ] {
+            assert_eq!(content.has_address(address.parse().unwrap()), has, "{address}");
+        }
     }
 
     #[test]

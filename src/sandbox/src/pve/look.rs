@@ -81,7 +81,7 @@ impl Inner {
                 ),
             )),
             Standing::Torn => Some(("CTForeign", "has a file that cannot be read".to_owned())),
-            Standing::Foreign(reason) => {
+            Standing::Foreign { reason, .. } => {
                 Some(("CTForeign", format!("is not Moxlet's any more: {reason}; it is left as it is")))
             }
         };
@@ -92,7 +92,7 @@ impl Inner {
         Seen {
             astray,
             lock,
-            frozen: self.inits.is_frozen(&record.id),
+            frozen: matches!(standing, Standing::Ours(_)) && self.inits.is_frozen(&record.id),
             ha: self.folder.is_under_ha(record.vmid),
             sections,
         }

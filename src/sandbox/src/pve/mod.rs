@@ -17,6 +17,7 @@
 //! | `vmid` | its number |
 //! | `file` | the cluster's file system: exclusive creation, replacement, locks, quorum |
 //! | `marker` | whose a CT is |
+//! | `standing` | how it stands, and whether what runs under its number is it |
 //! | `record` | what is remembered |
 //! | `volume` | its root |
 //! | `make`, `remove` | its beginning and end, each to be repeated from any point |
@@ -35,6 +36,7 @@ mod marker;
 mod record;
 mod remove;
 mod setup;
+mod standing;
 mod task;
 mod vmid;
 mod volume;
@@ -53,7 +55,7 @@ use std::{
 
 use async_trait::async_trait;
 use moxlet_ids::{SandboxId, Vmid};
-use moxlet_pve::{Client, NodeName, PoolId, StorageId, config::LxcConfig};
+use moxlet_pve::{Client, NodeName, PoolId, StorageId};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 pub use check::Requirements;
@@ -67,6 +69,7 @@ use self::{
     file::{ConfigDir, Content},
     look::Seen,
     record::{Phase, Record, Records},
+    standing::Standing,
 };
 use crate::{
     Engine, Error, Limits, Observation, Result, SandboxInfo, SandboxSpec, SandboxState, cgroup::Numbers,
@@ -132,23 +135,6 @@ struct Inner {
     /// How the last look found each CT.
     seen: Mutex<BTreeMap<SandboxId, Seen>>,
     locks: Locks,
-}
-
-/// How a CT stands that we have a record of.
-#[derive(Debug)]
-enum Standing {
-    /// It is as its record says.
-    Ours(Box<Content>),
-    /// Its file is one that a crash left half written.
-    Torn,
-    /// Proxmox VE has removed all of it but the file.
-    Destroyed,
-    /// It is not there.
-    Gone,
-    /// It is on that host.
-    Moved(String),
-    /// There is one of its number that is not ours, for this reason.
-    Foreign(String),
 }
 
 /// Runs something that waits for files outside the async threads.
@@ -252,57 +238,6 @@ impl Inner {
         blocking(move || inner.records.put(&record)).await
     }
 
-    /// How the CT of a record stands, from what is on disk.
-    fn standing(&self, record: &Record) -> Result<Standing> {
-        if record.node != self.config.node {
-            return Ok(Standing::Foreign(format!("its record is of host {}", record.node)));
-        }
-        let content = match self.folder.read(record.vmid) {
-            Ok(Some(content)) => content,
-            Ok(None) => {
-                let elsewhere =
-                    self.folder.elsewhere(record.vmid, &record.mark().path(&self.layout.includes))?;
-                return Ok(elsewhere.map_or(Standing::Gone, Standing::Moved));
-            }
-            Err(Error::Config { path, source }) => {
-                if record.phase != Phase::Made && self.is_torn(record) {
-                    return Ok(Standing::Torn);
-                }
-                return Ok(Standing::Foreign(format!("{} cannot be read: {source}", path.display())));
-            }
-            Err(error) => return Err(error),
-        };
-        let reason = match record.mark().agrees(&self.layout.includes, &content.config) {
-            Ok(()) => return Ok(Standing::Ours(Box::new(content))),
-            Err(reason) => reason,
-        };
-        if record.phase != Phase::Made && self.is_torn(record) {
-            return Ok(Standing::Torn);
-        }
-        let bare = LxcConfig { lock: Some("destroyed".into()), ..LxcConfig::default() };
-        if content.config == bare && content.sections.is_empty() {
-            return Ok(Standing::Destroyed);
-        }
-        Ok(Standing::Foreign(reason))
-    }
-
-    /// Whether a CT's file is a beginning of what we were about to write when we were killed.
-    fn is_torn(&self, record: &Record) -> bool {
-        let path = self.folder.path(record.vmid);
-        crate::process::read_bounded(&path, 1 << 20)
-            .is_ok_and(|text| record.known.starts_with(&text) && text != record.known)
-    }
-
-    /// The configuration of a CT that is ours.
-    async fn own(self: &Arc<Self>, record: &Record) -> Result<Content> {
-        let (inner, record) = (Arc::clone(self), record.clone());
-        blocking(move || match inner.standing(&record)? {
-            Standing::Ours(content) => Ok(*content),
-            other => Err(other.error(&record)),
-        })
-        .await
-    }
-
     /// Changes the configuration of a CT that is ours and not locked. `change` says whether it changed anything.
     async fn edit(
         self: &Arc<Self>,
@@ -343,18 +278,16 @@ impl Inner {
     async fn held_by(self: &Arc<Self>, record: &Record) -> Result<Option<String>> {
         let (inner, record) = (Arc::clone(self), record.clone());
         blocking(move || {
-            let lock = match inner.standing(&record)? {
-                Standing::Ours(content) => content.config.lock,
-                _ => None,
-            };
-            Ok(lock.or_else(|| inner.inits.is_frozen(&record.id).then(|| "frozen".to_owned())))
+            let Standing::Ours(content) = inner.standing(&record)? else { return Ok(None) };
+            let frozen = || inner.inits.is_frozen(&record.id).then(|| "frozen".to_owned());
+            Ok(content.config.lock.or_else(frozen))
         })
         .await
     }
 
     async fn start(self: &Arc<Self>, id: &SandboxId) -> Result<u32> {
         let record = self.existing(id).await?;
-        if let Some(pid) = self.inits.init(id) {
+        if let Some(pid) = self.running(&record).await? {
             return Ok(pid);
         }
         let vmid = record.vmid;
@@ -389,8 +322,8 @@ impl Inner {
     }
 
     async fn stop(self: &Arc<Self>, record: &Record, grace: Duration) -> Result<()> {
-        let (id, vmid) = (&record.id, record.vmid);
-        if self.inits.init(id).is_none() {
+        let vmid = record.vmid;
+        if self.running(record).await?.is_none() {
             return Ok(());
         }
         self.own(record).await?;
@@ -407,19 +340,6 @@ impl Inner {
             Ok(task) => self.until_stopped(record, &task, grace).await,
             Err(moxlet_pve::Error::NotRunning { .. } | moxlet_pve::Error::Gone { .. }) => Ok(()),
             Err(error) => Err(api("stop", vmid)(error)),
-        }
-    }
-}
-
-impl Standing {
-    fn error(self, record: &Record) -> Error {
-        let vmid = record.vmid;
-        match self {
-            Self::Moved(node) => Error::Moved { vmid, node },
-            Self::Foreign(reason) => Error::Foreign { vmid, reason },
-            Self::Gone => Error::NotFound(format!("{vmid} of sandbox {}", record.id)),
-            Self::Destroyed => Error::Locked { vmid, lock: "destroyed".into() },
-            Self::Torn | Self::Ours(_) => Error::Busy { vmid, what: "it is half made".into() },
         }
     }
 }
@@ -451,27 +371,32 @@ impl Engine for PveEngine {
 
     async fn list(&self) -> Result<Vec<SandboxInfo>> {
         let inner = Arc::clone(&self.inner);
-        blocking(move || {
-            let all = inner.records.all()?.into_iter();
-            Ok(all.map(|record| SandboxInfo { state: inner.state(&record.id), id: record.id }).collect())
-        })
-        .await
+        let records = blocking(move || inner.records.all()).await?;
+        let mut all = Vec::with_capacity(records.len());
+        for record in records {
+            let state = self.inner.state(&record).await?;
+            all.push(SandboxInfo { id: record.id, state });
+        }
+        Ok(all)
     }
 
     async fn state(&self, id: &SandboxId) -> Result<Option<SandboxState>> {
         let Some(record) = self.inner.record(id).await? else { return Ok(None) };
+        let state = self.inner.state(&record).await?;
         let inner = Arc::clone(&self.inner);
         blocking(move || {
             // What cannot be looked for has not gone.
             let there = !matches!(inner.folder.read(record.vmid), Ok(None));
-            let state = inner.state(&record.id);
             Ok((there || state != SandboxState::Stopped).then_some(state))
         })
         .await
     }
 
     async fn wait(&self, id: &SandboxId) -> Result<()> {
-        self.inner.inits.ended(id).await
+        match self.inner.record(id).await? {
+            Some(record) if self.inner.running(&record).await?.is_none() => Ok(()),
+            _ => self.inner.inits.ended(id).await,
+        }
     }
 
     async fn addresses(&self, id: &SandboxId) -> Result<Option<Vec<IpAddr>>> {
@@ -481,7 +406,7 @@ impl Engine for PveEngine {
         }
         let since = tokio::time::Instant::now();
         loop {
-            let Some(pid) = self.inner.inits.init(id) else {
+            let Some(pid) = self.inner.running(&record).await? else {
                 return Err(Error::NotFound(format!("a running CT of {id}")));
             };
             let found = self.inner.inits.addresses(pid);
@@ -537,7 +462,8 @@ impl Engine for PveEngine {
 }
 
 impl Inner {
-    fn state(&self, id: &SandboxId) -> SandboxState {
-        self.inits.init(id).map_or(SandboxState::Stopped, |pid| SandboxState::Running { pid })
+    async fn state(self: &Arc<Self>, record: &Record) -> Result<SandboxState> {
+        let pid = self.running(record).await?;
+        Ok(pid.map_or(SandboxState::Stopped, |pid| SandboxState::Running { pid }))
     }
 }

@@ -1,13 +1,14 @@
 //! How a CT goes: by a task of Proxmox VE if it is complete, else by removing what was made of it. Each step can be repeated,
 //! and what is somebody else's stays.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use moxlet_ids::SandboxId;
 use moxlet_pve::api::ct::Delete;
 
 use super::{
-    Inner, Standing, VolumeOwner, api, blocking,
+    Inner, Standing, api, blocking,
+    file::Content,
     record::{Phase, Record},
 };
 use crate::{Error, Result};
@@ -25,8 +26,8 @@ enum Next {
     Again,
     /// Proxmox VE has to remove it.
     Api,
-    /// A CT of its number is not ours, for this reason.
-    NotOurs(Error),
+    /// A CT of its number is not ours, for this reason; none if what it is cannot be read.
+    NotOurs(String, Option<Box<Content>>),
 }
 
 impl Inner {
@@ -35,6 +36,14 @@ impl Inner {
         let complete = record.phase == Phase::Made;
         for _ in 0..ROUNDS {
             match self.next(&record, complete).await? {
+                // Somebody removed the file under a running CT: Proxmox VE does not know it any more.
+                Next::Done if self.running(&record).await?.is_some() => {
+                    let what = format!(
+                        "its file was removed and it runs: end it with `lxc-stop -n {}`",
+                        record.vmid
+                    );
+                    return Err(Error::Busy { vmid: record.vmid, what });
+                }
                 Next::Done => return self.forget(record).await,
                 Next::Again => {}
                 Next::Api => {
@@ -44,17 +53,36 @@ impl Inner {
                     }
                     self.by_api(&record).await?;
                 }
-                Next::NotOurs(error) => {
-                    // Ours was removed and its number used again; unless its root is still there: then it was made to look so.
-                    if self.volumes.owner(&record.volume()).await? == VolumeOwner::Sandbox(record.id.clone())
-                    {
-                        return Err(error);
+                Next::NotOurs(reason, content) => {
+                    if let Some(reason) = self.keeps(&record, reason, content.as_deref()).await? {
+                        return Err(Error::Foreign { vmid: record.vmid, reason });
                     }
                     return self.forget(record).await;
                 }
             }
         }
         Err(Error::Busy { vmid: record.vmid, what: "it is still there after it was removed".into() })
+    }
+
+    /// Why a pod has to wait for a CT of its number that is not ours. Else ours was removed and its number used again.
+    async fn keeps(
+        &self,
+        record: &Record,
+        reason: String,
+        content: Option<&Content>,
+    ) -> Result<Option<String>> {
+        // It was made to look so.
+        if self.has_our_root(record, content).await? {
+            return Ok(Some(reason));
+        }
+        // What cannot be read may have the address.
+        let Some(content) = content else { return Ok(Some(reason)) };
+        let has = |address: &&IpAddr| content.has_address(**address);
+        Ok(record.ips.iter().find(has).map(|address| {
+            format!(
+                "{reason}, and it has the pod's address {address}: delete it, or give it another address, and the pod goes"
+            )
+        }))
     }
 
     /// Looks what is there and removes a file that is all that is left of it.
@@ -66,11 +94,11 @@ impl Inner {
             match inner.standing(&record)? {
                 Standing::Gone => Ok(Next::Done),
                 // It was never ours: another was quicker with this number.
-                Standing::Foreign(reason) if record.phase == Phase::Making => {
+                Standing::Foreign { reason, .. } if record.phase == Phase::Making => {
                     tracing::info!(vmid = %record.vmid, reason, "a CT has the number that a half-made one was to get; it stays");
                     Ok(Next::Done)
                 }
-                foreign @ Standing::Foreign(_) => Ok(Next::NotOurs(foreign.error(&record))),
+                Standing::Foreign { reason, content } => Ok(Next::NotOurs(reason, content)),
                 Standing::Torn | Standing::Destroyed => {
                     inner.folder.remove(&held)?;
                     Ok(Next::Again)
