@@ -193,6 +193,11 @@ impl ConfigDir {
         text.lines().any(|l| l.strip_prefix("ct:").is_some_and(|id| id.trim() == head))
     }
 
+    /// Whether a CT has firewall rules of its own.
+    pub(super) fn has_firewall(&self, vmid: Vmid) -> bool {
+        self.dir.join(format!("firewall/{vmid}.fw")).exists()
+    }
+
     /// Fails if the cluster has no quorum, as far as the file system's own list of members says, or it is away.
     pub(super) fn check_quorum(&self, path: &Path) -> Result<()> {
         let mounted = self.mounted()?;

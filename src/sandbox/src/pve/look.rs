@@ -117,6 +117,7 @@ impl Inner {
         let words = edits(record, &known, &content.config);
         if text != record.known && record.phase == Phase::Made {
             record.known = text;
+            record.needs_api = true;
             self.records.put(record)?;
         }
         drop(held);

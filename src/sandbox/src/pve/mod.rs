@@ -55,7 +55,7 @@ use std::{
 
 use async_trait::async_trait;
 use moxlet_ids::{SandboxId, Vmid};
-use moxlet_pve::{Client, NodeName, PoolId, StorageId};
+use moxlet_pve::{Client, NodeName, PoolId, StorageId, Upid};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 pub use check::Requirements;
@@ -152,6 +152,17 @@ fn api(what: &'static str, vmid: Vmid) -> impl FnOnce(moxlet_pve::Error) -> Erro
     }
 }
 
+/// Whether a call that failed has certainly left the CT as it was: it was not sent, or was refused at once.
+fn nothing_came_of(error: &Error) -> bool {
+    match error {
+        Error::Locked { .. } => true,
+        Error::Pve { source, .. } => {
+            !source.may_have_happened() && !matches!(**source, moxlet_pve::Error::AlreadyRunning { .. })
+        }
+        _ => false,
+    }
+}
+
 impl PveEngine {
     /// Opens (and makes) the engine's directory and takes over its CTs. Nothing is asked of the API; see [`Requirements`].
     ///
@@ -233,9 +244,14 @@ impl Inner {
         self.record(id).await?.ok_or_else(|| Error::NotFound(id.to_string()))
     }
 
-    async fn put(self: &Arc<Self>, record: Record) -> Result<()> {
-        let inner = Arc::clone(self);
-        blocking(move || inner.records.put(&record)).await
+    /// Changes a record, whatever else was noted in it meanwhile.
+    async fn note(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        change: impl FnOnce(&mut Record) + Send + 'static,
+    ) -> Result<Record> {
+        let (inner, id) = (Arc::clone(self), id.clone());
+        blocking(move || inner.records.change(&id, change)).await
     }
 
     /// Changes the configuration of a CT that is ours and not locked. `change` says whether it changed anything.
@@ -303,22 +319,37 @@ impl Inner {
                 reason: "HA looks after it and starts it; remove it from HA".into(),
             });
         }
-        let record = self.pooled(record).await?;
-        let task = self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))?;
+        let (record, task) = self.ask_to_start(record).await?;
         self.until_running(&record, &task).await
     }
 
-    /// Has the CT in the pool that is configured. Proxmox VE takes it out when it removes the CT.
-    async fn pooled(self: &Arc<Self>, mut record: Record) -> Result<Record> {
-        if let Some(pool) = self.config.pool.as_ref().filter(|_| !record.pooled) {
-            self.client
-                .add_to_pool(pool, record.vmid)
-                .await
-                .map_err(api("put into its pool", record.vmid))?;
-            record.pooled = true;
-            self.put(record.clone()).await?;
+    /// Asks Proxmox VE to start a CT. One that it was never asked to start can go without it (see [`super::remove`]): so that is
+    /// noted before, and taken back where nothing can have come of it.
+    async fn ask_to_start(self: &Arc<Self>, record: Record) -> Result<(Record, Upid)> {
+        let (first, vmid) = (!record.needs_api, record.vmid);
+        let record = if first { self.note(&record.id, |r| r.needs_api = true).await? } else { record };
+        let id = record.id.clone();
+        let asked = async {
+            let record = self.pooled(record).await?;
+            let task = self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))?;
+            Ok((record, task))
+        };
+        let asked = asked.await;
+        if let Err(error) = &asked
+            && first
+            && nothing_came_of(error)
+        {
+            self.note(&id, |r| r.needs_api = r.pooled).await?;
         }
-        Ok(record)
+        asked
+    }
+
+    /// Has the CT in the pool that is configured. Proxmox VE takes it out when it removes the CT.
+    async fn pooled(self: &Arc<Self>, record: Record) -> Result<Record> {
+        let Some(pool) = self.config.pool.as_ref().filter(|_| !record.pooled) else { return Ok(record) };
+        let put = self.client.add_to_pool(pool, record.vmid).await;
+        put.map_err(api("put into its pool", record.vmid))?;
+        self.note(&record.id, |r| r.pooled = true).await
     }
 
     async fn stop(self: &Arc<Self>, record: &Record, grace: Duration) -> Result<()> {

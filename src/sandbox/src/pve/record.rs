@@ -8,6 +8,7 @@ use std::{
     io::{ErrorKind, Write as _},
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use moxlet_ids::{PodUid, SandboxId, Vmid};
@@ -49,6 +50,10 @@ pub(super) struct Record {
     /// Whether it is in the pool that was configured.
     #[serde(default)]
     pub(super) pooled: bool,
+    /// Whether Proxmox VE has to remove it: it was asked to start it or to put it into a pool, or somebody has edited it. Records
+    /// of earlier versions do not say.
+    #[serde(default = "yes")]
+    pub(super) needs_api: bool,
     /// Addresses that were written into its configuration.
     pub(super) ips: Vec<IpAddr>,
     /// Whether its first interface asks for one by DHCP.
@@ -57,6 +62,10 @@ pub(super) struct Record {
     pub(super) known: String,
     /// Its notes as we last wrote them.
     pub(super) notes: String,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Record {
@@ -73,6 +82,7 @@ impl Record {
             attempt: 0,
             map,
             pooled: false,
+            needs_api: false,
             ips: Vec::new(),
             dhcp: false,
             known: String::new(),
@@ -106,6 +116,8 @@ impl Record {
 #[derive(Debug, Clone)]
 pub(super) struct Records {
     dir: PathBuf,
+    /// Held while one is read, changed and written.
+    changing: Arc<Mutex<()>>,
 }
 
 impl Records {
@@ -116,7 +128,7 @@ impl Records {
                 let _ = fs::remove_file(entry.path());
             }
         }
-        Self { dir: dir.to_owned() }
+        Self { dir: dir.to_owned(), changing: Arc::default() }
     }
 
     fn path(&self, id: &SandboxId) -> PathBuf {
@@ -125,6 +137,18 @@ impl Records {
 
     pub(super) fn get(&self, id: &SandboxId) -> Result<Option<Record>> {
         read(&self.path(id))
+    }
+
+    /// Changes a record as it stands there by now, and returns it.
+    pub(super) fn change(&self, id: &SandboxId, change: impl FnOnce(&mut Record)) -> Result<Record> {
+        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut record) = self.get(id)? else { return Err(Error::NotFound(id.to_string())) };
+        let before = record.clone();
+        change(&mut record);
+        if record != before {
+            self.put(&record)?;
+        }
+        Ok(record)
     }
 
     pub(super) fn put(&self, record: &Record) -> Result<()> {
@@ -181,6 +205,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_record_of_an_earlier_version_is_of_a_ct_that_may_have_run() {
+        let id = SandboxId::random();
+        let node = "pve1".parse().unwrap();
+        let record = Record::new(id, "u".parse().unwrap(), Vmid::MIN, node, IdMap::default());
+        let mut json = serde_json::to_value(&record).unwrap();
+        assert!(json.as_object_mut().unwrap().remove("needsApi").is_some());
+        assert!(serde_json::from_value::<Record>(json).unwrap().needs_api);
+    }
+
+    #[test]
     fn what_is_put_is_found_until_it_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::open(dir.path());
@@ -198,9 +232,12 @@ mod tests {
         drop(Records::open(dir.path()));
         assert!(!dir.path().join(".x.new").exists());
         assert_eq!(records.get(&id).unwrap(), Some(record));
+        assert!(records.change(&id, |r| r.needs_api = true).unwrap().needs_api);
+        assert!(records.get(&id).unwrap().unwrap().needs_api);
         records.remove(&id).unwrap();
         records.remove(&id).unwrap();
         assert_eq!(records.get(&id).unwrap(), None);
+        assert!(matches!(records.change(&id, |_| {}), Err(Error::NotFound(_))));
         fs::write(dir.path().join("a.json"), "nonsense").unwrap();
         assert!(records.all().is_err());
     }

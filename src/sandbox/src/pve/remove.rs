@@ -1,10 +1,10 @@
-//! How a CT goes: by a task of Proxmox VE if it is complete, else by removing what was made of it. Each step can be repeated,
-//! and what is somebody else's stays.
+//! How a CT goes: by a task of Proxmox VE if it may have run, else by removing what was made of it, so that what was made
+//! while the API is away goes as well. Each step can be repeated, and what is somebody else's stays.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use moxlet_ids::SandboxId;
-use moxlet_pve::api::ct::Delete;
+use moxlet_pve::{api::ct::Delete, config::LxcConfig};
 
 use super::{
     Inner, Standing, api, blocking,
@@ -48,8 +48,7 @@ impl Inner {
                 Next::Again => {}
                 Next::Api => {
                     if record.phase != Phase::Removing {
-                        record.phase = Phase::Removing;
-                        self.put(record.clone()).await?;
+                        record = self.note(id, |r| r.phase = Phase::Removing).await?;
                     }
                     self.by_api(&record).await?;
                 }
@@ -113,6 +112,11 @@ impl Inner {
                     None if inner.inits.is_frozen(&record.id) => {
                         Err(Error::Locked { vmid: record.vmid, lock: "frozen".into() })
                     }
+                    // The API is not needed for it, nor waited for while it is away.
+                    None if inner.never_ran(&record, &content) => {
+                        inner.folder.remove(&held)?;
+                        Ok(Next::Again)
+                    }
                     None => {
                         // Without it Proxmox VE would stop the CT, free its volumes, and fail at its file.
                         inner.folder.check_quorum(&inner.folder.path(record.vmid))?;
@@ -127,6 +131,18 @@ impl Inner {
             }
         })
         .await
+    }
+
+    /// Whether a CT is as we made it and Proxmox VE knows no more of it than its file: then it goes with its file. What somebody
+    /// added to it, Proxmox VE has to remove.
+    fn never_ran(&self, record: &Record, content: &Content) -> bool {
+        let made = LxcConfig::from_file(&record.known).map(|file| LxcConfig { lock: None, ..file.config });
+        !record.needs_api
+            && self.inits.init(&record.id).is_none()
+            && content.sections.is_empty()
+            && made.is_ok_and(|made| made == content.config)
+            && !self.folder.is_under_ha(record.vmid)
+            && !self.folder.has_firewall(record.vmid)
     }
 
     async fn by_api(&self, record: &Record) -> Result<()> {

@@ -62,6 +62,10 @@ async fn a_privilege_that_was_taken_away_is_named_with_its_path_and_the_command_
     world.place.change("user.cfg", ":Administrator:", ":PVEAuditor:");
     let text = start_fails(&world, &pod.id).await;
     has(&text, &["/vms/1000000", "VM.PowerMgmt", "pveum acl modify /vms/1000000 --users moxlet@pve"]);
+    // One that never ran goes without the API; one that ran does not.
+    world.place.change("user.cfg", ":PVEAuditor:", ":Administrator:");
+    world.engine.start(&pod.id).await.unwrap();
+    world.place.change("user.cfg", ":Administrator:", ":PVEAuditor:");
     has(&words(&world.engine.delete(&pod.id).await.unwrap_err()), &["VM.Allocate", "pveum acl modify"]);
     world.place.change("user.cfg", ":PVEAuditor:", ":Administrator:");
     world.engine.delete(&pod.id).await.unwrap();
@@ -90,6 +94,67 @@ async fn a_certificate_that_expired_or_changed_is_told_with_its_fingerprints() {
     );
     world.control("PUT", "/certificates/pve1", json!({"expired": false})).await;
     then_it_runs(&world, &pod.id).await;
+}
+
+#[tokio::test]
+async fn what_is_made_while_the_api_is_away_goes_while_it_is_away() {
+    let world = World::new().await;
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let pool = "pods".parse().unwrap();
+    for pool in [None, Some(pool)] {
+        let config = PveConfig { pool, ..world.place.pve_config(FIRST + 99) };
+        let away = world.place.client(&format!("https://{nobody}"), &Calls::default());
+        let engine = world.place.engine_of(config, away);
+        for _ in 0..3 {
+            let pod = spec("web");
+            engine.create(&pod).await.unwrap();
+            let error = engine.start(&pod.id).await.unwrap_err();
+            assert!(error.is_temporary(), "{}", words(&error));
+            // Tried again it is no different.
+            assert!(engine.start(&pod.id).await.unwrap_err().is_temporary());
+            engine.delete(&pod.id).await.unwrap();
+            world.assert_as_before();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_ct_whose_start_may_have_been_taken_up_or_that_somebody_has_changed_goes_by_the_api_alone() {
+    let world = World::new().await;
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let away = || {
+        let client = world.place.client(&format!("https://{nobody}"), &Calls::default());
+        world.place.engine_of(world.place.pve_config(FIRST + 99), client)
+    };
+    let firewall = world.place.etc_pve().join("firewall/1000000.fw");
+    for how in ["answered by nobody", "edited", "edited and seen", "locked", "with rules of the firewall"] {
+        let pod = made(&world).await;
+        let conf = world.place.conf(FIRST);
+        let text = std::fs::read_to_string(&conf).unwrap();
+        match how {
+            "answered by nobody" => {
+                let lost = json!({"path": "/status/start$", "times": 1, "do": "drop", "after": true});
+                world.fault("calls", lost).await;
+                world.engine.start(&pod.id).await.unwrap_err();
+            }
+            "edited" => std::fs::write(&conf, text.replace("memory: 65", "memory: 66")).unwrap(),
+            "edited and seen" => {
+                std::fs::write(&conf, text.replace("memory: 65", "memory: 66")).unwrap();
+                assert!(world.engine.look().await.unwrap().iter().any(|o| o.reason == "CTEdited"));
+            }
+            "locked" => std::fs::write(&conf, format!("lock: backup\n{text}")).unwrap(),
+            _ => std::fs::write(&firewall, "[OPTIONS]\nenable: 1\n").unwrap(),
+        }
+        let error = away().delete(&pod.id).await.unwrap_err();
+        assert!(error.is_temporary() && conf.exists(), "{how}: {}", words(&error));
+        if how == "locked" {
+            std::fs::write(&conf, text).unwrap();
+        }
+        world.no_faults().await;
+        world.engine.delete(&pod.id).await.unwrap();
+        world.assert_as_before();
+        assert!(!firewall.exists(), "{how}");
+    }
 }
 
 #[tokio::test]
