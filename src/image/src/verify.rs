@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc};
 use moxlet_ids::{ChainId, Digest};
 
 use crate::{
-    Error, ImageRecord, ImageStore, Result, layer,
+    Error, ImageRecord, ImageStore, Origin, Result, layer,
     store::{Store, blocking},
 };
 
@@ -18,8 +18,10 @@ const MAX_FAULTS: usize = 20;
 pub struct VerifyReport {
     /// The image.
     pub image: ImageRecord,
-    /// How many of its layers could be compared; the others came with a version that kept no tape.
+    /// How many of its layers could be compared.
     pub verified: usize,
+    /// How many of the others should have a tape, and have lost it. Of the rest, the version that they came with kept none.
+    pub lost: usize,
     /// What is wrong, by layer.
     pub faults: Vec<String>,
     /// Whether it was removed for that.
@@ -68,7 +70,10 @@ impl Verification {
         let Some(hold) = self.store.hold(image.id.as_str()).await? else {
             return Box::pin(self.next()).await;
         };
-        let (mut faults, mut verified) = (self.documents(&image).await?, 0);
+        let (mut faults, mut verified, mut lost) = (self.documents(&image).await?, 0, 0);
+        let details = self.store.look_up(image.id.as_str())?.map(|(_, details)| details).unwrap_or_default();
+        // Who noted either kept tapes.
+        let has_tapes = details.manifest.is_some() || details.origin != Origin::Unknown;
         for (n, chain) in image.layers.iter().enumerate() {
             let diff_id = image.config.rootfs().diff_ids().get(n).cloned().unwrap_or_default();
             let found = match self.known.get(chain) {
@@ -79,9 +84,12 @@ impl Verification {
                     found
                 }
             };
-            if let Some(found) = found {
-                verified += 1;
-                faults.extend(found.into_iter().map(|f| format!("layer {}: {f}", n + 1)));
+            match found {
+                Some(found) => {
+                    verified += 1;
+                    faults.extend(found.into_iter().map(|f| format!("layer {}: {f}", n + 1)));
+                }
+                None => lost += usize::from(has_tapes),
             }
         }
         drop(hold);
@@ -93,7 +101,7 @@ impl Verification {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Some(VerifyReport { image, verified, faults, removed }))
+        Ok(Some(VerifyReport { image, verified, lost, faults, removed }))
     }
 
     /// Config and manifest.

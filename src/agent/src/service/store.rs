@@ -373,6 +373,7 @@ fn verified(report: VerifyReport) -> host::ImageVerifyReport {
         id: report.image.id.to_string(),
         layers: count(report.image.layers.len()),
         verified: count(report.verified),
+        lost: count(report.lost),
         faults: report.faults,
         removed: report.removed,
     }

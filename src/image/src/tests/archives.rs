@@ -215,6 +215,25 @@ async fn a_changed_file_is_found_and_the_image_removed_unless_it_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_whose_tapes_are_lost_is_not_called_whole() {
+    let place = Place::new().await;
+    let record = make(&place, rootfs(), named("mine:1")).await.unwrap();
+    let tape =
+        place.dir.path().join("images/layers").join(format!("{}.tape", record.layers[0].digest().hex()));
+    fs::remove_file(&tape).unwrap();
+    let verify = async |place: &Place| place.store.verify(&[], true).unwrap().next().await.unwrap().unwrap();
+    let report = verify(&place).await;
+    assert_eq!((report.verified, report.lost, report.faults.len(), report.removed), (0, 1, 0, false));
+    // As the first versions wrote it, which kept none.
+    let path = place.dir.path().join("images/images").join(format!("{}.json", record.id.hex()));
+    let mut text: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    text["origin"] = "unknown".into();
+    fs::write(&path, text.to_string()).unwrap();
+    let report = verify(&place.reopen().await).await;
+    assert_eq!((report.verified, report.lost, report.faults.len()), (0, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tapes_go_with_their_layers() {
     let place = Place::new().await;
     make(&place, rootfs(), named("mine:1")).await.unwrap();

@@ -243,12 +243,19 @@ async fn push(store: &mut Connection, args: &PushArgs) -> Result<()> {
 async fn verify(store: &mut Connection, images: &[String], repair: bool) -> Result<()> {
     let request = host::ImageVerifyRequest { images: images.to_vec(), repair };
     let answer = store.client.verify(request).await.map_err(|e| store.failed(&e))?;
-    let (mut reports, mut damaged, mut all) = (answer.into_inner(), 0, 0);
+    let (mut reports, mut damaged, mut unknown, mut all) = (answer.into_inner(), 0, 0, 0);
     while let Some(report) = reports.message().await.map_err(|e| store.failed(&e))? {
         all += 1;
         let layers = format!("{} of {} layers compared", report.verified, report.layers);
         if report.faults.is_empty() {
-            say(&format!("ok       {} ({layers})", report.image))?;
+            let state = if report.verified < report.layers { "unknown" } else { "ok" };
+            say(&format!("{state:<8} {} ({layers})", report.image))?;
+            if report.lost > 0 {
+                unknown += 1;
+                say("         cannot be compared: its tapes are lost; remove it and pull it again")?;
+            } else if state == "unknown" {
+                say("         it came with a version that kept no tapes; remove it and pull it again")?;
+            }
             continue;
         }
         damaged += 1;
@@ -264,6 +271,9 @@ async fn verify(store: &mut Connection, images: &[String], repair: bool) -> Resu
     }
     if damaged > 0 {
         bail!("{damaged} of {all} images are damaged");
+    }
+    if unknown > 0 {
+        bail!("{unknown} of {all} images cannot be compared");
     }
     Ok(())
 }
