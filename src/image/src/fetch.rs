@@ -4,10 +4,7 @@
 //! with [`WhiteoutStyle::Overlay`] layers are extracted side by side; what one needs of those below is looked up at its
 //! end. With [`WhiteoutStyle::Apply`] a layer is extracted when the one below is there, and fetched ahead before.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::PathBuf, sync::Arc};
 
 use futures::{StreamExt, stream::FuturesUnordered};
 use moxlet_ids::ChainId;
@@ -22,7 +19,7 @@ use crate::{
     progress::{Counter, LayerState, Reporter},
     pull::mismatch,
     registry::{Session, manifest::Descriptor},
-    store::Store,
+    store::{Store, TapeDraft},
 };
 
 /// A layer of the image, with all that its extraction needs to know.
@@ -34,9 +31,16 @@ pub(crate) struct Job {
     pub(crate) parent: Option<ChainId>,
 }
 
+/// Why a layer was not extracted.
+enum Failed {
+    Unpack(Fault),
+    /// Its tape was not put in its place.
+    Keep(Error),
+}
+
 /// What the layers of one pull share.
 struct Pull<'a> {
-    store: &'a Store,
+    store: &'a Arc<Store>,
     session: &'a Session<'a>,
     chains: Vec<ChainId>,
     /// After a failure the others are stopped and waited for, so that nothing appears once the pull has ended.
@@ -52,7 +56,7 @@ struct Pull<'a> {
 
 /// Makes sure that all layers are in the store; how many bytes that took.
 pub(crate) async fn layers(
-    store: &Store,
+    store: &Arc<Store>,
     session: &Session<'_>,
     jobs: Vec<Job>,
     progress: &Reporter,
@@ -159,8 +163,8 @@ impl Pull<'_> {
             turn??.map_err(|_| Error::Stopped)?;
         }
         let draft = self.store.driver.begin_layer(job.parent.as_ref()).await?;
-        let tape = TapeDraft(self.store.records.draft_path());
-        let place = self.store.records.tape_path(&job.chain);
+        let tape = TapeDraft::new(&self.store.records);
+        let (store, chain) = (Arc::clone(self.store), job.chain.clone());
         let below = self.below(n);
         let claim = job.claim.clone();
         // Draft and tape go with the worker: they are not removed while something is still written in them.
@@ -169,21 +173,28 @@ impl Pull<'_> {
                 root: draft.path(),
                 style,
                 bottom: n == 0,
-                tape: Some(&tape.0),
+                tape: Some(tape.path()),
                 below: Some(Box::new(below)),
             };
-            let unpacked = layer::unpack(source, &claim, target)?;
-            tape.keep_as(&place)?;
+            let unpacked = layer::unpack(source, &claim, target).map_err(Failed::Unpack)?;
+            tape.keep(&store.records, &chain).map_err(Failed::Keep)?;
             Ok((draft, unpacked))
         });
-        worker.await.map_err(|_| Error::Stopped)?.map_err(|fault| match fault {
+        worker.await.map_err(|_| Error::Stopped)?.map_err(|failed| match failed {
+            Failed::Keep(error) => error,
+            Failed::Unpack(fault) => self.told(job, fault),
+        })
+    }
+
+    fn told(&self, job: &Job, fault: Fault) -> Error {
+        match fault {
             Fault::Bad(reason) => self.session.bad(&job.part, reason),
             Fault::Mismatch { what, expected, actual } => {
                 mismatch(self.session, &format!("{}{what}", job.part), expected, actual)
             }
             Fault::System { what, path, source } => Error::Io { what, path, source: Arc::new(source) },
             Fault::Cut => Error::Stopped,
-        })
+        }
     }
 
     /// Waits for the layers below one, and opens them.
@@ -213,23 +224,4 @@ async fn open(driver: &dyn Driver, chains: &[ChainId]) -> std::result::Result<Lo
         views.push(view);
     }
     Ok(Lower::from(views))
-}
-
-/// A tape that is being written; removed unless it is kept.
-struct TapeDraft(PathBuf);
-
-impl TapeDraft {
-    fn keep_as(&self, place: &Path) -> std::result::Result<(), Fault> {
-        let fault = |source| Fault::System { what: "put in place", path: place.to_owned(), source };
-        std::fs::rename(&self.0, place).map_err(fault)?;
-        let dir = place.parent().unwrap_or(place);
-        std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(fault)
-    }
-}
-
-impl Drop for TapeDraft {
-    fn drop(&mut self) {
-        // It may never have been made, or be in its place.
-        let _ = std::fs::remove_file(&self.0);
-    }
 }

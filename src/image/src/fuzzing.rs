@@ -81,6 +81,20 @@ fn look(out: &Path) -> Option<(i64, i64, usize, Vec<u8>, u64)> {
     Some((meta.mtime(), meta.mtime_nsec(), names, fs::read(out.join("secret")).ok()?, secret.nlink()))
 }
 
+/// Reads the bytes as an archive of images, plain or compressed. Nothing of it stays.
+pub fn import(data: &[u8]) {
+    let Ok(scratch) = Scratch::new() else { return };
+    let (dir, out) = (scratch.0.join("members"), scratch.0.join("out"));
+    if fs::create_dir(&out).is_err() {
+        return;
+    }
+    let _ = fs::write(out.join("secret"), "untouched");
+    let before = look(&out);
+    crate::import::fuzz(data, dir.clone());
+    assert!(!dir.exists(), "members of the archive are left");
+    assert_eq!(look(&out), before, "something outside of the directory has changed");
+}
+
 /// Reads the bytes as a manifest.
 pub fn manifest(data: &[u8]) {
     manifest::fuzz(data);
@@ -150,6 +164,11 @@ mod tests {
         #[test]
         fn layers_stay_in_their_place(data in mutated("layer")) {
             layer(&data);
+        }
+
+        #[test]
+        fn archives_of_images_are_read_or_refused(data in mutated("import")) {
+            import(&data);
         }
 
         #[test]

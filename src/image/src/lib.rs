@@ -51,7 +51,7 @@ pub use ensure::PullPolicy;
 use ensure::Taker;
 pub use error::{Error, Result};
 pub use garbage::{Garbage, GarbagePolicy};
-pub use import::{Feed, RootfsOptions, Source, feed};
+pub use import::{Feed, Imported, RootfsOptions, Source, feed};
 pub use inspect::{InspectedLayer, InspectedManifest, Inspection, ListedImage};
 pub use migrate::{LeftOut, MigratedImage, MigrationOutcome, migrate};
 pub use moxlet_storage::ZfsConfig;

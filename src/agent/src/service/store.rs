@@ -8,9 +8,9 @@ use futures::{FutureExt, Stream, StreamExt, stream};
 use jiff::Timestamp;
 use moxlet_cri::host::{self, image_store_server::ImageStore as Rpc};
 use moxlet_image::{
-    Compression, Credentials, Error, Feed, Garbage, GarbagePolicy, ImageRecord, ImageStore, Keyring,
-    LayerProgress, LayerState, ListedImage, PullPolicy, PullProgress, Reference, Removed, RootfsOptions,
-    VerifyReport, feed,
+    Compression, Credentials, Error, Feed, Garbage, GarbagePolicy, ImageRecord, ImageStore, Imported,
+    Keyring, LayerProgress, LayerState, ListedImage, PullPolicy, PullProgress, Reference, Removed,
+    RootfsOptions, VerifyReport, feed,
 };
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
@@ -297,19 +297,17 @@ impl Rpc for ImageStoreService {
         let images = self.images.clone();
         let work = async move {
             if options.rootfs {
-                images.import_rootfs(source, rootfs_options(options)).await.map(|record| vec![record])
+                let made = images.import_rootfs(source, rootfs_options(options)).await;
+                made.map(|record| Imported { images: vec![record], skipped: Vec::new() })
             } else {
                 images.import(source, name.as_deref()).await
             }
         };
         let (done, fed) = tokio::join!(work, pass_on(parts, feed));
         // What the import says comes first: it may have stopped reading.
-        let records = done.map_err(|e| fed.err().unwrap_or_else(|| status(e)))?;
-        let mut images = Vec::new();
-        for record in records {
-            images.push(plain(record));
-        }
-        Ok(Response::new(host::ImageImportResponse { images }))
+        let done = done.map_err(|e| fed.err().unwrap_or_else(|| status(e)))?;
+        let images = done.images.into_iter().map(plain).collect();
+        Ok(Response::new(host::ImageImportResponse { images, skipped: done.skipped }))
     }
 
     type VerifyStream = Updates<host::ImageVerifyReport>;

@@ -1,17 +1,27 @@
-//! The members of an archive of images, put on disk. Only names that such archives have are kept, and of these only so many.
+//! The members of an archive of images, put on disk: only so many, and of all of them only so much.
+//!
+//! The tar is read as a layer's is, since the tar crate keeps long names and extended headers of any size in memory.
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fs::{self, File},
-    io::{self, Read},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    io::{self, BufRead, BufReader, Read},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirBuilderExt, OpenOptionsExt},
+    },
     path::{Component, Path, PathBuf},
 };
 
 use moxlet_ids::Digest;
 
-use super::{Source, decompressed, refused};
-use crate::{Result, error::Attempt};
+use super::{decompressed, refused, told};
+use crate::{
+    Error, Result,
+    error::Attempt,
+    layer::{self, Archive, Kind},
+};
 
 /// Members that an archive may have.
 const MAX_MEMBERS: usize = 20_000;
@@ -19,6 +29,8 @@ const MAX_MEMBERS: usize = 20_000;
 const MAX_BYTES: u64 = 512 << 30;
 /// Bytes of a document: index, manifest, config.
 const MAX_DOCUMENT: u64 = 8 << 20;
+/// Bytes that are read at a time.
+const BUFFER: usize = 128 << 10;
 /// Links that are followed one after another.
 const MAX_LINKS: usize = 4;
 
@@ -64,49 +76,56 @@ fn plain(name: &Path) -> Option<String> {
 
 impl Members {
     /// Reads an archive to its end into a new directory. It blocks.
-    pub(super) fn read(source: Source, dir: PathBuf) -> Result<Self> {
+    pub(super) fn read(source: impl Read + Send, dir: PathBuf) -> Result<Self> {
         fs::DirBuilder::new().mode(0o700).create(&dir).attempt("create", &dir)?;
         let mut all = Self { dir, members: HashMap::new() };
-        let mut archive =
-            tar::Archive::new(decompressed(source).map_err(|e| refused("the archive", e.to_string()))?);
-        let wrong = |e: io::Error| refused("the archive", format!("it cannot be read: {e}"));
-        let mut bytes = 0_u64;
-        for (n, entry) in archive.entries().map_err(wrong)?.enumerate() {
-            let mut entry = entry.map_err(wrong)?;
-            if n >= MAX_MEMBERS {
+        let plain = decompressed(source).map_err(|e| unreadable(&e))?;
+        let mut archive = Archive::of(BufReader::with_capacity(BUFFER, plain));
+        let (mut count, mut bytes) = (0_usize, 0_u64);
+        while let Some(entry) = archive.next().map_err(wrong)? {
+            if count >= MAX_MEMBERS {
                 return Err(refused("the archive", format!("it has more than {MAX_MEMBERS} members")));
             }
-            let Some(name) = entry.path().ok().and_then(|p| plain(&p)) else { continue };
-            let kind = entry.header().entry_type();
-            if kind.is_symlink() || kind.is_hard_link() {
-                let target = entry.link_name().map_err(wrong)?.unwrap_or_default();
-                // A symbolic link is read from where it lies.
-                let base = if kind.is_symlink() { Path::new(&name).parent() } else { None };
-                let target = base.map_or_else(|| target.to_path_buf(), |b| b.join(&target));
-                if let Some(target) = plain(&target) {
-                    all.members.insert(name, Member::Link(target));
-                }
-                continue;
-            }
-            if !kind.is_file() {
-                continue;
-            }
-            let size = entry.size();
-            bytes = bytes.saturating_add(size);
+            bytes = bytes.saturating_add(entry.stored);
             if bytes > MAX_BYTES {
                 return Err(refused("the archive", format!("it has more than {MAX_BYTES} bytes")));
             }
-            let path = all.dir.join(n.to_string());
-            let mut file = fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&path)
-                .attempt("create", &path)?;
-            copy(&mut entry, &mut file, &path)?;
-            all.members.insert(name, Member::File { path, size });
+            all.take(count, &entry, &mut archive)?;
+            count += 1;
         }
         Ok(all)
+    }
+
+    /// Keeps a member, if it is one that an archive of images can have.
+    fn take<R: BufRead>(&mut self, n: usize, entry: &layer::Entry, archive: &mut Archive<R>) -> Result<()> {
+        let Some(name) = plain(path(&entry.path)) else { return Ok(()) };
+        match entry.kind {
+            Kind::Symlink | Kind::HardLink => {
+                // A symbolic link is read from where it lies.
+                let base = if entry.kind == Kind::Symlink { Path::new(&name).parent() } else { None };
+                let target = path(&entry.link);
+                let target = base.map_or_else(|| target.to_path_buf(), |b| b.join(target));
+                if let Some(target) = plain(&target) {
+                    self.members.insert(name, Member::Link(target));
+                }
+            }
+            Kind::File if entry.size() != entry.stored => {
+                return Err(refused("the archive", format!("{name:?} is a file with holes")));
+            }
+            Kind::File => {
+                let path = self.dir.join(n.to_string());
+                let mut file = fs::OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o600)
+                    .open(&path)
+                    .attempt("create", &path)?;
+                copy(archive, entry.stored, &mut file, &path)?;
+                self.members.insert(name, Member::File { path, size: entry.stored });
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     fn find(&self, name: &str) -> Option<(&Path, u64)> {
@@ -123,6 +142,11 @@ impl Members {
     /// Whether there is such a member.
     pub(super) fn has(&self, name: &str) -> bool {
         self.find(name).is_some()
+    }
+
+    /// The length of a member.
+    pub(super) fn size(&self, name: &str) -> Option<u64> {
+        self.find(name).map(|(_, size)| size)
     }
 
     /// Opens a member; its size as well.
@@ -159,17 +183,31 @@ pub(super) fn blob_name(digest: &Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }
 
-/// Tells a broken archive from a full disk.
-fn copy(from: &mut impl Read, to: &mut File, path: &Path) -> Result<()> {
-    let mut buffer = vec![0; 128 << 10];
-    loop {
-        let n =
-            from.read(&mut buffer).map_err(|e| refused("the archive", format!("it cannot be read: {e}")))?;
+/// Copies a member's content. Tells a broken archive from a full disk.
+fn copy<R: BufRead>(from: &mut Archive<R>, mut left: u64, to: &mut File, path: &Path) -> Result<()> {
+    while left > 0 {
+        let chunk = from.content().map_err(wrong)?;
+        let n = chunk.len();
         if n == 0 {
-            return Ok(());
+            return Err(refused("the archive", "a member is shorter than it should be"));
         }
-        io::Write::write_all(to, &buffer[..n]).attempt("write", path)?;
+        io::Write::write_all(to, chunk).attempt("write", path)?;
+        from.consume(n);
+        left = left.saturating_sub(n as u64);
     }
+    Ok(())
+}
+
+fn path(bytes: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(bytes))
+}
+
+fn wrong(fault: layer::Fault) -> Error {
+    told("the archive", fault)
+}
+
+fn unreadable(error: &io::Error) -> Error {
+    refused("the archive", format!("it cannot be read: {error}"))
 }
 
 #[cfg(test)]

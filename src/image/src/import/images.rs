@@ -38,8 +38,13 @@ struct Entry {
     config: Vec<u8>,
     layers: Vec<Layer>,
     manifest: Option<RawManifest>,
-    /// Of which architecture it is, if it is not for this host.
-    foreign: Option<String>,
+}
+
+impl Entry {
+    /// How people know it.
+    fn called(&self) -> String {
+        self.names.first().cloned().unwrap_or_else(|| Digest::of(&self.config).to_string())
+    }
 }
 
 #[derive(Deserialize)]
@@ -62,15 +67,25 @@ struct DockerEntry {
     layers: Vec<String>,
 }
 
+/// What an import has brought.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Imported {
+    /// The images.
+    pub images: Vec<ImageRecord>,
+    /// What else the archive names and why it was left out: what is no image, or not for this host, or not in it.
+    pub skipped: Vec<String>,
+}
+
 impl ImageStore {
     /// Takes the images of an archive that are for this host's architecture: an OCI layout or what `docker save` writes; tar,
     /// plain or with gzip, zstd or xz. `name` is the tag of the image if the archive has one alone.
     ///
     /// # Errors
-    /// [`crate::Error::BadArchive`], [`crate::Error::InvalidName`], a failure of the store. Images that were complete before stay.
-    pub async fn import(&self, source: Source, name: Option<&str>) -> Result<Vec<ImageRecord>> {
+    /// [`crate::Error::BadArchive`], also where it has nothing that is an image for this host;
+    /// [`crate::Error::InvalidName`], a failure of the store. Images that were complete before stay.
+    pub async fn import(&self, source: Source, name: Option<&str>) -> Result<Imported> {
         let dir = self.store.records.draft_path();
-        let outcome = self.import_from(source, dir, name).await;
+        let outcome = self.store.unless_stalled(self.import_from(source, dir, name)).await;
         self.tidy(outcome).await
     }
 
@@ -79,46 +94,58 @@ impl ImageStore {
         source: Source,
         dir: std::path::PathBuf,
         name: Option<&str>,
-    ) -> Result<Vec<ImageRecord>> {
+    ) -> Result<Imported> {
         let name = name.map(Reference::parse).transpose()?;
-        let (members, mut entries) = blocking(move || {
+        let (members, Entries { found, mut skipped }) = blocking(move || {
             let members = Members::read(source, dir)?;
-            let entries = if members.has("index.json") { layout(&members)? } else { docker(&members)? };
+            let entries = entries(&members)?;
             Ok((Arc::new(members), entries))
         })
         .await?;
-        let foreign: Vec<String> = entries.iter().filter_map(|e| e.foreign.clone()).collect();
-        entries.retain(|e| e.foreign.is_none());
+        let mut entries = Vec::new();
+        for entry in found {
+            match self.missing(&members, &entry).await? {
+                Some(layer) => skipped.push(format!("{}: {layer:?} is missing", entry.called())),
+                None => entries.push(entry),
+            }
+        }
         if entries.is_empty() {
-            let reason = match foreign.first() {
-                Some(other) => {
-                    format!("its images are for {other}, this host is linux/{}", host_architecture())
-                }
-                None => "it has no image".to_owned(),
-            };
-            return Err(refused("the archive", reason));
+            return Err(nothing(&skipped));
         }
         if let Some(name) = &name {
-            let mut ids: Vec<Digest> = entries.iter().map(|e| Digest::of(&e.config)).collect();
-            ids.sort();
-            ids.dedup();
-            if ids.len() > 1 {
-                let reason = format!("it has {} images; a name can be given to one alone", ids.len());
-                return Err(refused("the archive", reason));
-            }
-            for entry in &mut entries {
-                entry.names = name.repo_tag().into_iter().collect();
-            }
+            give_name(&mut entries, name)?;
         }
-        let mut records = Vec::new();
+        let mut images = Vec::new();
         for entry in entries {
             let record = self.import_entry(&members, entry).await?;
-            records.retain(|r: &ImageRecord| r.id != record.id);
-            records.push(record);
+            images.retain(|r: &ImageRecord| r.id != record.id);
+            images.push(record);
         }
         // Its files are many.
         tokio::task::spawn_blocking(move || drop(members)).await.map_err(|_| crate::Error::Stopped)?;
-        Ok(records)
+        Ok(Imported { images, skipped })
+    }
+
+    /// A layer that neither the archive nor the store has.
+    async fn missing(&self, members: &Members, entry: &Entry) -> Result<Option<String>> {
+        let mut chain: Option<ChainId> = None;
+        for layer in &entry.layers {
+            chain = layer.claim.diff_id.as_ref().map(|diff_id| match &chain {
+                Some(below) => below.push(diff_id),
+                None => ChainId::base(diff_id),
+            });
+            if members.has(&layer.member) {
+                continue;
+            }
+            let here = match &chain {
+                Some(chain) => self.store.driver.has_layer(chain).await?,
+                None => false,
+            };
+            if !here {
+                return Ok(Some(layer.member.clone()));
+            }
+        }
+        Ok(None)
     }
 
     async fn import_entry(&self, members: &Arc<Members>, entry: Entry) -> Result<ImageRecord> {
@@ -161,55 +188,120 @@ impl ImageStore {
     }
 }
 
+/// What an archive has.
+#[derive(Default)]
+pub(super) struct Entries {
+    found: Vec<Entry>,
+    skipped: Vec<String>,
+}
+
+impl Entries {
+    /// Adds an image, unless it is for another host.
+    fn add(&mut self, entry: Entry) -> Result<()> {
+        if let Some(other) = foreign(&entry.config)? {
+            let ours = host_architecture();
+            self.skipped.push(format!("{}: it is for {other}, this host is linux/{ours}", entry.called()));
+            return Ok(());
+        }
+        // An image with several names is there once for each.
+        match self.found.iter_mut().find(|e| e.config == entry.config) {
+            Some(known) => known.names.extend(entry.names),
+            None => self.found.push(entry),
+        }
+        Ok(())
+    }
+}
+
+/// The images that an archive names.
+pub(super) fn entries(members: &Members) -> Result<Entries> {
+    if members.has("index.json") { layout(members) } else { docker(members) }
+}
+
+/// An archive of which nothing can be taken.
+fn nothing(skipped: &[String]) -> crate::Error {
+    let reason = match skipped {
+        [] => "it has no image".to_owned(),
+        [only] => format!("it has no image that can be taken: {only}"),
+        [first, rest @ ..] => {
+            format!("it has no image that can be taken: {first}; and {} more", rest.len())
+        }
+    };
+    refused("the archive", reason)
+}
+
+fn give_name(entries: &mut [Entry], name: &Reference) -> Result<()> {
+    let mut ids: Vec<Digest> = entries.iter().map(|e| Digest::of(&e.config)).collect();
+    ids.sort();
+    ids.dedup();
+    if ids.len() > 1 {
+        let reason = format!("it has {} images; a name can be given to one alone", ids.len());
+        return Err(refused("the archive", reason));
+    }
+    for entry in entries {
+        entry.names = name.repo_tag().into_iter().collect();
+    }
+    Ok(())
+}
+
 /// The images of an OCI layout.
-fn layout(members: &Members) -> Result<Vec<Entry>> {
+fn layout(members: &Members) -> Result<Entries> {
     let wrong = |what: &str, e: &dyn std::fmt::Display| refused(what, format!("it cannot be read: {e}"));
     let index: Index =
         serde_json::from_slice(&members.document("index.json")?).map_err(|e| wrong("index.json", &e))?;
     if index.manifests.len() > MAX_IMAGES {
         return Err(refused("index.json", format!("it names more than {MAX_IMAGES} images")));
     }
-    let mut entries: Vec<Entry> = Vec::new();
+    let mut entries = Entries::default();
     for named in index.manifests {
-        let (mut digest, mut left) = (named.digest, MAX_DEPTH);
-        let (bytes, config, layers) = loop {
-            if left == 0 {
-                return Err(refused("index.json", "indexes are nested too deep"));
-            }
-            left -= 1;
-            let bytes = members.blob(&digest)?;
-            match manifest::read(&bytes).map_err(|reason| refused(&format!("manifest {digest}"), reason))? {
-                Found::Image(config, layers) => break (bytes, config, layers),
-                Found::Next(next) => digest = next,
-            }
-        };
-        let media_type = manifest::media_type(&bytes, &config);
-        let config = members.blob(&config.digest)?;
-        let diff_ids = diff_ids(&config, layers.len())?;
-        let layers = layers.into_iter().zip(diff_ids).map(|(blob, diff_id)| Layer {
-            member: blob_name(&blob.digest),
-            claim: Claim { digest: Some(blob.digest.clone()), size: Some(blob.size), diff_id: Some(diff_id) },
-            blob: Some(blob.into()),
-        });
-        let foreign = foreign(&config)?;
         let name = ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
             .iter()
             .find_map(|key| full_name(named.annotations.get(*key)?));
-        let names: Vec<String> = name.into_iter().collect();
-        // An image with several names is there once for each.
-        if let Some(known) = entries.iter_mut().find(|e| e.config == config) {
-            known.names.extend(names);
-            continue;
+        let called = name.clone().unwrap_or_else(|| named.digest.to_string());
+        match described(members, named.digest)? {
+            Ok(entry) => entries.add(Entry { names: name.into_iter().collect(), ..entry })?,
+            Err(reason) => entries.skipped.push(format!("{called}: {reason}")),
         }
-        let layers = layers.collect();
-        let manifest = Some(RawManifest { media_type, bytes });
-        entries.push(Entry { names, config, layers, manifest, foreign });
     }
     Ok(entries)
 }
 
+/// The image that a manifest or index describes; the inner error says why it is none of ours. What is there and damaged
+/// spoils the whole archive.
+fn described(members: &Members, mut digest: Digest) -> Result<std::result::Result<Entry, String>> {
+    let absent = |digest: &Digest| Ok(Err(format!("its blob {digest} is missing")));
+    let mut left = MAX_DEPTH;
+    let (bytes, config, layers) = loop {
+        if left == 0 {
+            return Err(refused("index.json", "indexes are nested too deep"));
+        }
+        left -= 1;
+        if !members.has(&blob_name(&digest)) {
+            return absent(&digest);
+        }
+        let bytes = members.blob(&digest)?;
+        match manifest::read(&bytes) {
+            Ok(Found::Image(config, layers)) => break (bytes, config, layers),
+            Ok(Found::Next(next)) => digest = next,
+            Err(reason) => return Ok(Err(reason)),
+        }
+    };
+    if !members.has(&blob_name(&config.digest)) {
+        return absent(&config.digest);
+    }
+    let media_type = manifest::media_type(&bytes, &config);
+    let config = members.blob(&config.digest)?;
+    let diff_ids = diff_ids(&config, layers.len())?;
+    let layers = layers.into_iter().zip(diff_ids).map(|(blob, diff_id)| Layer {
+        member: blob_name(&blob.digest),
+        claim: Claim { digest: Some(blob.digest.clone()), size: Some(blob.size), diff_id: Some(diff_id) },
+        blob: Some(blob.into()),
+    });
+    let manifest = Some(RawManifest { media_type, bytes });
+    Ok(Ok(Entry { names: Vec::new(), config, layers: layers.collect(), manifest }))
+}
+
 /// The images of an archive of `docker save`.
-fn docker(members: &Members) -> Result<Vec<Entry>> {
+fn docker(members: &Members) -> Result<Entries> {
     if !members.has("manifest.json") {
         let reason = "it has neither index.json nor manifest.json: it is no archive of images (give --rootfs for a root \
                       file system)";
@@ -220,18 +312,23 @@ fn docker(members: &Members) -> Result<Vec<Entry>> {
     if all.len() > MAX_IMAGES {
         return Err(refused("manifest.json", format!("it names more than {MAX_IMAGES} images")));
     }
-    let mut entries = Vec::new();
+    let mut entries = Entries::default();
     for entry in all {
+        let names: Vec<String> =
+            entry.repo_tags.unwrap_or_default().iter().filter_map(|n| full_name(n)).collect();
+        if !members.has(&entry.config) {
+            let called = names.first().unwrap_or(&entry.config);
+            entries.skipped.push(format!("{called}: its config {:?} is missing", entry.config));
+            continue;
+        }
         let config = members.document(&entry.config)?;
         let diff_ids = diff_ids(&config, entry.layers.len())?;
-        let mut layers = Vec::new();
-        for (member, diff_id) in entry.layers.into_iter().zip(diff_ids) {
-            let size = members.open(&member)?.1;
-            let claim = Claim { digest: None, size: Some(size), diff_id: Some(diff_id) };
-            layers.push(Layer { member, claim, blob: None });
-        }
-        let names = entry.repo_tags.unwrap_or_default().iter().filter_map(|n| full_name(n)).collect();
-        entries.push(Entry { names, foreign: foreign(&config)?, config, layers, manifest: None });
+        let layers = entry.layers.into_iter().zip(diff_ids).map(|(member, diff_id)| {
+            let claim = Claim { digest: None, size: members.size(&member), diff_id: Some(diff_id) };
+            Layer { member, claim, blob: None }
+        });
+        let layers = layers.collect();
+        entries.add(Entry { names, config, layers, manifest: None })?;
     }
     Ok(entries)
 }

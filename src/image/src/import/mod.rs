@@ -21,8 +21,9 @@ use tokio::sync::mpsc;
 use crate::{
     Error, ImageStore, Result,
     layer::{self, Claim, Fault, Lower, Target, Unpacked},
-    store::{Pins, Store, blocking},
+    store::{Pins, Store, TapeDraft, blocking},
 };
+pub use images::Imported;
 pub use rootfs::RootfsOptions;
 
 /// Pieces that wait for the reader.
@@ -142,23 +143,19 @@ async fn bring_layer(
     for layer in layers.iter().rev().filter(|_| style == WhiteoutStyle::Overlay) {
         views.push(store.driver.open_layer(layer).await?);
     }
-    let tape = store.records.draft_path();
+    let tape = TapeDraft::new(&store.records);
     let (draft, unpacked, tape) = blocking(move || {
         let opened = open().map_err(|e| refused(&part, e.to_string()))?;
         let target = Target {
             root: draft.path(),
             style,
             bottom,
-            tape: Some(&tape),
+            tape: Some(tape.path()),
             below: Some(Box::new(move || Ok(Lower::from(views)))),
         };
-        match layer::unpack_reader(opened, &claim, target) {
-            Ok(unpacked) => Ok((draft, unpacked, tape)),
-            Err(fault) => {
-                let _ = std::fs::remove_file(&tape);
-                Err(told(&part, fault))
-            }
-        }
+        // Draft and tape go with the worker, and with what it returns, wherever the import ends.
+        let unpacked = layer::unpack_reader(opened, &claim, target).map_err(|fault| told(&part, fault))?;
+        Ok((draft, unpacked, tape))
     })
     .await?;
     let chain = chain_of(&unpacked.diff_id);
@@ -166,9 +163,17 @@ async fn bring_layer(
     let turn = store.turn(&chain);
     let _turn = turn.lock().await;
     let (records, at) = (Arc::clone(store), chain.clone());
-    blocking(move || records.records.keep_tape(&tape, &at)).await?;
+    blocking(move || tape.keep(&records.records, &at)).await?;
     store.driver.commit_layer(draft, &chain, unpacked.usage).await?;
     Ok((chain, Some(unpacked), pins))
+}
+
+/// Reads what somebody may give as an archive of images; its members go to a new directory and with that.
+#[cfg(any(feature = "fuzzing", test))]
+pub(crate) fn fuzz(data: &[u8], dir: std::path::PathBuf) {
+    if let Ok(members) = archive::Members::read(data, dir) {
+        drop(images::entries(&members));
+    }
 }
 
 impl ImageStore {

@@ -138,7 +138,8 @@ impl ImageStore {
                 }
                 None => None,
             };
-        let outcome = self.make_image(source, &options, template.as_ref(), &architecture, tag).await;
+        let work = self.make_image(source, &options, template.as_ref(), &architecture, tag);
+        let outcome = self.store.unless_stalled(work).await;
         self.tidy(outcome).await
     }
 

@@ -28,7 +28,7 @@ pub(super) const MAX_ENTRIES: u64 = 4 << 20;
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     File,
     Directory,
     Symlink,
@@ -40,10 +40,10 @@ pub(super) enum Kind {
 
 /// An entry, its names as they stand in the archive.
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) kind: Kind,
-    pub(super) path: Vec<u8>,
-    pub(super) link: Vec<u8>,
+pub(crate) struct Entry {
+    pub(crate) kind: Kind,
+    pub(crate) path: Vec<u8>,
+    pub(crate) link: Vec<u8>,
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -54,18 +54,18 @@ pub(super) struct Entry {
     /// Where the content of a file with holes belongs.
     pub(super) sparse: Option<Sparse>,
     /// Bytes of content in the archive.
-    pub(super) stored: u64,
+    pub(crate) stored: u64,
 }
 
 impl Entry {
     /// The length of the file.
-    pub(super) fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.sparse.as_ref().map_or(self.stored, |s| s.size)
     }
 }
 
 /// A tar that is being read.
-pub(super) struct Archive<R> {
+pub(crate) struct Archive<R> {
     input: R,
     tape: Option<Recorder>,
     entries: u64,
@@ -75,6 +75,11 @@ pub(super) struct Archive<R> {
 }
 
 impl<R: BufRead> Archive<R> {
+    /// An archive of which no tape is kept.
+    pub(crate) fn of(input: R) -> Self {
+        Self::new(input, None)
+    }
+
     /// A tape gets all that is read here other than by [`Self::content`].
     pub(super) fn new(input: R, tape: Option<Recorder>) -> Self {
         Self { input, tape, entries: 0, left: 0, padding: 0 }
@@ -92,7 +97,7 @@ impl<R: BufRead> Archive<R> {
     }
 
     /// The next entry; its content is had with [`Self::content`], or passed over by the next call.
-    pub(super) fn next(&mut self) -> Outcome<Option<Entry>> {
+    pub(crate) fn next(&mut self) -> Outcome<Option<Entry>> {
         let mut extensions = Extensions::default();
         let mut pending = false;
         loop {
@@ -130,7 +135,7 @@ impl<R: BufRead> Archive<R> {
 
     /// The next bytes of the entry's content, to be [consumed](Self::consume); none at its end. They do not go to the
     /// tape.
-    pub(super) fn content(&mut self) -> Outcome<&[u8]> {
+    pub(crate) fn content(&mut self) -> Outcome<&[u8]> {
         if self.left == 0 {
             return Ok(&[]);
         }
@@ -140,7 +145,7 @@ impl<R: BufRead> Archive<R> {
     }
 
     /// So many bytes of [`Self::content`] are done with.
-    pub(super) fn consume(&mut self, n: usize) {
+    pub(crate) fn consume(&mut self, n: usize) {
         self.input.consume(n);
         self.left = self.left.saturating_sub(n as u64);
     }

@@ -26,6 +26,7 @@ use bytes::Bytes;
 use moxlet_ids::Digest;
 use moxlet_storage::{Usage, WhiteoutStyle};
 
+pub(crate) use archive::{Archive, Entry, Kind};
 pub(crate) use below::Lower;
 pub(crate) use check::check;
 pub(crate) use source::{Source, room};

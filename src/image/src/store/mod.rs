@@ -6,6 +6,7 @@
 
 mod adopt;
 mod change;
+mod draft;
 mod lock;
 mod names;
 mod records;
@@ -25,6 +26,7 @@ use oci_spec::image::ImageConfiguration;
 use crate::{Config, Error, ImageRecord, Reference, Result, registry::Registry};
 pub(crate) use adopt::{Adopted, SourceRecords};
 pub(crate) use change::{NewImage, RawManifest};
+pub(crate) use draft::TapeDraft;
 pub(crate) use lock::DirLock;
 pub(crate) use records::{Access, Details, Records};
 use records::{Images, Stored};

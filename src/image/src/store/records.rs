@@ -28,7 +28,7 @@ use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
 use serde::{Deserialize, Serialize};
 
-use super::lock::DirLock;
+use super::{draft::TapeDraft, lock::DirLock};
 use crate::{
     Error, ImageRecord, LayerBlob, Origin, Result,
     error::{Attempt, chain},
@@ -381,7 +381,7 @@ impl Records {
     }
 
     /// Puts a tape that was written (and flushed) in its place, before the layer itself is there.
-    pub(crate) fn keep_tape(&self, draft: &Path, layer: &ChainId) -> Result<()> {
+    pub(super) fn keep_tape(&self, draft: &Path, layer: &ChainId) -> Result<()> {
         let path = self.tape_path(layer);
         fs::rename(draft, &path).attempt("put in place", &path)?;
         path.parent().map_or(Ok(()), sync_dir)
@@ -393,13 +393,10 @@ impl Records {
         if ours.exists() || !theirs.exists() {
             return Ok(());
         }
-        let draft = self.draft_path();
-        let copied = fs::copy(&theirs, &draft).and_then(|_| fs::File::open(&draft)?.sync_all());
-        let kept = copied.attempt("write", &draft).and_then(|()| self.keep_tape(&draft, layer));
-        if kept.is_err() {
-            let _ = fs::remove_file(&draft);
-        }
-        kept
+        let draft = TapeDraft::new(self);
+        let copied = fs::copy(&theirs, draft.path()).and_then(|_| fs::File::open(draft.path())?.sync_all());
+        copied.attempt("write", draft.path())?;
+        draft.keep(self, layer)
     }
 
     /// Removes the tape of a layer. Idempotent.

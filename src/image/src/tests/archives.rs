@@ -3,6 +3,8 @@
 use std::{collections::BTreeMap, fs, io::Write};
 
 use futures::StreamExt;
+use serde_json::json;
+use tar::EntryType;
 
 use super::*;
 use crate::{Error, ImageRecord, Origin, RootfsOptions, feed, layer::tests::Tar};
@@ -32,7 +34,14 @@ async fn make(place: &Place, bytes: Vec<u8>, options: RootfsOptions) -> crate::R
 
 async fn load(place: &Place, bytes: Vec<u8>, name: Option<&str>) -> crate::Result<Vec<ImageRecord>> {
     let (feed, source) = feed();
-    tokio::join!(place.store.import(source, name), give(bytes, feed)).0
+    let imported = tokio::join!(place.store.import(source, name), give(bytes, feed)).0?;
+    assert!(imported.skipped.is_empty(), "{imported:?}");
+    Ok(imported.images)
+}
+
+async fn load_some(place: &Place, bytes: Vec<u8>) -> crate::Result<crate::Imported> {
+    let (feed, source) = feed();
+    tokio::join!(place.store.import(source, None), give(bytes, feed)).0
 }
 
 async fn exported(place: &Place, images: &[&str]) -> Vec<u8> {
@@ -187,6 +196,100 @@ async fn an_archive_that_lies_is_refused_and_leaves_nothing() {
     two.no_drafts().await;
     assert_eq!((two.layers().await, leftovers(&two)), (0, Vec::new()));
     assert!(two.store.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_archive_has_beside_images_for_this_host_is_left_out_and_told() {
+    let (one, two) = (Place::new().await, Place::new().await);
+    let record = make(&one, rootfs(), named("mine:1")).await.unwrap();
+    let mut all = members(&exported(&one, &["mine:1"]).await);
+    let mut index: serde_json::Value = serde_json::from_slice(&all["index.json"]).unwrap();
+    let ours = index["manifests"][0].take();
+    let absent = moxlet_ids::Digest::of(b"absent");
+    let artefact = |kind: &str| {
+        json!({
+            "schemaVersion": 2, "config": { "mediaType": kind, "digest": absent, "size": 2 }, "layers": [],
+        })
+    };
+    let foreign = json!({ "schemaVersion": 2, "manifests": [{
+        "digest": absent, "size": 2, "platform": { "os": "linux", "architecture": "s390x" },
+    }] });
+    let no_config = json!({
+        "schemaVersion": 2, "config": { "digest": absent, "size": 2 }, "layers": [],
+    });
+    let mut named = vec![json!({ "digest": absent, "size": 2 })];
+    for other in
+        [artefact("application/vnd.cncf.helm.config.v1+json"), artefact("a/signature"), foreign, no_config]
+    {
+        let bytes = other.to_string().into_bytes();
+        let digest = moxlet_ids::Digest::of(&bytes);
+        named.push(json!({ "digest": digest, "size": bytes.len() }));
+        all.insert(format!("blobs/sha256/{}", digest.hex()), bytes);
+    }
+    all.insert("index.json".into(), json!({ "manifests": named }).to_string().into_bytes());
+    let error = load_some(&two, archive(&all)).await.unwrap_err().to_string();
+    assert!(error.contains("is missing") && error.contains("4 more"), "{error}");
+    named.insert(2, ours);
+    all.insert("index.json".into(), json!({ "manifests": named }).to_string().into_bytes());
+    let imported = load_some(&two, archive(&all)).await.unwrap();
+    assert_eq!(imported.images.iter().map(|r| &r.id).collect::<Vec<_>>(), [&record.id]);
+    for (skipped, why) in
+        imported.skipped.iter().zip(["missing", "Helm chart", "a/signature", "platform", "missing"])
+    {
+        assert!(skipped.starts_with("sha256:") && skipped.contains(why), "{skipped}");
+    }
+    assert_eq!(imported.skipped.len(), 5);
+    assert!(leftovers(&two).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_with_endless_names_is_not_read_into_memory() {
+    let place = Place::new().await;
+    let gzip = |bytes: &[u8]| {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(bytes).unwrap();
+        gzip.finish().unwrap()
+    };
+    for kind in [EntryType::GNULongName, EntryType::GNULongLink, EntryType::XHeader, EntryType::XGlobalHeader]
+    {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        for size in [50 << 30, 3 << 20] {
+            header.set_size(size);
+            header.set_cksum();
+            let mut bytes = header.as_bytes().to_vec();
+            bytes.resize(bytes.len() + (3 << 20), b'a');
+            let bytes = gzip(&[bytes, Tar::default().file("index.json", "{}").end()].concat());
+            assert!(bytes.len() < 100_000);
+            let error = load(&place, bytes, None).await.unwrap_err();
+            assert!(
+                matches!(&error, Error::BadArchive { reason, .. } if reason.contains("more than 1048576 bytes")),
+                "{kind:?}: {error}"
+            );
+        }
+    }
+    assert!(leftovers(&place).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_that_is_given_up_leaves_nothing() {
+    let place = Place::new().await;
+    let chain = ChainId::base(&moxlet_ids::Digest::of(&rootfs()));
+    // Somebody is about to make the same layer.
+    let turn = place.store.store.turn(&chain);
+    let theirs = turn.lock().await;
+    let store = Arc::clone(&place.store);
+    let import = tokio::spawn(async move {
+        let (feed, source) = feed();
+        tokio::join!(store.import_rootfs(source, named("mine:1")), give(rootfs(), feed)).0
+    });
+    eventually(|| std::future::ready(Arc::strong_count(&turn) == 2)).await;
+    assert!(!leftovers(&place).is_empty());
+    import.abort();
+    assert!(import.await.unwrap_err().is_cancelled());
+    place.no_drafts().await;
+    assert!(leftovers(&place).is_empty(), "{:?}", leftovers(&place));
+    drop(theirs);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -112,7 +112,8 @@ pub(super) async fn import(store: &mut Connection, args: &ImportArgs) -> Result<
     if let Ok(error) = broken.try_recv() {
         return Err(error).with_context(|| format!("cannot read {}", args.source.display()));
     }
-    for image in answer.map_err(|e| store.failed(&e))?.into_inner().images {
+    let done = answer.map_err(|e| store.failed(&e))?.into_inner();
+    for image in done.images {
         say(&image.id)?;
         for name in &image.repo_tags {
             eprintln!("imported {name}");
@@ -120,6 +121,9 @@ pub(super) async fn import(store: &mut Connection, args: &ImportArgs) -> Result<
         if image.repo_tags.is_empty() {
             eprintln!("imported without a name (`moxlet image tag` gives one, or --name at the import)");
         }
+    }
+    for skipped in &done.skipped {
+        eprintln!("left out {skipped}");
     }
     Ok(())
 }
