@@ -88,16 +88,14 @@ impl Session<'_> {
         let used = endpoint.login.header().await;
         let (mut headers, mut reason) = match self.send(endpoint, call, used.as_ref()).await {
             Ok(response) => return Ok(response),
-            Err(Refusal::Unauthorized(headers, reason)) => (headers, reason),
-            Err(Refusal::Other(error)) => return Err(error),
+            Err(refusal) => self.challenged(refusal)?,
         };
         // One logs in for all who wait.
         let mut login = endpoint.login.0.lock().await;
         if login.header.is_some() && login.header != used {
             match self.send(endpoint, call, login.header.as_ref()).await {
                 Ok(response) => return Ok(response),
-                Err(Refusal::Unauthorized(h, r)) => (headers, reason) = (h, r),
-                Err(Refusal::Other(error)) => return Err(error),
+                Err(refusal) => (headers, reason) = self.challenged(refusal)?,
             }
         }
         let challenges = challenges(&headers);
@@ -116,10 +114,13 @@ impl Session<'_> {
                     (login.header, login.with) = (Some(header), Some(credentials));
                     return Ok(response);
                 }
-                // That nobody is let in says less than that somebody is not.
-                Err(Refusal::Unauthorized(_, r)) if !credentials.is_empty() => reason = r,
-                Err(Refusal::Unauthorized(..)) => {}
-                Err(Refusal::Other(error)) => return Err(error),
+                Err(refusal) => {
+                    let (_, r) = self.challenged(refusal)?;
+                    // That nobody is let in says less than that somebody is not.
+                    if !credentials.is_empty() {
+                        reason = r;
+                    }
+                }
             }
         }
         Err(self.denied(format!("{}: {reason}", endpoint.name())))
@@ -223,15 +224,22 @@ impl Session<'_> {
             call.body = encoder.query().unwrap_or_default().as_bytes().to_vec();
             call
         };
-        let response = match self.send(endpoint, &call, login.as_ref()).await {
-            Ok(response) => response,
-            Err(Refusal::Unauthorized(_, reason)) => return Err(self.denied(reason)),
-            Err(Refusal::Other(Error::NotFound { reason, .. })) => {
-                return Err(self.denied(format!("its token service answers {reason}")));
+        let mut attempt = 0;
+        let body = loop {
+            let response = match self.send(endpoint, &call, login.as_ref()).await {
+                Ok(response) => response,
+                Err(Refusal::Unauthorized(_, reason)) => return Err(self.denied(reason)),
+                // 400 is what RFC 6749, section 5.2, has for a refresh token that has expired. Others may be good.
+                Err(Refusal::Rejected(reason) | Refusal::Other(Error::NotFound { reason, .. })) => {
+                    return Err(self.denied(format!("its token service answers {reason}")));
+                }
+                Err(Refusal::Other(error)) => return Err(error),
+            };
+            match self.body(response, MAX_TOKEN, "token").await {
+                Ok(body) => break body,
+                Err(unread) => self.retry(endpoint, &mut attempt, unread).await?,
             }
-            Err(Refusal::Other(error)) => return Err(error),
         };
-        let body = self.body(response, MAX_TOKEN, "token").await?;
         let token: Option<Token> = serde_json::from_slice(&body).ok();
         token
             .and_then(|t| t.token.or(t.access_token))

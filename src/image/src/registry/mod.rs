@@ -231,6 +231,11 @@ impl Endpoint {
         authority(&self.base)
     }
 
+    /// How often something is tried with it: where there is another host, that one comes first.
+    fn attempts(&self) -> u32 {
+        if self.last { ATTEMPTS } else { 1 }
+    }
+
     /// An address below the repository.
     fn url(&self, path: &str) -> std::result::Result<Url, String> {
         let mut url = self.base.join(path).map_err(|e| e.to_string())?;
@@ -275,11 +280,18 @@ impl Session<'_> {
         expected: Option<&Digest>,
         max: usize,
     ) -> Result<Vec<u8>> {
-        let response = self.authorized(endpoint, call).await?;
-        let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok());
+        let mut attempt = 0;
+        let (headers, body) = loop {
+            let response = self.authorized(endpoint, call).await?;
+            let headers = response.headers().clone();
+            match self.body(response, max, "manifest").await {
+                Ok(body) => break (headers, body),
+                Err(unread) => self.retry(endpoint, &mut attempt, unread).await?,
+            }
+        };
+        let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
         let announced = header("docker-content-digest").and_then(|v| v.parse::<Digest>().ok());
         let encoding = header("content-encoding").unwrap_or("identity").to_owned();
-        let body = self.body(response, max, "manifest").await?;
         let body = match encoding.as_str() {
             "identity" => body,
             "gzip" | "x-gzip" => self.gunzip(&body, max)?,

@@ -51,7 +51,17 @@ impl Call {
 /// What a request ended in that was answered with no success.
 pub(super) enum Refusal {
     Unauthorized(HeaderMap, String),
+    /// The host does not take the request as it is.
+    Rejected(String),
     Other(Error),
+}
+
+/// Why a body was not read to its end.
+pub(super) enum Unread {
+    /// It broke off; another attempt may get all of it.
+    Broken(String),
+    /// Nobody wants it.
+    Refused(Error),
 }
 
 impl Session<'_> {
@@ -62,7 +72,7 @@ impl Session<'_> {
         call: &Call,
         login: Option<&HeaderValue>,
     ) -> std::result::Result<Response, Refusal> {
-        let attempts = if endpoint.last { ATTEMPTS } else { 1 };
+        let attempts = endpoint.attempts();
         let mut last = String::new();
         for attempt in 0..attempts {
             let mut pause = self.registry.pause(attempt);
@@ -86,6 +96,7 @@ impl Session<'_> {
                             return Err(Refusal::Other(Error::NotFound { reference: self.name(), reason }));
                         }
                         s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => last = reason,
+                        s if s.is_client_error() => return Err(Refusal::Rejected(reason)),
                         _ => return Err(Refusal::Other(self.unreachable(&reason))),
                     }
                     if let Some(wanted) = retry_after(&headers) {
@@ -165,31 +176,63 @@ impl Session<'_> {
         match tokio::time::timeout(self.registry.timing.stall, request.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => {
-                let fatal = error.is_connect() || error.is_builder();
+                let fatal = error.is_builder() || (error.is_connect() && !is_passing(&error));
                 Err((fatal, chain(&error.without_url())))
             }
             Err(_) => Err((false, self.registry.timing.silence())),
         }
     }
 
+    /// What a refusal means for a request whose login may be changed: the challenge.
+    pub(super) fn challenged(&self, refusal: Refusal) -> Result<(HeaderMap, String)> {
+        match refusal {
+            Refusal::Unauthorized(headers, reason) => Ok((headers, reason)),
+            Refusal::Rejected(reason) => Err(self.unreachable(&reason)),
+            Refusal::Other(error) => Err(error),
+        }
+    }
+
+    /// Waits before a document that broke off is asked for again.
+    ///
+    /// # Errors
+    /// It was the last attempt, or is of no use to try again.
+    pub(super) async fn retry(&self, endpoint: &Endpoint, attempt: &mut u32, unread: Unread) -> Result<()> {
+        let reason = match unread {
+            Unread::Refused(error) => return Err(error),
+            Unread::Broken(reason) => reason,
+        };
+        *attempt += 1;
+        if *attempt >= endpoint.attempts() {
+            return Err(self.unreachable(&format!("{}: {reason}", endpoint.name())));
+        }
+        tokio::time::sleep(self.registry.pause(*attempt - 1)).await;
+        Ok(())
+    }
+
     /// A whole body, bounded.
-    pub(crate) async fn body(&self, mut response: Response, max: usize, part: &str) -> Result<Vec<u8>> {
+    pub(super) async fn body(
+        &self,
+        mut response: Response,
+        max: usize,
+        part: &str,
+    ) -> std::result::Result<Vec<u8>, Unread> {
         let read = async {
             let mut body = Vec::new();
             while let Some(chunk) =
-                response.chunk().await.map_err(|e| self.unreachable(&chain(&e.without_url())))?
+                response.chunk().await.map_err(|e| Unread::Broken(chain(&e.without_url())))?
             {
                 if body.len() + chunk.len() > max {
-                    return Err(self.bad(part, format!("it is larger than {max} bytes")));
+                    let reason = format!("it is larger than {max} bytes");
+                    return Err(Unread::Refused(self.bad(part, reason)));
                 }
                 body.extend_from_slice(&chunk);
             }
             Ok(body)
         };
         let patience = self.registry.timing.stall.saturating_mul(BODY_PATIENCE);
-        tokio::time::timeout(patience, read)
-            .await
-            .unwrap_or_else(|_| Err(self.unreachable(&format!("{part}: it comes too slowly"))))
+        tokio::time::timeout(patience, read).await.unwrap_or_else(|_| {
+            Err(Unread::Refused(self.unreachable(&format!("{part}: it comes too slowly"))))
+        })
     }
 
     /// What a registry says about a failure, short and printable.
@@ -225,6 +268,21 @@ impl Session<'_> {
         let said: String = said.chars().filter(|c| !c.is_control()).take(300).collect();
         format!("{status}{said}")
     }
+}
+
+/// Whether a failure to connect is one that passes: nobody listens just now, as while a registry is started anew.
+fn is_passing(error: &reqwest::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, UnexpectedEof};
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<std::io::Error>()
+            && matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | UnexpectedEof)
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// The pause that a registry asks for; only in seconds, since its clock need not be ours.

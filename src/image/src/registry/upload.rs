@@ -22,10 +22,7 @@ use reqwest::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{
-    ATTEMPTS, Endpoint, Purpose, Session,
-    request::{Call, Refusal},
-};
+use super::{ATTEMPTS, Endpoint, Purpose, Session, request::Call};
 use crate::{Error, Result, error::chain};
 
 /// How long a registry may take to put a blob away that has come whole, in times of the wait for an answer: it may read
@@ -273,8 +270,9 @@ impl Session<'_> {
     pub(super) async fn unauthorized(&self, endpoint: &Endpoint, call: &Call) -> Result<Response> {
         match self.send(endpoint, call, None).await {
             Ok(response) => Ok(response),
-            Err(Refusal::Unauthorized(_, reason)) => Err(self.denied(reason)),
-            Err(Refusal::Other(error)) => Err(error),
+            Err(refusal) => {
+                Err(self.challenged(refusal).map_or_else(|e| e, |(_, reason)| self.denied(reason)))
+            }
         }
     }
 }

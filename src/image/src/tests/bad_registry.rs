@@ -339,6 +339,59 @@ async fn a_token_service_that_lies_is_not_believed() {
     }
 }
 
+/// A body that breaks off in its middle.
+fn broken(body: &[u8]) -> Vec<Step> {
+    let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+    vec![Step::Send([head.as_bytes(), &body[..body.len() / 2]].concat())]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_or_token_that_breaks_off_is_asked_for_again() {
+    let image = large(1);
+    let manifest = image.manifest();
+    let raw = Raw::start(&image, move |r| {
+        let token = br#"{"token":"t"}"#;
+        match (r.path.starts_with("/token"), r.nth) {
+            (true, 0) => Some(broken(token)),
+            (true, _) => Some(answer("200 OK", "", token)),
+            _ => guarded(r, "t", &realm(r))
+                .or_else(|| (r.path.contains("manifests/") && r.nth < 3).then(|| broken(&manifest))),
+        }
+    })
+    .await;
+    assert_eq!(hasty().await.store.pull(&raw.name(), &[]).await.unwrap().id, image.id());
+    assert_eq!(raw.requests("/token").len(), 2);
+    assert_eq!(raw.requests("manifests/").len(), 4, "without a token, two that broke off, the whole");
+
+    let raw = Raw::start(&image, |r| r.path.contains("manifests/").then(|| broken(b"{ }"))).await;
+    let error = refused(&raw, &[]).await;
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    assert_eq!(raw.requests("manifests/").len(), crate::registry::ATTEMPTS as usize);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_is_just_being_started_is_waited_for() {
+    let image = large(1);
+    let registry = Raw::start(&image, |_| None).await;
+    // An address at which nobody listens yet.
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let place = Place::with(|config| config.retry_pause = Duration::from_millis(300)).await;
+    let start = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+        loop {
+            let (mut near, _) = listener.accept().await.unwrap();
+            let mut far = tokio::net::TcpStream::connect(&registry.address).await.unwrap();
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut near, &mut far).await });
+        }
+    };
+    let name = format!("{address}/app:v1");
+    tokio::select! {
+        record = place.store.pull(&name, &[]) => assert_eq!(record.unwrap().id, image.id()),
+        () = start => {}
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_is_down_is_unreachable_until_it_is_up() {
     let place = hasty().await;

@@ -98,6 +98,7 @@ async fn credentials_are_tried_in_turn() {
     place.store.pull(&name, &[token]).await.unwrap();
     let refresh = |token: &str| Credentials { identity_token: token.into(), ..Credentials::default() };
     place.store.pull(&name, &[refresh("of me")]).await.unwrap();
+    place.store.pull(&name, &[refresh("of you"), user("me", "secret")]).await.unwrap();
     let error = place.store.pull(&name, &[refresh("of you")]).await.unwrap_err();
     assert!(matches!(error, Error::Denied { .. }), "{error}");
 }

@@ -293,7 +293,8 @@ async fn refresh(State(registry): State<Registry>, body: String) -> Response<Bod
     if form["refresh_token"] == format!("of+{user}") {
         answer(StatusCode::OK, r#"{"access_token":"good","expires_in":60}"#)
     } else {
-        answer(StatusCode::UNAUTHORIZED, "")
+        // RFC 6749, section 5.2.
+        answer(StatusCode::BAD_REQUEST, r#"{"error":"invalid_grant"}"#)
     }
 }
 
