@@ -7,7 +7,7 @@ use tokio::{sync::mpsc, time::Instant};
 use crate::{
     Error, Result,
     layer::Piece,
-    registry::{ATTEMPTS, Session, manifest::Descriptor},
+    registry::{ATTEMPTS, Served, Session, manifest::Descriptor},
 };
 
 /// Progress after which earlier failures no longer count: a large layer over a bad line gets there.
@@ -27,16 +27,18 @@ enum Stretch {
 }
 
 /// Sends a blob's pieces to `out`, which blocks while they are not taken: nothing piles up. What was sent is of the
-/// right length; its digest is for the receiver to check. Returns early where the receiver goes away.
+/// right length; its digest is for the receiver to check. Returns early where the receiver goes away. Who has sent it
+/// goes to `served`.
 pub(crate) async fn download(
     session: &Session<'_>,
     blob: &Descriptor,
     part: &str,
     out: mpsc::Sender<Piece>,
+    served: &mut Served,
 ) -> Result<()> {
     let (mut sent, mut mark, mut failures) = (0, 0, 0);
     loop {
-        let reason = match stretch(session, blob, part, &mut sent, &out).await {
+        let reason = match stretch(session, blob, part, &mut sent, &out, served).await {
             Ok(Stretch::Complete) => {
                 // Who went away no longer needs to know.
                 let _ = out.send(Piece::End).await;
@@ -66,8 +68,10 @@ async fn stretch(
     part: &str,
     sent: &mut u64,
     out: &mpsc::Sender<Piece>,
+    served: &mut Served,
 ) -> Result<Stretch> {
     let mut body = session.blob(&blob.digest, *sent).await?;
+    body.note(served);
     let mut at = body.begin;
     let mut pace = Pace::new(body.stall());
     loop {
@@ -84,6 +88,7 @@ async fn stretch(
             }
         };
         if bytes.len() as u64 > blob.size - at {
+            served.lied = true;
             return Err(
                 session.bad(part, format!("it is larger than the {} bytes of the manifest", blob.size))
             );

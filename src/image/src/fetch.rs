@@ -18,7 +18,7 @@ use crate::{
     layer::{self, Claim, Fault, Lower, Source, Target, Unpacked},
     progress::{Counter, LayerState, Reporter},
     pull::mismatch,
-    registry::{Session, manifest::Descriptor},
+    registry::{Served, Session, manifest::Descriptor},
     store::{Store, TapeDraft},
 };
 
@@ -112,25 +112,46 @@ impl Pull<'_> {
             self.finished(n);
             return Ok(0);
         }
+        let (draft, unpacked) = loop {
+            let mut served = Served::default();
+            match self.bring(n, &job, &counter, &mut served).await {
+                // Another host may have the right one.
+                Err(_) if self.session.distrust(&served) => counter.restart(),
+                brought => break brought?,
+            }
+        };
+        self.store.driver.commit_layer(draft, &job.chain, unpacked.usage).await?;
+        counter.set(LayerState::Done);
+        self.finished(n);
+        Ok(job.blob.size)
+    }
+
+    /// Downloads and extracts a layer.
+    async fn bring(
+        &self,
+        n: usize,
+        job: &Job,
+        counter: &Arc<Counter>,
+        served: &mut Served,
+    ) -> Result<(LayerDraft, Unpacked)> {
         let slot = self.unless_stopped(self.slots.acquire()).await?.map_err(|_| Error::Stopped)?;
         self.begun.send_modify(|begun| *begun = (*begun).max(n + 1));
         counter.set(LayerState::Downloading);
         let (out, pieces) = mpsc::channel(layer::WAITING);
         let downloading = async {
-            let got = self.unless_stopped(download(self.session, &job.blob, &job.part, out)).await;
+            let got =
+                self.unless_stopped(download(self.session, &job.blob, &job.part, out, &mut *served)).await;
             drop(slot);
             counter.set(LayerState::Extracting);
             got?
         };
-        let source = Source::new(pieces, Some(Arc::clone(&counter)));
-        let (downloaded, extracted) = futures::join!(downloading, self.extract(n, &job, source));
+        let source = Source::new(pieces, Some(Arc::clone(counter)));
+        let (downloaded, extracted) = futures::join!(downloading, self.extract(n, job, source));
         // Why nothing more came is known better by who fetched it.
         downloaded?;
-        let (draft, unpacked) = extracted?;
-        self.store.driver.commit_layer(draft, &job.chain, unpacked.usage).await?;
-        counter.set(LayerState::Done);
-        self.finished(n);
-        Ok(job.blob.size)
+        // The blob's own digest or length; that of the archive in it is the config's matter.
+        served.lied |= matches!(&extracted, Err(Error::DigestMismatch { part, .. }) if *part == job.part);
+        extracted
     }
 
     async fn unless_stopped<T>(&self, what: impl Future<Output = T>) -> Result<T> {

@@ -73,6 +73,11 @@ impl Counter {
         self.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
+    /// None of what has come counts.
+    pub(crate) fn restart(&self) {
+        self.downloaded.store(0, Ordering::Relaxed);
+    }
+
     pub(crate) fn set(&self, state: LayerState) {
         let index = STATES.iter().position(|s| *s == state).unwrap_or(0);
         self.state.store(u8::try_from(index).unwrap_or(0), Ordering::Relaxed);

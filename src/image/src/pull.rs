@@ -14,7 +14,7 @@ use crate::{
     layer::{self, Claim, Piece},
     progress::Reporter,
     registry::{
-        Session,
+        Served, Session,
         manifest::{self, Descriptor, Manifest},
     },
     store::{NewImage, Store},
@@ -125,8 +125,23 @@ fn part(n: usize, layer: &Descriptor) -> String {
     format!("layer {} ({})", n + 1, layer.digest)
 }
 
-/// A blob that fits into memory, checked.
+/// A blob that fits into memory, checked; from another host where one has sent another blob.
 async fn small_blob(session: &Session<'_>, blob: &Descriptor, part: &str) -> Result<Vec<u8>> {
+    loop {
+        let mut served = Served::default();
+        match small_blob_once(session, blob, part, &mut served).await {
+            Err(_) if session.distrust(&served) => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+async fn small_blob_once(
+    session: &Session<'_>,
+    blob: &Descriptor,
+    part: &str,
+    served: &mut Served,
+) -> Result<Vec<u8>> {
     let (out, mut pieces) = mpsc::channel(layer::WAITING);
     let gather = async {
         let mut bytes = Vec::new();
@@ -135,10 +150,11 @@ async fn small_blob(session: &Session<'_>, blob: &Descriptor, part: &str) -> Res
         }
         bytes
     };
-    let (downloaded, bytes) = futures::join!(download(session, blob, part, out), gather);
+    let (downloaded, bytes) = futures::join!(download(session, blob, part, out, served), gather);
     downloaded?;
     let actual = Digest::of(&bytes);
     if actual != blob.digest {
+        served.lied = true;
         return Err(mismatch(session, part, blob.digest.to_string(), actual.to_string()));
     }
     Ok(bytes)

@@ -8,6 +8,15 @@ use reqwest::Response;
 use super::{Endpoint, Timing, slots::Slot};
 use crate::error::chain;
 
+/// Who has sent the parts of a blob.
+#[derive(Debug, Default)]
+pub(crate) struct Served {
+    /// The numbers of the hosts.
+    pub(super) by: Vec<usize>,
+    /// Whether it has turned out to be another one.
+    pub(crate) lied: bool,
+}
+
 /// A blob that is coming.
 #[derive(Debug)]
 pub(crate) struct Blob<'a> {
@@ -29,6 +38,13 @@ impl Blob<'_> {
             Ok(Ok(piece)) => Ok(piece),
             Ok(Err(error)) => Err(chain(&error.without_url())),
             Err(_) => Err(self.timing.silence()),
+        }
+    }
+
+    /// Notes who sends it.
+    pub(crate) fn note(&self, served: &mut Served) {
+        if !served.by.contains(&self.endpoint.number) {
+            served.by.push(self.endpoint.number);
         }
     }
 

@@ -31,6 +31,7 @@ use reqwest::{
 
 use crate::{Config, Credentials, Error, Reference, Result, credentials::NodeCredentials};
 use blob::Blob;
+pub(crate) use blob::Served;
 use hosts::{Capabilities, Hosts};
 pub(crate) use request::ATTEMPTS;
 use request::Call;
@@ -81,6 +82,10 @@ struct Endpoint {
     is_registry: bool,
     /// Whether there is none after it.
     last: bool,
+    /// Which one it is of those of its session.
+    number: usize,
+    /// Whether it has sent other bytes than a digest stands for.
+    lies: AtomicBool,
     login: auth::Login,
     /// How often it has failed, or a download from it has broken off.
     broken: AtomicU32,
@@ -145,7 +150,8 @@ impl Registry {
         let mut endpoints = Vec::with_capacity(count);
         for (n, host) in hosts.iter().enumerate() {
             let last = n + 1 == count;
-            endpoints.push(self.endpoint(reference, host, last, last && !for_all)?);
+            let endpoint = self.endpoint(reference, host, last, last && !for_all)?;
+            endpoints.push(Endpoint { number: n, ..endpoint });
         }
         Ok(Session { registry: self, reference, auths, endpoints })
     }
@@ -180,6 +186,8 @@ impl Registry {
             clients: self.clients.clients(host, CONNECT)?,
             is_registry: is_own || stands_for_registry,
             last,
+            number: 0,
+            lies: AtomicBool::new(false),
             login: auth::Login::default(),
             broken: AtomicU32::new(0),
             no_ranges: AtomicBool::new(false),
@@ -325,6 +333,7 @@ impl Session<'_> {
     /// A blob from `from` on, or from its beginning where a host cannot do that.
     pub(crate) async fn blob(&self, digest: &Digest, from: u64) -> Result<Blob<'_>> {
         let mut endpoints = self.endpoints(Purpose::Pull)?;
+        endpoints.retain(|e| !e.lies.load(Ordering::Relaxed));
         endpoints.sort_by_key(|e| e.broken.load(Ordering::Relaxed) / MIRROR_PATIENCE);
         let mut outcome = None;
         for endpoint in endpoints {
@@ -365,6 +374,26 @@ impl Session<'_> {
             0
         };
         Ok(Blob { response, begin, endpoint, slot: Some(slot), timing: self.registry.timing })
+    }
+
+    /// Asks hosts that have sent other bytes than a digest stands for no more; false where nobody would be left to ask.
+    pub(crate) fn distrust(&self, served: &Served) -> bool {
+        let suspect = |e: &&Endpoint| served.by.contains(&e.number);
+        let trusted = |e: &&Endpoint| e.can.pull && !e.lies.load(Ordering::Relaxed);
+        // The registry itself has the last word.
+        let liars: Vec<_> = self.endpoints.iter().filter(suspect).filter(|e| !e.last && trusted(e)).collect();
+        let others = self.endpoints.iter().filter(trusted).count() - liars.len();
+        if !served.lied || liars.is_empty() || others == 0 {
+            return false;
+        }
+        for endpoint in liars {
+            endpoint.lies.store(true, Ordering::Relaxed);
+            tracing::warn!(
+                image = %self.reference, host = endpoint.name(),
+                "a mirror has sent something else than was asked for; it is passed over"
+            );
+        }
+        true
     }
 
     /// The hosts for a purpose.

@@ -16,7 +16,7 @@ use crate::{
     Error, Reference,
     download::download,
     layer::Piece,
-    registry::{Registry as Client, manifest::Descriptor},
+    registry::{Registry as Client, Served, manifest::Descriptor},
 };
 
 const FAST: Duration = Duration::from_millis(1);
@@ -469,9 +469,10 @@ async fn a_download_that_is_not_taken_gives_its_place_away() {
         there.notify_one();
         got
     };
+    let (mut one, mut two) = (Served::default(), Served::default());
     let (a, b, first, second) = futures::join!(
-        download(&session, &blob, "first", first.0),
-        download(&session, &blob, "second", second.0),
+        download(&session, &blob, "first", first.0, &mut one),
+        download(&session, &blob, "second", second.0, &mut two),
         taken,
         other
     );

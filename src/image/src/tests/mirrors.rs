@@ -101,6 +101,37 @@ async fn mirrors_that_fail_are_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_sends_other_blobs_is_passed_over() {
+    let (registry, mirror) = (Registry::start().await, Registry::start().await);
+    let image = two_layers();
+    registry.push("app:v1", &image);
+    mirror.push("app:v1", &image);
+    let settings = Settings::new(&registry);
+    settings.write(&host(&mirror, ""));
+    let name = registry.name("app:v1");
+    for blob in [image.digest(0), image.id().to_string()] {
+        mirror.fault(&blob, Fault::Damaged);
+        let place = settings.place(None).await;
+        assert_eq!(place.store.pull(&name, &[]).await.unwrap().id, image.id());
+        assert_eq!((mirror.requests(&blob).len(), registry.requests(&blob).len()), (1, 1), "{blob}");
+        place.no_drafts().await;
+        mirror.fault(&blob, Fault::Busy(0));
+        for registry in [&registry, &mirror] {
+            registry.forget_requests();
+        }
+    }
+    // Where all say the same it is the image that is damaged.
+    for registry in [&registry, &mirror] {
+        registry.fault(&image.digest(1), Fault::Damaged);
+    }
+    let place = settings.place(None).await;
+    let error = place.store.pull(&name, &[]).await.unwrap_err();
+    assert!(matches!(&error, Error::DigestMismatch { part, .. } if part.starts_with("layer 2")), "{error}");
+    place.no_drafts().await;
+    assert_eq!(place.layers().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_host_gets_its_own_credentials() {
     let (registry, mirror) = (Registry::start().await, Registry::start().await);
     let image = two_layers();

@@ -236,6 +236,10 @@ impl Registry {
         content.manifests.insert(("app".to_owned(), digest.to_string()), other);
     }
 
+    pub(crate) fn forget_requests(&self) {
+        self.content().requests.clear();
+    }
+
     /// Who asked for tokens: the login headers.
     pub(crate) fn tokens(&self) -> Vec<String> {
         self.content().tokens.clone()
