@@ -47,7 +47,7 @@ impl Inner {
         let records = self.records.all()?;
         let mut seen = BTreeMap::new();
         let before = self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        for mut record in records.iter().filter(|r| r.phase == Phase::Made).cloned() {
+        for record in records.iter().filter(|r| r.phase == Phase::Made).cloned() {
             let id = record.id.clone();
             let earlier = before.get(&id).cloned().unwrap_or_default();
             let standing = self.standing(&record)?;
@@ -56,7 +56,7 @@ impl Inner {
             if let Standing::Ours(content) = &standing
                 && content.config.lock.is_none()
             {
-                words.extend(self.accept(&mut record, content)?);
+                words.extend(self.accept(&record, content)?);
             }
             said.extend(words.into_iter().map(|w| observation(Some(&id), w)));
             seen.insert(id, now);
@@ -99,28 +99,29 @@ impl Inner {
     }
 
     /// Takes an edit over as what holds from now on; says what it was.
-    fn accept(&self, record: &mut Record, content: &Content) -> Result<Vec<Word>> {
+    fn accept(&self, record: &Record, content: &Content) -> Result<Vec<Word>> {
         let Ok(text) = content.config.to_file() else { return Ok(Vec::new()) };
         if text == record.known {
             return Ok(Vec::new());
         }
         // Under the CT's lock, as our own changes: one of those must not look like somebody else's.
-        let held = self.folder.lock(record.vmid)?;
-        let (Some(current), Standing::Ours(content)) =
+        let _held = self.folder.lock(record.vmid)?;
+        let (Some(mut current), Standing::Ours(content)) =
             (self.records.get(&record.id)?, self.standing(record)?)
         else {
             return Ok(Vec::new());
         };
-        *record = current;
+        current.settle(&content.config);
         let Ok(text) = content.config.to_file() else { return Ok(Vec::new()) };
-        let known = LxcConfig::from_file(&record.known).map(|f| f.config).unwrap_or_default();
-        let words = edits(record, &known, &content.config);
-        if text != record.known && record.phase == Phase::Made {
-            record.known = text;
-            record.needs_api = true;
-            self.records.put(record)?;
-        }
-        drop(held);
+        let known = LxcConfig::from_file(&current.known).map(|f| f.config).unwrap_or_default();
+        let words = edits(&current, &known, &content.config);
+        self.records.change(&record.id, |r| {
+            r.settle(&content.config);
+            if r.phase == Phase::Made && r.known != text {
+                r.known = text;
+                r.needs_api = true;
+            }
+        })?;
         Ok(words)
     }
 

@@ -55,7 +55,7 @@ use std::{
 
 use async_trait::async_trait;
 use moxlet_ids::{SandboxId, Vmid};
-use moxlet_pve::{Client, NodeName, PoolId, StorageId, Upid};
+use moxlet_pve::{Client, NodeName, PoolId, StorageId, Upid, config::LxcConfig};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 pub use check::Requirements;
@@ -66,9 +66,9 @@ pub use volume::{VolumeOwner, Volumes, ZfsVolumes};
 
 use self::{
     config::Layout,
-    file::{ConfigDir, Content},
+    file::ConfigDir,
     look::Seen,
-    record::{Phase, Record, Records},
+    record::{Phase, Record, Records, Written},
     standing::Standing,
 };
 use crate::{
@@ -254,11 +254,12 @@ impl Inner {
         blocking(move || inner.records.change(&id, change)).await
     }
 
-    /// Changes the configuration of a CT that is ours and not locked. `change` says whether it changed anything.
+    /// Changes the configuration of a CT that is ours and not locked. `change` says whether it changed anything, and may change
+    /// the notes.
     async fn edit(
         self: &Arc<Self>,
         id: &SandboxId,
-        change: impl FnOnce(&mut Content, &mut Record) -> bool + Send + 'static,
+        change: impl FnOnce(&mut LxcConfig, &mut Record) -> bool + Send + 'static,
     ) -> Result<()> {
         let (inner, id) = (Arc::clone(self), id.clone());
         blocking(move || {
@@ -273,19 +274,18 @@ impl Inner {
             if let Some(lock) = content.config.lock.clone() {
                 return Err(Error::Locked { vmid: record.vmid, lock });
             }
-            let before = content.clone();
-            if !change(&mut content, &mut record) {
+            // As the last write left it, which may have failed.
+            let before = content.config.clone();
+            record = inner.records.change(&id, |r| r.settle(&before))?;
+            if !change(&mut content.config, &mut record) || content.config == before {
                 return Ok(());
             }
-            // Remembered first: after a crash between the two an edit of ours looks like one that was undone by somebody.
-            if let Ok(text) = content.config.to_file() {
-                record.known = text;
-            }
-            inner.records.put(&record)?;
-            if content == before {
-                return Ok(());
-            }
-            inner.folder.replace(&held, &content)
+            let path = inner.folder.path(record.vmid);
+            let known = content.config.to_file().map_err(|source| Error::Config { path, source })?;
+            let next = Written { known, notes: record.notes };
+            inner.records.change(&id, |r| r.intend(next))?;
+            inner.folder.replace(&held, &content)?;
+            inner.records.change(&id, |r| r.settle(&content.config)).map(drop)
         })
         .await
     }
@@ -464,16 +464,16 @@ impl Engine for PveEngine {
     async fn describe(&self, id: &SandboxId, containers: &[String]) -> Result<()> {
         let containers = containers.to_vec();
         let node = self.inner.config.node.clone();
-        let change = move |content: &mut Content, record: &mut Record| {
+        let change = move |config: &mut LxcConfig, record: &mut Record| {
             // What somebody else wrote there stays.
-            if content.config.description.as_deref().unwrap_or_default() != record.notes {
+            if config.description.as_deref().unwrap_or_default() != record.notes {
                 return false;
             }
             let notes = config::notes(&record.named(), &node, &containers);
             if notes == record.notes {
                 return false;
             }
-            content.config.description = Some(notes.clone());
+            config.description = Some(notes.clone());
             record.notes = notes;
             true
         };
@@ -483,7 +483,7 @@ impl Engine for PveEngine {
     async fn resize(&self, id: &SandboxId, limits: &Limits) -> Result<()> {
         let (limits, all) = (*limits, self.inner.config.memory_bytes);
         let cores = self.inner.config.cores;
-        self.inner.edit(id, move |content, _| config::resize(&mut content.config, &limits, all, cores)).await
+        self.inner.edit(id, move |config, _| config::resize(config, &limits, all, cores)).await
     }
 
     async fn look(&self) -> Result<Vec<Observation>> {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use moxlet_ids::{PodUid, SandboxId, Vmid};
-use moxlet_pve::NodeName;
+use moxlet_pve::{NodeName, config::LxcConfig};
 use serde::{Deserialize, Serialize};
 
 use super::{config::Named, marker::Mark};
@@ -62,6 +62,16 @@ pub(super) struct Record {
     pub(super) known: String,
     /// Its notes as we last wrote them.
     pub(super) notes: String,
+    /// What we are about to write, or were when a write failed or a crash came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    next: Option<Box<Written>>,
+}
+
+/// A configuration of our own and the notes in it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Written {
+    pub(super) known: String,
+    pub(super) notes: String,
 }
 
 fn yes() -> bool {
@@ -87,6 +97,22 @@ impl Record {
             dhcp: false,
             known: String::new(),
             notes: String::new(),
+            next: None,
+        }
+    }
+
+    /// Notes what is about to be written.
+    pub(super) fn intend(&mut self, next: Written) {
+        self.next = Some(Box::new(next));
+    }
+
+    /// Takes what was about to be written for what is known if the CT's configuration says that it was, and forgets it otherwise:
+    /// a change of ours must not look like somebody else's, nor the lack of it.
+    pub(super) fn settle(&mut self, config: &LxcConfig) {
+        let Some(next) = self.next.take() else { return };
+        if config.to_file().is_ok_and(|text| text == next.known) {
+            self.known = next.known;
+            self.notes = next.notes;
         }
     }
 
@@ -203,6 +229,23 @@ fn read(path: &Path) -> Result<Option<Record>> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
+
+    #[test]
+    fn what_was_to_be_written_is_known_only_if_it_was_written() {
+        let node = "pve1".parse().unwrap();
+        let mut record =
+            Record::new(SandboxId::random(), "u".parse().unwrap(), Vmid::MIN, node, IdMap::default());
+        let config = |memory| LxcConfig { memory: Some(memory), ..LxcConfig::default() };
+        record.known = config(1).to_file().unwrap();
+        let next = || Written { known: config(2).to_file().unwrap(), notes: "new".into() };
+        record.intend(next());
+        record.settle(&config(1));
+        assert_eq!((record.known.as_str(), record.notes.as_str()), ("memory: 1\n", ""));
+        record.intend(next());
+        record.settle(&config(2));
+        assert_eq!((record.known.as_str(), record.notes.as_str()), ("memory: 2\n", "new"));
+        assert_eq!(record.next, None);
+    }
 
     #[test]
     fn a_record_of_an_earlier_version_is_of_a_ct_that_may_have_run() {

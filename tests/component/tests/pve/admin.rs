@@ -164,6 +164,30 @@ async fn renamed_it_stays_renamed() {
 }
 
 #[tokio::test]
+async fn a_write_of_ours_that_failed_or_was_cut_off_looks_like_nobodys_edit() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let record = world.place.engine_dir().join(format!("ct/{id}.json"));
+    let at_first = (fs::read_to_string(&record).unwrap(), world.conf(&id));
+    world.engine.describe(&id, &["main".into()]).await.unwrap();
+    let described = world.conf(&id);
+    // Before the write and after it: killed between the record that says what is to be written and the one that it was.
+    let mut cut: serde_json::Value = serde_json::from_str(&at_first.0).unwrap();
+    let after: serde_json::Value = serde_json::from_str(&fs::read_to_string(&record).unwrap()).unwrap();
+    cut["next"] = json!({"known": after["known"], "notes": after["notes"]});
+    for conf in [&at_first.1, &described] {
+        fs::write(&record, cut.to_string()).unwrap();
+        fs::write(world.place.conf(FIRST), conf).unwrap();
+        assert!(world.seen().await.is_empty());
+        world.engine.describe(&id, &["main".into(), "side".into()]).await.unwrap();
+        assert!(world.conf(&id).contains("`side`"), "{}", world.conf(&id));
+        assert!(world.seen().await.is_empty());
+    }
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
 async fn locked_by_a_backup_it_is_neither_stopped_nor_deleted_until_that_is_over() {
     let world = World::new().await;
     let id = world.running("web").await;

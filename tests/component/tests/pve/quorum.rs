@@ -39,7 +39,12 @@ async fn a_write_that_the_file_system_refuses_is_told_as_lost_quorum_and_nothing
     }
 
     control(&sim, "PUT", "/quorum", &json!({"quorate": true})).await;
+    assert!(!fs::read_to_string(place.conf(FIRST)).unwrap().contains("main"));
     engine.describe(&running.id, &["main".into()]).await.unwrap();
+    // A write that failed is not taken for somebody else's notes.
+    assert!(fs::read_to_string(place.conf(FIRST)).unwrap().contains("containers%3A `main`"));
+    let seen = engine.look().await.unwrap();
+    assert!(seen.iter().all(|o| o.sandbox.is_none()), "{seen:?}");
     engine.delete(&running.id).await.unwrap();
     assert_eq!(place.snapshot(), before);
     drop(engine);
