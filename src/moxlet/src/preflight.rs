@@ -55,9 +55,9 @@ fn kernel() -> Vec<String> {
     if !filesystems.lines().any(|l| l.trim_start_matches("nodev").trim() == "overlay") && !module.exists() {
         missing.push("the kernel has no OverlayFS: load the module `overlay`".to_owned());
     }
-    if older_than(&release, (6, 3)) {
+    if older_than(&release, (6, 8)) {
         missing.push(format!(
-            "the kernel is {release}; 6.3 or newer is needed for idmapped mounts of tmpfs, where secrets lie: upgrade the kernel (Debian 12 has one in bookworm-backports)"
+            "the kernel is {release}; 6.8 or newer is needed, from which on the layers of OverlayFS are named one by one: upgrade the kernel (Debian 12 has one in bookworm-backports)"
         ));
     }
     missing

@@ -255,26 +255,28 @@ fn snapshots(dataset: &str) -> Vec<String> {
     names.lines().filter_map(|name| name.split_once('@')).map(|(_, name)| name.to_owned()).collect()
 }
 
+async fn bare_root(store: &Store, layer: &ChainId) -> ContainerId {
+    let id = ContainerId::random();
+    store.driver.create_root(&id, std::slice::from_ref(layer), map().into()).await.unwrap();
+    id
+}
+
 /// One more clone of a snapshot costs the more the more it has, so that there are several of the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_roots_of_one_layer_are_clones_of_several_snapshots_of_it() {
     const CLONES: usize = 64;
     on_zfs(async |store| {
         let layer = store.layer("one", |dir| fs::write(dir.join("file"), "x").unwrap()).await;
-        let make = async || {
-            let id = ContainerId::random();
-            store.driver.create_root(&id, std::slice::from_ref(&layer), map().into()).await.unwrap();
-            id
-        };
-        let origin = |id: &ContainerId| origin(&format!("{}/roots/{id}", store.dataset()));
+        let top = store.dataset();
+        let origin = |id: &ContainerId| origin(&format!("{top}/roots/{id}"));
         let mut first = Vec::new();
         for _ in 0..CLONES {
-            first.push(make().await);
+            first.push(bare_root(store, &layer).await);
         }
         let dataset = origin(&first[0]).strip_suffix("@layer").unwrap().to_owned();
         assert_eq!(origin(&first[CLONES - 1]), format!("{dataset}@layer"));
         assert_eq!(snapshots(&dataset), ["layer"]);
-        let (above, both) = (make().await, make().await);
+        let (above, both) = (bare_root(store, &layer).await, bare_root(store, &layer).await);
         assert_eq!(origin(&above), format!("{dataset}@layer-1"));
         assert_eq!(origin(&both), format!("{dataset}@layer-1"));
         let target = store.path("above");
@@ -285,9 +287,9 @@ async fn many_roots_of_one_layer_are_clones_of_several_snapshots_of_it() {
         // What is full and what has room is known after a start, too.
         store.driver.remove_root(&first.pop().unwrap()).await.unwrap();
         store.reopen().await;
-        first.push(make().await);
+        first.push(bare_root(store, &layer).await);
         assert_eq!(origin(first.last().unwrap()), format!("{dataset}@layer"));
-        let third = make().await;
+        let third = bare_root(store, &layer).await;
         assert_eq!(origin(&third), format!("{dataset}@layer-1"));
 
         // One that nothing is cloned from may go, and is taken again.
@@ -295,11 +297,11 @@ async fn many_roots_of_one_layer_are_clones_of_several_snapshots_of_it() {
             store.driver.remove_root(&id).await.unwrap();
         }
         zfs(&["destroy", &format!("{dataset}@layer-1")]);
-        let again = make().await;
+        let again = bare_root(store, &layer).await;
         assert_eq!(origin(&again), format!("{dataset}@layer-1"));
 
         // Somebody's clone keeps the layer, with all of its snapshots.
-        let theirs = format!("{}/clone-of-others", store.dataset());
+        let theirs = format!("{top}/clone-of-others");
         zfs(&["clone", "-o", "mountpoint=legacy", &format!("{dataset}@layer-1"), &theirs]);
         for id in first.iter().chain([&again]) {
             store.driver.remove_root(id).await.unwrap();
