@@ -56,7 +56,7 @@ pub use inspect::{InspectedLayer, InspectedManifest, Inspection, ListedImage};
 pub use migrate::{LeftOut, MigratedImage, MigrationOutcome, migrate};
 pub use moxlet_storage::ZfsConfig;
 pub use oci_spec::image::ImageConfiguration;
-pub use place::{OpenPlace, Place};
+pub use place::{OpenPlace, Place, dataset_dir};
 pub use progress::{LayerProgress, LayerState, PullProgress};
 pub use reference::Reference;
 pub use restore::Compression;

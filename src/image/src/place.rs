@@ -82,8 +82,29 @@ impl ZfsPlace {
     }
 }
 
+/// The name of a dataset as that of a directory: no two have the same, since no name of a dataset has a `%` in it.
+#[must_use]
+pub fn dataset_dir(dataset: &str) -> String {
+    dataset.replace('/', "%")
+}
+
 /// The lock of a store on a dataset.
 pub(crate) async fn lock_dataset(config: &ZfsConfig) -> Result<DirLock> {
     let name = config.dataset.clone();
     store::blocking(move || DirLock::of_dataset(&name)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::dataset_dir;
+
+    #[test]
+    fn no_two_datasets_share_a_directory() {
+        let all = ["tank", "tank/a/b", "tank/a_b", "tank_a/b", "tank/a-b", "tank/a.b", "tank/a:b"];
+        for (n, dataset) in all.iter().enumerate() {
+            let dir = dataset_dir(dataset);
+            assert!(!dir.contains('/') && dir.replace('%', "/") == *dataset, "{dir}");
+            assert!(all[..n].iter().all(|other| dataset_dir(other) != dir), "{dir}");
+        }
+    }
 }

@@ -8,11 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Error, Result, error::Attempt};
+use crate::{Error, Result, error::Attempt, place::dataset_dir};
 
 /// How long a holder that is about to end is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(50);
+/// Where the locks of stores on datasets lie.
+const STORES: &str = "/run/moxlet/stores";
 /// Bytes of what a holder says of itself.
 const MAX_WORDS: u64 = 200;
 
@@ -40,7 +42,14 @@ impl DirLock {
     /// # Errors
     /// As [`Self::take`].
     pub(crate) fn of_dataset(dataset: &str) -> Result<Self> {
-        Self::take(&Path::new("/run/moxlet/stores").join(dataset.replace('/', "_")))
+        let stores = Path::new(STORES);
+        let lock = Self::take(&stores.join(dataset_dir(dataset)))?;
+        // What an earlier version still has open. It is not kept: other datasets have the same name there.
+        let earlier = stores.join(dataset.replace('/', "_"));
+        if dataset.contains('/') && earlier.exists() {
+            Self::take_in(&earlier)?;
+        }
+        Ok(lock)
     }
 
     fn take_in(dir: &Path) -> Result<Self> {
@@ -99,6 +108,24 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
     use super::*;
+
+    #[test]
+    fn datasets_with_names_that_are_alike_have_locks_of_their_own() {
+        let begin = format!("test-{}", std::process::id());
+        let [one, two] = ["a/b", "a_b"].map(|end| format!("{begin}/{end}"));
+        let first = DirLock::of_dataset(&one).unwrap();
+        let second = DirLock::of_dataset(&two).unwrap();
+        assert!(matches!(DirLock::of_dataset(&one), Err(Error::Locked { .. })));
+        drop((first, second));
+        // As an earlier version holds it.
+        let earlier = DirLock::take(&Path::new(STORES).join(format!("{begin}_a_b"))).unwrap();
+        assert!(matches!(DirLock::of_dataset(&one), Err(Error::Locked { .. })));
+        drop(earlier);
+        DirLock::of_dataset(&one).unwrap();
+        for dir in [dataset_dir(&one), dataset_dir(&two), format!("{begin}_a_b")] {
+            fs::remove_dir_all(Path::new(STORES).join(dir)).unwrap();
+        }
+    }
 
     #[test]
     fn a_second_opener_is_told_who_holds_the_directory() {

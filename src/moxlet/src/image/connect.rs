@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use hyper_util::rt::TokioIo;
 use moxlet_agent::ImageStoreService;
 use moxlet_cri::host::{image_store_client::ImageStoreClient, image_store_server::ImageStoreServer};
-use moxlet_image::{ImageStore, Place, ZfsConfig};
+use moxlet_image::{ImageStore, Place, ZfsConfig, dataset_dir};
 use tokio::task::JoinHandle;
 use tonic::{
     Code, Status,
@@ -144,7 +144,7 @@ fn place(kind: StorageKind, store: &Path) -> Result<Place> {
 
 /// How a store on a dataset is opened.
 pub(super) fn zfs_config(dataset: &str) -> ZfsConfig {
-    let run_dir = Path::new(ZFS_RUN_DIR).join(dataset.replace('/', "_"));
+    let run_dir = Path::new(ZFS_RUN_DIR).join(dataset_dir(dataset));
     ZfsConfig { dataset: dataset.to_owned(), run_dir, ids: None }
 }
 
