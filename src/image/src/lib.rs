@@ -278,15 +278,13 @@ impl ImageStore {
         self.store.tag(reference, &Reference::parse(tag)?).await
     }
 
-    /// Has garbage collection pass an image by, or not any more.
+    /// Has garbage collection pass an image by, or not any more. By a tag, that goes with the tag when it moves to another
+    /// image; by an id or digest it stays.
     ///
     /// # Errors
     /// [`Error::Missing`] where the image is not here.
     pub async fn set_pinned(&self, reference: &str, pinned: bool) -> Result<ImageRecord> {
-        let missing = || Error::Missing(reference.to_owned());
-        let image = self.store.resolve(reference)?.ok_or_else(missing)?;
-        let changed = self.store.change(&image.id, move |record, _| record.pinned = pinned).await?;
-        changed.ok_or_else(missing)
+        self.store.set_pinned(reference, pinned).await
     }
 
     /// All images.

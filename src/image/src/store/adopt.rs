@@ -97,8 +97,8 @@ impl Store {
             let taken: HashSet<String> = others.flat_map(|s| s.record.repo_tags.clone()).collect();
             (images.get(&id).cloned(), taken, next_serial(&images))
         };
-        let (tags_left, tags) = theirs.record.repo_tags.drain(..).partition(|t| taken.contains(t));
-        theirs.record.repo_tags = tags;
+        let tags_left = theirs.record.repo_tags.iter().filter(|t| taken.contains(*t)).cloned().collect();
+        theirs.lose_tags(|t| taken.contains(t));
         let access_left = !same_salt && forget_proofs(&mut theirs.details.access);
         let used = from.last_used(&id);
         let merged = match &known {
@@ -154,7 +154,14 @@ fn merge(mut ours: Stored, theirs: Stored) -> Stored {
             }
         }
     }
-    ours.record.pinned |= theirs.record.pinned;
+    match (theirs.record.pinned, theirs.details.pinned_tags.is_empty()) {
+        (true, true) => {
+            ours.record.pinned = true;
+            ours.details.pinned_tags.clear();
+        }
+        (true, false) => ours.pin_by(theirs.details.pinned_tags),
+        (false, _) => {}
+    }
     if ours.details.blobs.is_empty() {
         ours.details.blobs = theirs.details.blobs;
     }

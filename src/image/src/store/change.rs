@@ -2,7 +2,7 @@
 //!
 //! Each is made under the writer's lock, on disk first and then in memory, and to its end even if the caller goes away.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
@@ -116,17 +116,19 @@ impl Store {
     /// Writes an image that has got tags, then takes these from whoever had them.
     fn put_named(&self, mut stored: Stored, tags: &[String]) -> Result<ImageRecord> {
         let id = stored.record.id.clone();
-        let losers: Vec<Stored> = {
+        let mut losers: Vec<Stored> = {
             let images = lock(&self.images);
             stored.serial = next_serial(&images);
             let loses =
                 |s: &&Stored| s.record.id != id && s.record.repo_tags.iter().any(|t| tags.contains(t));
             images.values().filter(loses).cloned().collect()
         };
+        for loser in &mut losers {
+            stored.pin_by(loser.lose_tags(|t| tags.iter().any(|tag| tag == t)));
+        }
         self.put(stored.clone())?;
         self.records.touch(&id);
-        for mut loser in losers {
-            loser.record.repo_tags.retain(|t| !tags.contains(t));
+        for loser in losers {
             self.put(loser)?;
         }
         Ok(stored.record)
@@ -174,6 +176,29 @@ impl Store {
             }
             stored.record.repo_tags.push(name.clone());
             store.put_named(stored, &[name])
+        })
+        .await
+    }
+
+    /// Pins an image, or pins it no more. By a tag, the pin goes with the tag.
+    pub(crate) async fn set_pinned(self: &Arc<Self>, text: &str, pinned: bool) -> Result<ImageRecord> {
+        let (store, text) = (Arc::clone(self), text.to_owned());
+        self.writing(move || {
+            let _writer = lock(&store.writer);
+            let found = {
+                let images = lock(&store.images);
+                names::find(&images, &text)?.and_then(|n| Some((images.get(n.id()).cloned()?, n)))
+            };
+            let Some((mut stored, named)) = found else { return Err(Error::Missing(text)) };
+            match named {
+                Named::Tag(_, tag) if pinned => stored.pin_by(BTreeSet::from([tag])),
+                _ => {
+                    stored.record.pinned = pinned;
+                    stored.details.pinned_tags.clear();
+                }
+            }
+            store.put(stored.clone())?;
+            Ok(stored.record)
         })
         .await
     }
@@ -236,7 +261,10 @@ impl Store {
         let before = stored.record.clone();
         let (nameless, name) = match named {
             Named::Id(id) => (true, id.to_string()),
-            Named::Tag(_, tag) => (names::drop_tag(&mut stored.record, &tag), tag),
+            Named::Tag(_, tag) => {
+                stored.lose_tags(|t| t == tag);
+                (names::drop_tag(&mut stored.record, &tag), tag)
+            }
             Named::Digest(_, digest) => (names::drop_digest(&mut stored.record, &digest), digest),
         };
         if nameless {

@@ -51,6 +51,29 @@ pub(super) struct Stored {
     pub(super) details: Details,
 }
 
+impl Stored {
+    /// Takes tags from the image, and with the last one by which it was pinned the pin; those by which it was.
+    pub(super) fn lose_tags(&mut self, lost: impl Fn(&str) -> bool) -> BTreeSet<String> {
+        self.record.repo_tags.retain(|tag| !lost(tag));
+        let (pins, left) =
+            std::mem::take(&mut self.details.pinned_tags).into_iter().partition(|tag| lost(tag));
+        self.details.pinned_tags = left;
+        if !BTreeSet::is_empty(&pins) && self.details.pinned_tags.is_empty() {
+            self.record.pinned = false;
+        }
+        pins
+    }
+
+    /// Pins it by tags, unless it is pinned whatever its tags are.
+    pub(super) fn pin_by(&mut self, tags: BTreeSet<String>) {
+        if tags.is_empty() || (self.record.pinned && self.details.pinned_tags.is_empty()) {
+            return;
+        }
+        self.details.pinned_tags.extend(tags);
+        self.record.pinned = true;
+    }
+}
+
 /// What is known of an image beside what every caller wants.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Details {
@@ -68,6 +91,9 @@ pub(crate) struct Details {
     /// Who has shown that he may have it, by the repository that it was pulled from; empty for what was not pulled.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) access: BTreeMap<String, Access>,
+    /// The tags by which it was pinned: the pin goes with these. Empty where it is not pinned, or by its id.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) pinned_tags: BTreeSet<String>,
     /// The blobs that our own pushes have made of layers, by chain.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) pushed: BTreeMap<String, LayerBlob>,
@@ -468,7 +494,7 @@ fn settle(images: &mut Images) -> Vec<Digest> {
     let mut changed = Vec::new();
     for (id, stored) in images.iter_mut() {
         let before = stored.record.repo_tags.len();
-        stored.record.repo_tags.retain(|t| owners.get(t).is_none_or(|(_, owner)| owner == id));
+        stored.lose_tags(|t| owners.get(t).is_some_and(|(_, owner)| owner != id));
         if stored.record.repo_tags.len() < before {
             changed.push(id.clone());
         }

@@ -106,6 +106,30 @@ async fn an_image_in_use_loses_names_but_not_the_last_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pin_goes_with_the_tag_that_it_was_made_by() {
+    let (registry, place, names) = with_images(&["a:1", "b:1"]).await;
+    let (a, b) = (&names[0], &names[1]);
+    let old = place.store.set_pinned(a, true).await.unwrap();
+    let by_id = place.store.resolve(b).await.unwrap().unwrap().id;
+    assert!(old.pinned && place.store.set_pinned(by_id.as_str(), true).await.unwrap().pinned);
+    for name in ["a:1", "b:1"] {
+        registry.push(name, &image(&[&format!("new {name}")]));
+        place.store.pull(&registry.name(name), &[]).await.unwrap();
+    }
+    let place = place.reopen().await;
+    let pinned = async |text: &str| place.store.resolve(text).await.unwrap().unwrap().pinned;
+    assert!(pinned(a).await && !pinned(old.id.as_str()).await, "the pin has moved");
+    assert!(!pinned(b).await && pinned(by_id.as_str()).await, "the pin has stayed");
+    // A pin by two tags goes with the last one.
+    place.store.tag(a, "mine").await.unwrap();
+    place.store.set_pinned("mine", true).await.unwrap();
+    place.store.remove(a).await.unwrap();
+    assert!(pinned("mine").await);
+    place.store.set_pinned("mine", false).await.unwrap();
+    assert!(!pinned("mine").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_has_come_into_use_since_it_was_chosen_stays() {
     let (_registry, place, names) = with_images(&["a:1"]).await;
     let hold = place.store.hold(&names[0]).await.unwrap().unwrap();
