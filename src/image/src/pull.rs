@@ -12,7 +12,7 @@ use crate::{
     ensure::Taker,
     fetch::{self, Job},
     layer::{self, Claim, Piece},
-    progress::Reporter,
+    progress::{LayerState, Reporter},
     registry::{
         Served, Session,
         manifest::{self, Descriptor, Manifest},
@@ -51,6 +51,9 @@ async fn pull_from(
     taker: Taker,
     progress: &Reporter,
 ) -> Result<ImageRecord> {
+    if let Some(record) = unchanged(store, session, &taker, progress).await? {
+        return Ok(record);
+    }
     let manifest = manifest::fetch(session).await?;
     check_sizes(session, &manifest)?;
     let (config, blob) = match store.config(&manifest.config.digest) {
@@ -93,6 +96,36 @@ async fn pull_from(
     let record = store.add(image, pins).await?;
     tracing::info!(image = %reference, id = %record.id, layers = record.layers.len(), fetched, "image pulled");
     Ok(record)
+}
+
+/// The image, where it is here whole and its name stands for it still: the registry is asked for no manifest then, of which
+/// many give out only so many a day. Whatever is unclear is left to a pull.
+async fn unchanged(
+    store: &Arc<Store>,
+    session: &Session<'_>,
+    taker: &Taker,
+    progress: &Reporter,
+) -> Result<Option<ImageRecord>> {
+    let reference = session.reference;
+    if store.look_up_name(&session.name(), reference).is_none() {
+        return Ok(None);
+    }
+    let Some(digest) = session.announced(reference.wanted()).await else { return Ok(None) };
+    let name = format!("{}@{digest}", reference.name());
+    let Some((record, details)) = store.look_up_digest(&name) else { return Ok(None) };
+    let _pins = store.pin(&record.layers).await;
+    for layer in &record.layers {
+        if !store.driver.has_layer(layer).await? {
+            return Ok(None);
+        }
+    }
+    let access = taker.clone().access().map(|access| (reference.name(), access));
+    let Some(record) = store.renew(&record.id, reference.repo_tag(), access).await? else { return Ok(None) };
+    for counter in progress.begin(details.blobs.into_iter().map(|blob| (blob.digest, blob.size))) {
+        counter.set(LayerState::Present);
+    }
+    tracing::info!(image = %reference, id = %record.id, "image is here as the registry has it");
+    Ok(Some(record))
 }
 
 /// Says how much is missing where there is no space left.

@@ -281,6 +281,23 @@ impl Session<'_> {
         Err(outcome.unwrap_or(Error::Stopped))
     }
 
+    /// What a tag or digest stands for as the hosts announce it, without its manifest; nothing where none does, for whatever
+    /// reason.
+    pub(crate) async fn announced(&self, wanted: &str) -> Option<Digest> {
+        let known = self.reference.digest();
+        let purpose = if known.is_some() { Purpose::Pull } else { Purpose::Resolve };
+        for endpoint in self.endpoints(purpose).ok()? {
+            let url = endpoint.url(&format!("manifests/{wanted}")).ok()?;
+            let mut call = Call::new(Method::HEAD, url);
+            call = call.header(ACCEPT, HeaderValue::from_static(manifest::ACCEPT));
+            call.once = true;
+            let Ok(response) = self.authorized(endpoint, &call).await else { continue };
+            let header = response.headers().get("docker-content-digest").and_then(|v| v.to_str().ok());
+            return known.cloned().or_else(|| header?.parse().ok());
+        }
+        None
+    }
+
     async fn manifest_from(
         &self,
         endpoint: &Endpoint,

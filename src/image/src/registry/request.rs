@@ -26,11 +26,13 @@ pub(super) struct Call {
     pub(super) url: Url,
     pub(super) headers: HeaderMap,
     pub(super) body: Vec<u8>,
+    /// Whether it is given up after one attempt.
+    pub(super) once: bool,
 }
 
 impl Call {
     pub(super) fn new(method: Method, url: Url) -> Self {
-        Self { method, url, headers: HeaderMap::new(), body: Vec::new() }
+        Self { method, url, headers: HeaderMap::new(), body: Vec::new(), once: false }
     }
 
     pub(super) fn header(mut self, name: reqwest::header::HeaderName, value: HeaderValue) -> Self {
@@ -72,7 +74,7 @@ impl Session<'_> {
         call: &Call,
         login: Option<&HeaderValue>,
     ) -> std::result::Result<Response, Refusal> {
-        let attempts = endpoint.attempts();
+        let attempts = if call.once { 1 } else { endpoint.attempts() };
         let mut last = String::new();
         for attempt in 0..attempts {
             let mut pause = self.registry.pause(attempt);

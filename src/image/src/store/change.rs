@@ -113,6 +113,35 @@ impl Store {
         self.put_named(stored, &image.tags)
     }
 
+    /// Notes that an image that is here was asked for again, by which tag and by whom; nothing where it is gone.
+    pub(crate) async fn renew(
+        self: &Arc<Self>,
+        id: &Digest,
+        tag: Option<String>,
+        access: Option<(String, Access)>,
+    ) -> Result<Option<ImageRecord>> {
+        let (store, id) = (Arc::clone(self), id.clone());
+        self.writing(move || {
+            let _writer = lock(&store.writer);
+            let Some(known) = lock(&store.images).get(&id).cloned() else { return Ok(None) };
+            let mut stored = known.clone();
+            let tags: Vec<String> = tag.into_iter().collect();
+            stored
+                .record
+                .repo_tags
+                .extend(tags.iter().filter(|t| !known.record.repo_tags.contains(t)).cloned());
+            if let Some((repository, access)) = access {
+                stored.details.access.entry(repository).or_default().add(&access);
+            }
+            if (&stored.record, &stored.details) == (&known.record, &known.details) {
+                store.records.touch(&id);
+                return Ok(Some(known.record));
+            }
+            store.put_named(stored, &tags).map(Some)
+        })
+        .await
+    }
+
     /// Writes an image that has got tags, then takes these from whoever had them.
     fn put_named(&self, mut stored: Stored, tags: &[String]) -> Result<ImageRecord> {
         let id = stored.record.id.clone();

@@ -191,6 +191,16 @@ impl Store {
         images.get(&id).map(|s| (s.record.clone(), s.details.clone()))
     }
 
+    /// The image that is here whole under a digest of a repository.
+    pub(crate) fn look_up_digest(&self, digest: &str) -> Option<(ImageRecord, Details)> {
+        let images = lock(&self.images);
+        // What was written by the first versions is completed by a pull.
+        let whole =
+            |s: &&Stored| s.details.manifest.is_some() && s.details.blobs.len() == s.record.layers.len();
+        let named = |s: &&Stored| s.record.repo_digests.iter().any(|d| d == digest);
+        images.values().find(|s| named(s) && whole(s)).map(|s| (s.record.clone(), s.details.clone()))
+    }
+
     /// When an image was used last: by a container, or by a pull.
     pub(crate) fn last_used(&self, id: &Digest) -> Option<Timestamp> {
         self.records.last_used(id)

@@ -81,6 +81,37 @@ async fn layers_that_are_here_do_not_come_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_here_costs_no_manifest() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let (old, new) = (large(1), large(2));
+    let digest = registry.push("app:v1", &old);
+    registry.login("me", "secret");
+    let (name, login) = (registry.name("app:v1"), [user("me", "secret")]);
+    let pull = async |image: &Image, name: &str| {
+        let (progress, pull) = place.store.pull_with_progress(name, &login).unwrap();
+        assert_eq!(pull.await.unwrap().id, image.id());
+        let all = registry.requests("manifests/");
+        let heads = registry.requests("HEAD ").len();
+        registry.forget_requests();
+        let states: Vec<_> = progress.borrow().layers.iter().map(|l| l.state).collect();
+        (all.into_iter().filter(|(_, login)| *login).count(), heads, states)
+    };
+    let (present, done) = (vec![crate::LayerState::Present], vec![crate::LayerState::Done]);
+    // The first request of a session is without a login.
+    assert_eq!(pull(&old, &name).await, (2, 0, done.clone()), "index and manifest");
+    assert_eq!(pull(&old, &name).await, (1, 2, present.clone()));
+    assert_eq!(pull(&old, &registry.name(&format!("app@{digest}"))).await, (1, 2, present.clone()));
+    registry.push("app:v1", &new);
+    assert_eq!(pull(&new, &name).await, (3, 2, done));
+    registry.push("app:v1", &old);
+    assert_eq!(pull(&old, &name).await, (1, 2, present), "the tag goes back");
+    let tags = place.store.resolve(new.id().as_str()).await.unwrap().unwrap().repo_tags;
+    assert!(tags.is_empty(), "{tags:?}");
+    let error = place.store.pull(&name, &[]).await.unwrap_err();
+    assert!(matches!(error, Error::Denied { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn credentials_are_tried_in_turn() {
     let (registry, place) = (Registry::start().await, Place::new().await);
     registry.push("app:v1", &two_layers());

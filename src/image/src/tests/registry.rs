@@ -10,7 +10,7 @@ use axum::{
     Router,
     body::Body,
     extract::{Path, State},
-    http::{HeaderMap, Response, StatusCode, Uri, header},
+    http::{HeaderMap, Method, Response, StatusCode, Uri, header},
     routing::get,
 };
 use bytes::Bytes;
@@ -305,16 +305,22 @@ async fn refresh(State(registry): State<Registry>, body: String) -> Response<Bod
 async fn manifest(
     State(registry): State<Registry>,
     Path((repository, wanted)): Path<(String, String)>,
-    uri: Uri,
+    (method, uri): (Method, Uri),
     headers: HeaderMap,
 ) -> Response<Body> {
     let mut content = registry.content();
-    content.requests.push((uri.to_string(), None, headers.contains_key(header::AUTHORIZATION)));
+    let asked = if method == Method::HEAD { format!("HEAD {uri}") } else { uri.to_string() };
+    content.requests.push((asked, None, headers.contains_key(header::AUTHORIZATION)));
     if let Some(refusal) = refuse(&content, &headers) {
         return refusal;
     }
     match content.manifests.get(&(repository, wanted)) {
-        Some(bytes) => answer(StatusCode::OK, bytes.clone()),
+        Some(bytes) => {
+            let mut answer = answer(StatusCode::OK, bytes.clone());
+            let digest = Digest::of(bytes).to_string().parse().unwrap();
+            answer.headers_mut().insert("docker-content-digest", digest);
+            answer
+        }
         None => answer(StatusCode::NOT_FOUND, r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"no"}]}"#),
     }
 }
