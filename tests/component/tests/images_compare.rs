@@ -272,8 +272,8 @@ async fn imported(store: &ImageStore, archive: Vec<u8>) -> ImageRecord {
         }
         out.end().await;
     };
-    let (records, ()) = tokio::join!(store.import(source, Some("nasty:1")), give);
-    records.unwrap().remove(0)
+    let (imported, ()) = tokio::join!(store.import(source, Some("nasty:1")), give);
+    imported.unwrap().images.remove(0)
 }
 
 /// What a container of the image sees on a driver.
