@@ -7,10 +7,11 @@
 //! PID 1 has a few small threads and no runtime: one for signals and reaping (the main one), one that accepts, one for each
 //! request, one for each container's output. What must be single-threaded (libcontainer forks by raw `clone3`, `setns` into
 //! a mount namespace) happens in a short-lived child: this same binary again, as `moxlet-init create` or `moxlet-init exec`.
-//! Called `sh` it lists the containers and enters one; see [`shell`].
+//! Called `sh` it lists the containers and enters one; see [`shell`]. On the host it is the hook `moxlet-init check-ct`.
 
 mod attach;
 mod cgroup;
+mod check_ct;
 mod console;
 mod container;
 mod error;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
     let done = match args.peek().map(String::as_str) {
         Some("create") => return helper::create::main(args.skip(1)),
         Some("exec") => return helper::exec::main(args.skip(1)),
+        Some("check-ct") => return check_ct::main(args.skip(1)),
         Some("--help" | "-h") => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;

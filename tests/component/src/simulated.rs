@@ -273,7 +273,8 @@ pub fn spec(name: &str) -> SandboxSpec {
         hostname: name.into(),
         map: IdMap::default(),
         shared_dir: "/var/lib/moxlet/pods/x".into(),
-        init_binary: "/var/lib/moxlet/init/x/moxlet-init".into(),
+        // It runs nothing but the hook.
+        init_binary: crate::repository().join("tests/component/check-ct"),
         init_args: vec!["--grace".into(), "30".into()],
         limits: Limits { memory_bytes: Some(64 << 20), cpu_quota_us: Some(50_000), ..Limits::default() },
         sysctls: BTreeMap::new(),

@@ -12,6 +12,7 @@ use std::{
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::process::Command;
 
 use super::{Backend, Ct, Interface, Mount, Room, RunState, Stop, Usage, VolumeInfo};
 use crate::{
@@ -72,6 +73,20 @@ impl Records {
     }
 }
 
+/// What LXC runs on the host before it starts the CT, of the files that its configuration includes.
+fn pre_start(ct: Ct<'_>) -> Vec<String> {
+    let included = ct.conf.main.raw.iter().filter(|(key, _)| key == "lxc.include");
+    let texts = included.filter_map(|(_, path)| read_text(Path::new(path)).ok().flatten());
+    let hooks = |text: String| -> Vec<String> {
+        let pairs = text.lines().filter_map(|line| line.split_once('='));
+        pairs
+            .filter(|(key, _)| key.trim() == "lxc.hook.pre-start")
+            .map(|(_, v)| v.trim().to_owned())
+            .collect()
+    };
+    texts.flat_map(hooks).collect()
+}
+
 #[async_trait]
 impl Backend for Records {
     async fn state(&self, node: &str, vmid: u32) -> Result<RunState> {
@@ -88,6 +103,18 @@ impl Backend for Records {
                 return Err(Error::Backend(
                     "startup for container '".to_owned() + &ct.vmid.to_string() + "' failed",
                 ));
+            }
+        }
+        for hook in pre_start(ct) {
+            let run = Command::new("sh")
+                .args(["-c", &format!("{hook} {} lxc pre-start", ct.vmid)])
+                .env("LXC_NAME", ct.vmid.to_string())
+                .output();
+            let ended = run.await.map_err(io("run", Path::new("sh")))?;
+            if !ended.status.success() {
+                log.line(String::from_utf8_lossy(&ended.stderr).trim());
+                log.line(&format!("lxc-start: {0}: start.c: lxc_init: Failed to run lxc.hook.pre-start for container \"{0}\"", ct.vmid));
+                return Err(Error::Backend(format!("startup for container '{}' failed", ct.vmid)));
             }
         }
         let pid = self.next_pid.fetch_add(1, Ordering::Relaxed);

@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use moxlet_ids::Vmid;
 use moxlet_pve::{
     NodeName, StorageId,
     config::{
@@ -21,7 +22,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     Error, INIT_IN_CT, IdMap, Limits, Nic, NicAddress, Result, SandboxSpec,
     cgroup::{DEFAULT_PERIOD_US, weight_of_shares},
-    text::{check_args, check_hostname, invalid, of_every_ct, plain_path},
+    text::{check_args, check_hostname, invalid, mount_path, of_every_ct, plain_path},
 };
 
 /// Where the guard lies in the CT. It is no volume and not shared, so that Proxmox VE refuses to migrate, snapshot or clone
@@ -139,13 +140,14 @@ pub(super) fn render(spec: &SandboxSpec, around: &Surroundings<'_>) -> Result<Lx
     Ok(config)
 }
 
-/// The text of the included file below its mark.
-pub(super) fn include_text(spec: &SandboxSpec) -> Result<String> {
+/// The text of the included file below its mark, for the CT of this number.
+pub(super) fn include_text(spec: &SandboxSpec, vmid: Vmid) -> Result<String> {
     let mut text = String::new();
     let mut put = |key: &str, value: &str| {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{key} = {value}");
     };
+    put("lxc.hook.pre-start", &hook(spec, vmid)?);
     for (key, value) in of_every_ct(spec, "cgroup:mixed")? {
         put(&key, &value);
     }
@@ -153,6 +155,18 @@ pub(super) fn include_text(spec: &SandboxSpec) -> Result<String> {
         put("lxc.cgroup2.pids.max", &pids.to_string());
     }
     Ok(text)
+}
+
+/// What lets no CT of another number start with this file: a copy of the CT finds it while the pod lives. LXC runs it by a shell
+/// on the host, as root, before anything is mounted. It is the program that the CT's own PID 1 is, so that it is there for as
+/// long as the CT can start; without it nothing starts.
+fn hook(spec: &SandboxSpec, vmid: Vmid) -> Result<String> {
+    mount_path("init binary", &spec.init_binary)?;
+    let program = spec.init_binary.display().to_string();
+    if program.contains('\'') {
+        return Err(invalid("init binary", &program, "it has a quote"));
+    }
+    Ok(format!("'{program}' check-ct {vmid}"))
 }
 
 /// The notes: for people. `containers` are those that the pod has so far.
@@ -392,6 +406,10 @@ mod tests {
         }
     }
 
+    fn number() -> Vmid {
+        Vmid::new(1_000_000).unwrap()
+    }
+
     fn with(check: impl FnOnce(&Surroundings<'_>)) {
         let (node, storage) = ("pve1".parse().unwrap(), "local-zfs".parse().unwrap());
         check(&Surroundings {
@@ -435,8 +453,10 @@ mod tests {
 
     #[test]
     fn what_is_not_proxmox_ves_business_is_in_the_included_file() {
-        let text = include_text(&spec()).unwrap();
+        let text = include_text(&spec(), number()).unwrap();
         assert!(text.contains("lxc.signal.halt = SIGTERM\n"));
+        let hook = "lxc.hook.pre-start = '/var/lib/moxlet/init/0/moxlet-init' check-ct 1000000\n";
+        assert!(text.contains(hook), "{text}");
         assert!(text.contains("/var/lib/moxlet/pods/ab run/moxlet/pod none rbind,rslave,create=dir 0 0\n"));
         assert!(text.contains(" sbin/moxlet-init none bind,ro 0 0\n"));
         assert!(text.contains("lxc.sysctl.net.ipv4.ip_unprivileged_port_start = 0\n"));
@@ -478,7 +498,8 @@ mod tests {
             let refused = |change: &dyn Fn(&mut SandboxSpec), word: &str| {
                 let mut bad = spec();
                 change(&mut bad);
-                let error = render(&bad, around).and_then(|_| include_text(&bad)).unwrap_err().to_string();
+                let error =
+                    render(&bad, around).and_then(|_| include_text(&bad, number())).unwrap_err().to_string();
                 assert!(error.contains(word), "{error}");
             };
             refused(&|s| s.hostname = "-a".into(), "hostname");
@@ -487,6 +508,7 @@ mod tests {
             refused(&|s| s.nics[0].bridge = "vmbr0,tag=1".into(), "bridge");
             refused(&|s| s.pod_namespace = "a;b".into(), "tag");
             refused(&|s| s.shared_dir = "/a\nb".into(), "shared directory");
+            refused(&|s| s.init_binary = "/a'; b '".into(), "init binary");
             refused(&|s| s.nics = vec![s.nics[0].clone(); 33], "interfaces");
         });
     }

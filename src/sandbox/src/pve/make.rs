@@ -58,7 +58,7 @@ impl Inner {
                 protection: self.config.protection,
             },
         )?;
-        Ok((config, config::include_text(spec)?))
+        Ok((config, config::include_text(spec, vmid)?))
     }
 
     /// Takes a number: its record, its mark, its file.

@@ -1,8 +1,9 @@
 //! Which CTs are ours: a CT whose main section includes a file `<vmid>-<pod uid>.conf` of our directory, whose VMID is in our
 //! range, and whose file, host and record agree. Whatever differs is foreign and is never touched.
 //!
-//! Notes and tags can be edited by anybody and are copied by a clone; the included file cannot be, since its name holds the
-//! VMID, and a restored or migrated copy does not find it.
+//! Notes and tags can be edited by anybody and are copied by a clone, as is the line that includes the file. But its name holds
+//! the VMID, so that a copy under another one is not ours; on another host, or after the pod is gone, a copy does not find it;
+//! and one that finds it is kept from starting by the hook in it (see [`super::config`]).
 
 use std::{
     fs,

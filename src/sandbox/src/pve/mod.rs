@@ -319,20 +319,25 @@ impl Inner {
                 reason: "HA looks after it and starts it; remove it from HA".into(),
             });
         }
-        let (record, task) = self.ask_to_start(record).await?;
-        self.until_running(&record, &task).await
+        match self.ask_to_start(record.clone()).await {
+            Ok(task) => self.until_running(&record, &task).await,
+            // An earlier call of ours was taken up after all, or somebody else was quicker.
+            Err(Error::Pve { source, .. }) if matches!(*source, moxlet_pve::Error::AlreadyRunning { .. }) => {
+                self.already_running(&record).await
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Asks Proxmox VE to start a CT. One that it was never asked to start can go without it (see [`super::remove`]): so that is
     /// noted before, and taken back where nothing can have come of it.
-    async fn ask_to_start(self: &Arc<Self>, record: Record) -> Result<(Record, Upid)> {
+    async fn ask_to_start(self: &Arc<Self>, record: Record) -> Result<Upid> {
         let (first, vmid) = (!record.needs_api, record.vmid);
         let record = if first { self.note(&record.id, |r| r.needs_api = true).await? } else { record };
         let id = record.id.clone();
         let asked = async {
-            let record = self.pooled(record).await?;
-            let task = self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))?;
-            Ok((record, task))
+            self.pooled(record).await?;
+            self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))
         };
         let asked = asked.await;
         if let Err(error) = &asked
@@ -345,11 +350,11 @@ impl Inner {
     }
 
     /// Has the CT in the pool that is configured. Proxmox VE takes it out when it removes the CT.
-    async fn pooled(self: &Arc<Self>, record: Record) -> Result<Record> {
-        let Some(pool) = self.config.pool.as_ref().filter(|_| !record.pooled) else { return Ok(record) };
+    async fn pooled(self: &Arc<Self>, record: Record) -> Result<()> {
+        let Some(pool) = self.config.pool.as_ref().filter(|_| !record.pooled) else { return Ok(()) };
         let put = self.client.add_to_pool(pool, record.vmid).await;
         put.map_err(api("put into its pool", record.vmid))?;
-        self.note(&record.id, |r| r.pooled = true).await
+        self.note(&record.id, |r| r.pooled = true).await.map(drop)
     }
 
     async fn stop(self: &Arc<Self>, record: &Record, grace: Duration) -> Result<()> {

@@ -76,6 +76,15 @@ impl Inner {
         }
     }
 
+    /// Returns when the PID 1 of a CT is there that runs, as Proxmox VE says.
+    pub(super) async fn already_running(&self, record: &Record) -> Result<u32> {
+        let seen = tokio::time::timeout(AFTER_TASK, self.seen(record)).await;
+        seen.map_err(|_| Error::Busy {
+            vmid: record.vmid,
+            what: "Proxmox VE says that it runs, and it has no processes (yet)".into(),
+        })
+    }
+
     /// Returns when the CT's PID 1 is gone, or the task that stops it has failed.
     pub(super) async fn until_stopped(&self, record: &Record, task: &Upid, grace: Duration) -> Result<()> {
         let limit = grace.saturating_add(BEYOND_GRACE);

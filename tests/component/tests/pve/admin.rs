@@ -473,6 +473,34 @@ async fn a_running_ct_whose_line_was_taken_away_is_the_pods_and_still_runs() {
 }
 
 #[tokio::test]
+async fn restored_under_another_number_while_its_pod_lives_it_does_not_start() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let copy = FIRST + 10;
+    let text = world.conf(&id).replace(&format!("subvol-{FIRST}-"), &format!("subvol-{copy}-"));
+    fs::write(world.place.conf(copy), &text).unwrap();
+    fs::write(world.place.volume(copy), "7").unwrap();
+    assert!(
+        text.contains(&format!("include/{FIRST}-uid-of-web.conf")),
+        "its line names a file that is there: {text}"
+    );
+    let start = world.admin.ct(&world.node, Vmid::new(copy).unwrap()).start().await.unwrap();
+    let refused = words(&ended(&world, start).await.unwrap_err());
+    assert!(refused.contains("CT 1000010 includes the file of CT 1000000"), "{refused}");
+    assert!(!world.place.state().join(format!("run/ct/pve1-{copy}.json")).exists());
+    assert_eq!(world.seen().await, ["CTForeign"]);
+    // The pod's own starts with it, and again.
+    world.engine.stop(&id, Duration::ZERO).await.unwrap();
+    world.engine.start(&id).await.unwrap();
+    world.engine.delete(&id).await.unwrap();
+    assert_eq!(fs::read_to_string(world.place.conf(copy)).unwrap(), text);
+    for left in [world.place.conf(copy), world.place.volume(copy)] {
+        fs::remove_file(left).unwrap();
+    }
+    world.assert_as_before();
+}
+
+#[tokio::test]
 async fn a_pod_that_is_gone_is_restored_as_a_stranger_whose_number_is_left_to_it() {
     let world = World::new().await;
     let id = world.running("web").await;
