@@ -279,6 +279,7 @@ async fn stop_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
     let running = matches!(core.engine.state(&sandbox.id).await?, Some(SandboxState::Running { .. }));
     if running {
         not_held(core, sandbox).await?;
+        core.engine.ending(&sandbox.id).await;
         if let Ok(client) = sandbox.client() {
             // It kills its containers and writes how they ended; what goes wrong here the engine ends.
             let _ = tokio::time::timeout(STOP_GRACE, client.shutdown(Duration::ZERO)).await;

@@ -160,6 +160,8 @@ pub trait Engine: Send + Sync {
     async fn start(&self, id: &SandboxId) -> Result<u32>;
     /// Asks the CT's init to end (SIGTERM) and kills it when it has not after `grace`. Of a stopped or unknown one: nothing.
     async fn stop(&self, id: &SandboxId, grace: Duration) -> Result<()>;
+    /// Hears that the caller is about to end the CT by its init, so that its end is not told as somebody else's doing.
+    async fn ending(&self, _id: &SandboxId) {}
     /// Removes the CT, killing it first if it runs, and whatever a crash left of it. Idempotent.
     async fn delete(&self, id: &SandboxId) -> Result<()>;
     /// All CTs of this engine, from disk, half-made ones included (they are `Stopped`).

@@ -212,20 +212,33 @@ impl ConfigDir {
 
     /// Takes the lock of a CT, waiting for whoever has it.
     pub(super) fn lock(&self, vmid: Vmid) -> Result<Held> {
-        let path = self.locks.join(format!("pve-config-{vmid}.lock"));
-        let open = OpenOptions::new().create(true).append(true).open(&path);
-        let file = open.map_err(io("open", &path))?;
         let since = Instant::now();
         loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(Held { _file: file, vmid }),
-                Err(TryLockError::WouldBlock) if since.elapsed() < LOCK_WAIT => thread::sleep(LOCK_PAUSE),
-                Err(TryLockError::WouldBlock) => {
-                    return Err(Error::Busy { vmid, what: format!("somebody holds {}", path.display()) });
-                }
-                Err(TryLockError::Error(e)) => return Err(io("lock", path)(e)),
+            if let Some(held) = self.try_lock(vmid)? {
+                return Ok(held);
             }
+            if since.elapsed() >= LOCK_WAIT {
+                let what = format!("somebody holds {}", self.lock_path(vmid).display());
+                return Err(Error::Busy { vmid, what });
+            }
+            thread::sleep(LOCK_PAUSE);
         }
+    }
+
+    /// Takes the lock of a CT; none if somebody has it.
+    pub(super) fn try_lock(&self, vmid: Vmid) -> Result<Option<Held>> {
+        let path = self.lock_path(vmid);
+        let open = OpenOptions::new().create(true).append(true).open(&path);
+        let file = open.map_err(io("open", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Held { _file: file, vmid })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(e)) => Err(io("lock", path)(e)),
+        }
+    }
+
+    fn lock_path(&self, vmid: Vmid) -> PathBuf {
+        self.locks.join(format!("pve-config-{vmid}.lock"))
     }
 
     /// Reads a CT's file; none if this node has no such CT.

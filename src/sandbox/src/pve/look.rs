@@ -3,31 +3,76 @@
 //!
 //! `docs/proxmox.md` has the table of what follows from what.
 
-use std::{collections::BTreeMap, sync::PoisonError};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::PoisonError,
+};
 
-use moxlet_ids::SandboxId;
+use moxlet_ids::{SandboxId, Vmid};
 use moxlet_pve::config::LxcConfig;
+use serde::{Deserialize, Serialize};
 
 use super::{
-    Inner, Standing,
-    file::Content,
+    Inner,
+    file::{Content, Held},
     marker,
     record::{Phase, Record},
+    standing::Standing,
 };
-use crate::{Observation, Result};
+use crate::{Error, Observation, Result};
 
 /// Keys that say what a CT is rather than what it may use.
 const LABELS: [&str; 3] = ["description", "hostname", "tags"];
 
-/// How a CT was found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// How a CT was found; remembered with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub(super) struct Seen {
     /// Why it is not ours or not there, if so.
-    astray: Option<(&'static str, String)>,
+    astray: Option<(Astray, String)>,
     lock: Option<String>,
     frozen: bool,
     ha: bool,
     sections: Vec<String>,
+    /// Why its file can be neither changed nor, perhaps, read.
+    cluster: Option<Cluster>,
+    running: bool,
+    /// Since its last start we asked it to end.
+    pub(super) asked_to_end: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum Astray {
+    Deleted,
+    Migrated,
+    Foreign,
+}
+
+impl Astray {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Deleted => "CTDeleted",
+            Self::Migrated => "CTMigrated",
+            Self::Foreign => "CTForeign",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum Cluster {
+    NoQuorum,
+    Away,
+}
+
+/// What was said that is of no CT of ours; forgotten with the process.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    strangers: BTreeSet<Vmid>,
+    /// Why a CT could not be looked at.
+    troubles: BTreeMap<SandboxId, String>,
 }
 
 /// One thing that was seen.
@@ -41,48 +86,94 @@ fn word(reason: &'static str, warning: bool, message: impl Into<String>) -> Word
     Word { reason, warning, message: message.into() }
 }
 
+/// A configuration that is not the one that is known.
+struct Edited {
+    _held: Held,
+    config: LxcConfig,
+    text: String,
+}
+
 impl Inner {
+    /// What was done to the CTs since the last look. One that cannot be looked at holds up no other.
     pub(super) fn look(&self) -> Result<Vec<Observation>> {
-        let mut said = Vec::new();
         let records = self.records.all()?;
-        let mut seen = BTreeMap::new();
-        let before = self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        for record in records.iter().filter(|r| r.phase == Phase::Made).cloned() {
-            let id = record.id.clone();
-            let earlier = before.get(&id).cloned().unwrap_or_default();
-            let standing = self.standing(&record)?;
-            let now = self.seen_of(&record, &standing);
-            let mut words = differences(&record, &earlier, &now);
-            if let Standing::Ours(content) = &standing
-                && content.config.lock.is_none()
-            {
-                words.extend(self.accept(&record, content)?);
+        let mut said = Vec::new();
+        let mut troubles = BTreeMap::new();
+        let quorate = !matches!(self.folder.check_quorum(Path::new("")), Err(Error::NoQuorum { .. }));
+        for record in records.iter().filter(|r| r.phase == Phase::Made) {
+            match self.look_at(record, quorate) {
+                Ok(words) => said.extend(words.into_iter().map(|w| observation(Some(&record.id), w))),
+                // It went meanwhile.
+                Err(Error::NotFound(_)) => {}
+                Err(error) => {
+                    troubles.insert(record.id.clone(), with_causes(&error));
+                }
             }
-            said.extend(words.into_iter().map(|w| observation(Some(&id), w)));
-            seen.insert(id, now);
         }
-        said.extend(self.strangers(&records, &before, &mut seen)?);
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        for (id, error) in &troubles {
+            if told.troubles.get(id) != Some(error) {
+                tracing::warn!(sandbox = %id, error, "cannot look what was done to a CT; it is looked at again");
+            }
+        }
+        told.troubles = troubles;
+        match self.strangers(&records) {
+            Ok(strangers) => {
+                let new = strangers.difference(&told.strangers);
+                said.extend(new.map(|vmid| observation(None, stranger(*vmid))));
+                told.strangers = strangers;
+            }
+            Err(error) => tracing::debug!(%error, "cannot look for copies of CTs"),
+        }
         Ok(said)
     }
 
-    fn seen_of(&self, record: &Record, standing: &Standing) -> Seen {
+    /// What was done to one CT. It is remembered with it and said, or neither.
+    fn look_at(&self, record: &Record, quorate: bool) -> Result<Vec<Word>> {
+        let standing = match self.standing(record) {
+            Ok(standing) => Some(standing),
+            Err(Error::NoClusterFs { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        let now = match &standing {
+            Some(standing) => self.seen_of(record, standing, quorate),
+            // Nothing else is known then.
+            None => Seen { cluster: Some(Cluster::Away), ..record.seen.clone() },
+        };
+        let edited = match &standing {
+            Some(Standing::Ours(content)) if content.config.lock.is_none() => self.edited(record, content)?,
+            _ => None,
+        };
+        let mut words = Vec::new();
+        self.records.change(&record.id, |r| {
+            let now = Seen { asked_to_end: r.seen.asked_to_end, ..now };
+            words = differences(r, &r.seen, &now);
+            r.seen = now;
+            if let Some(edited) = edited.filter(|_| r.phase == Phase::Made) {
+                words.extend(accept(r, edited));
+            }
+        })?;
+        Ok(words)
+    }
+
+    fn seen_of(&self, record: &Record, standing: &Standing, quorate: bool) -> Seen {
+        let ours = matches!(standing, Standing::Ours(_));
         let astray = match standing {
             Standing::Ours(_) => None,
-            Standing::Gone => Some(("CTDeleted", "was deleted on the host".to_owned())),
+            Standing::Gone => Some((Astray::Deleted, "was deleted on the host".to_owned())),
             Standing::Destroyed => Some((
-                "CTDeleted",
+                Astray::Deleted,
                 "was deleted on the host; its file is left with `lock: destroyed`".to_owned(),
             )),
             Standing::Moved(node) => Some((
-                "CTMigrated",
+                Astray::Migrated,
                 format!(
                     "was migrated to host {node}, where it cannot start; migrate it back, or delete the pod and the CT"
                 ),
             )),
-            Standing::Torn => Some(("CTForeign", "has a file that cannot be read".to_owned())),
+            Standing::Torn => Some((Astray::Foreign, "has a file that cannot be read".to_owned())),
             Standing::Foreign { reason, .. } => {
-                Some(("CTForeign", format!("is not Moxlet's any more: {reason}; it is left as it is")))
+                Some((Astray::Foreign, format!("is not Moxlet's any more: {reason}; it is left as it is")))
             }
         };
         let (lock, sections) = match standing {
@@ -92,68 +183,67 @@ impl Inner {
         Seen {
             astray,
             lock,
-            frozen: matches!(standing, Standing::Ours(_)) && self.inits.is_frozen(&record.id),
+            frozen: ours && self.inits.is_frozen(&record.id),
             ha: self.folder.is_under_ha(record.vmid),
             sections,
+            cluster: (!quorate).then_some(Cluster::NoQuorum),
+            running: ours && self.inits.init(&record.id).is_some(),
+            asked_to_end: false,
         }
     }
 
-    /// Takes an edit over as what holds from now on; says what it was.
-    fn accept(&self, record: &Record, content: &Content) -> Result<Vec<Word>> {
-        let Ok(text) = content.config.to_file() else { return Ok(Vec::new()) };
-        if text == record.known {
-            return Ok(Vec::new());
+    /// The configuration of a CT if it is not the one that is known. While somebody is changing it, it is looked at again later.
+    fn edited(&self, record: &Record, content: &Content) -> Result<Option<Edited>> {
+        if content.config.to_file().is_ok_and(|text| text == record.known) {
+            return Ok(None);
         }
         // Under the CT's lock, as our own changes: one of those must not look like somebody else's.
-        let _held = self.folder.lock(record.vmid)?;
-        let (Some(mut current), Standing::Ours(content)) =
-            (self.records.get(&record.id)?, self.standing(record)?)
-        else {
-            return Ok(Vec::new());
-        };
-        current.settle(&content.config);
-        let Ok(text) = content.config.to_file() else { return Ok(Vec::new()) };
-        let known = LxcConfig::from_file(&current.known).map(|f| f.config).unwrap_or_default();
-        let words = edits(&current, &known, &content.config);
-        self.records.change(&record.id, |r| {
-            r.settle(&content.config);
-            if r.phase == Phase::Made && r.known != text {
-                r.known = text;
-                r.needs_api = true;
-            }
-        })?;
-        Ok(words)
+        let Some(held) = self.folder.try_lock(record.vmid)? else { return Ok(None) };
+        let Standing::Ours(content) = self.standing(record)? else { return Ok(None) };
+        let Ok(text) = content.config.to_file() else { return Ok(None) };
+        Ok(Some(Edited { _held: held, config: content.config, text }))
     }
 
     /// CTs on this host that include a file of ours and have no record: copies, restored ones, left ones.
-    fn strangers(
-        &self,
-        records: &[Record],
-        before: &BTreeMap<SandboxId, Seen>,
-        seen: &mut BTreeMap<SandboxId, Seen>,
-    ) -> Result<Vec<Observation>> {
-        let mut said = Vec::new();
+    fn strangers(&self, records: &[Record]) -> Result<BTreeSet<Vmid>> {
+        let mut found = BTreeSet::new();
         for vmid in self.folder.own_cts()? {
             if records.iter().any(|r| r.vmid == vmid) {
                 continue;
             }
             let Ok(Some(content)) = self.folder.read(vmid) else { continue };
-            if !marker::resembles(&self.layout.includes, &content.config) {
-                continue;
+            if marker::resembles(&self.layout.includes, &content.config) {
+                found.insert(vmid);
             }
-            // Said once: remembered under an id that no sandbox has.
-            let Ok(id) = format!("{:064x}", vmid.get()).parse::<SandboxId>() else { continue };
-            if !before.contains_key(&id) {
-                let message = format!(
-                    "CT {vmid} includes a file of Moxlet's and belongs to no pod of this host: a copy, a restored backup, or \
-                     left by an agent whose directory was removed; it is left as it is"
-                );
-                said.push(observation(None, word("CTForeign", true, message)));
-            }
-            seen.insert(id, Seen::default());
         }
-        Ok(said)
+        Ok(found)
     }
+}
+
+/// Takes an edit over as what holds from now on; says what it was.
+fn accept(record: &mut Record, edited: Edited) -> Vec<Word> {
+    record.settle(&edited.config);
+    if record.known == edited.text {
+        return Vec::new();
+    }
+    let known = LxcConfig::from_file(&record.known).map(|f| f.config).unwrap_or_default();
+    let words = edits(record, &known, &edited.config);
+    record.known = edited.text;
+    record.needs_api = true;
+    words
+}
+
+fn stranger(vmid: Vmid) -> Word {
+    let message = format!(
+        "CT {vmid} includes a file of Moxlet's and belongs to no pod of this host: a copy, a restored backup, or left by an agent \
+         whose directory was removed; it is left as it is"
+    );
+    word("CTForeign", true, message)
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn observation(sandbox: Option<&SandboxId>, word: Word) -> Observation {
@@ -171,9 +261,32 @@ fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
     let mut words = Vec::new();
     if before.astray != now.astray {
         match &now.astray {
-            Some((reason, text)) => words.push(word(reason, true, format!("{ct} {text}"))),
+            Some((astray, text)) => words.push(word(astray.reason(), true, format!("{ct} {text}"))),
             None => words.push(word("CTBack", false, format!("{ct} is here again as it was"))),
         }
+    }
+    if before.cluster != now.cluster {
+        words.push(match now.cluster {
+            Some(Cluster::NoQuorum) => word(
+                "ClusterLost",
+                true,
+                format!("the cluster has no quorum: {ct} goes on; it is neither started, changed nor deleted until it has"),
+            ),
+            Some(Cluster::Away) => word(
+                "ClusterLost",
+                true,
+                format!(
+                    "the cluster's file system is not mounted on the host (service pve-cluster): {ct} goes on; it is neither started, \
+                     changed nor deleted until it is"
+                ),
+            ),
+            None => word("ClusterBack", false, format!("{ct} can be changed again: the cluster is back")),
+        });
+    }
+    if before.running && !now.running && now.astray.is_none() && !now.asked_to_end {
+        let text = "has ended without Moxlet having asked for it: it was stopped on the host, the host went down, or its first process \
+                    ended; the pod's restart policy decides";
+        words.push(word("CTStopped", false, format!("{ct} {text}")));
     }
     if before.lock != now.lock {
         match (&before.lock, &now.lock) {
@@ -292,9 +405,18 @@ mod tests {
             reasons(&differences(&record, &locked, &quiet)),
             ["CTUnlocked", "CTThawed", "CTNotUnderHA"]
         );
-        let gone = Seen { astray: Some(("CTDeleted", "was deleted".into())), ..Seen::default() };
+        let gone = Seen { astray: Some((Astray::Deleted, "was deleted".into())), ..Seen::default() };
         assert_eq!(reasons(&differences(&record, &quiet, &gone)), ["CTDeleted"]);
         assert_eq!(reasons(&differences(&record, &gone, &quiet)), ["CTBack"]);
+        let lost = Seen { cluster: Some(Cluster::NoQuorum), ..Seen::default() };
+        assert_eq!(reasons(&differences(&record, &quiet, &lost)), ["ClusterLost"]);
+        assert_eq!(reasons(&differences(&record, &lost, &quiet)), ["ClusterBack"]);
+        let runs = Seen { running: true, ..Seen::default() };
+        assert!(differences(&record, &quiet, &runs).is_empty());
+        assert_eq!(reasons(&differences(&record, &runs, &quiet)), ["CTStopped"]);
+        let asked = Seen { asked_to_end: true, ..Seen::default() };
+        assert!(differences(&record, &runs, &asked).is_empty());
+        assert_eq!(reasons(&differences(&record, &runs, &gone)), ["CTDeleted"]);
         let snapshot = Seen { sections: vec!["before-update".into()], ..Seen::default() };
         assert_eq!(reasons(&differences(&record, &quiet, &snapshot)), ["CTSnapshot"]);
     }

@@ -44,7 +44,7 @@ mod volume;
 pub mod fake;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fs,
     net::IpAddr,
     os::unix::fs::PermissionsExt as _,
@@ -67,7 +67,7 @@ pub use volume::{VolumeOwner, Volumes, ZfsVolumes};
 use self::{
     config::Layout,
     file::ConfigDir,
-    look::Seen,
+    look::Told,
     record::{Phase, Record, Records, Written},
     standing::Standing,
 };
@@ -132,8 +132,7 @@ struct Inner {
     /// Held while a number is chosen and claimed.
     claiming: tokio::sync::Mutex<()>,
     deletes: Semaphore,
-    /// How the last look found each CT.
-    seen: Mutex<BTreeMap<SandboxId, Seen>>,
+    told: Mutex<Told>,
     locks: Locks,
 }
 
@@ -212,7 +211,7 @@ impl PveEngine {
             numbers,
             claiming: tokio::sync::Mutex::default(),
             deletes: Semaphore::new(DELETES),
-            seen: Mutex::default(),
+            told: Mutex::default(),
             locks: Mutex::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -333,8 +332,8 @@ impl Inner {
     /// noted before, and taken back where nothing can have come of it.
     async fn ask_to_start(self: &Arc<Self>, record: Record) -> Result<Upid> {
         let (first, vmid) = (!record.needs_api, record.vmid);
-        let record = if first { self.note(&record.id, |r| r.needs_api = true).await? } else { record };
         let id = record.id.clone();
+        let record = self.note(&id, |r| (r.needs_api, r.seen.asked_to_end) = (true, false)).await?;
         let asked = async {
             self.pooled(record).await?;
             self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))
@@ -357,6 +356,14 @@ impl Inner {
         self.note(&record.id, |r| r.pooled = true).await.map(drop)
     }
 
+    /// Notes that its end is ours, not an administrator's. A full disk keeps no pod from ending.
+    async fn ending(self: &Arc<Self>, id: &SandboxId) {
+        match self.note(id, |r| r.seen.asked_to_end = true).await {
+            Ok(_) | Err(Error::NotFound(_)) => {}
+            Err(error) => tracing::warn!(sandbox = %id, %error, "that a CT is ended by Moxlet is not noted"),
+        }
+    }
+
     async fn stop(self: &Arc<Self>, record: &Record, grace: Duration) -> Result<()> {
         let vmid = record.vmid;
         if self.running(record).await?.is_none() {
@@ -366,6 +373,7 @@ impl Inner {
         if let Some(lock) = self.held_by(record).await? {
             return Err(Error::Locked { vmid, lock });
         }
+        self.ending(&record.id).await;
         let ct = self.client.ct(&self.config.node, vmid);
         let asked = if grace.is_zero() {
             ct.stop(true).await
@@ -398,6 +406,10 @@ impl Engine for PveEngine {
             Some(record) => self.inner.stop(&record, grace).await,
             None => Ok(()),
         }
+    }
+
+    async fn ending(&self, id: &SandboxId) {
+        self.inner.ending(id).await;
     }
 
     async fn delete(&self, id: &SandboxId) -> Result<()> {

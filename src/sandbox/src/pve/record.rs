@@ -15,7 +15,7 @@ use moxlet_ids::{PodUid, SandboxId, Vmid};
 use moxlet_pve::{NodeName, config::LxcConfig};
 use serde::{Deserialize, Serialize};
 
-use super::{config::Named, marker::Mark};
+use super::{config::Named, look::Seen, marker::Mark};
 use crate::{Error, IdMap, Result, error::io, process::read_bounded};
 
 const VERSION: u32 = 1;
@@ -62,6 +62,9 @@ pub(super) struct Record {
     pub(super) known: String,
     /// Its notes as we last wrote them.
     pub(super) notes: String,
+    /// How it was found by the last look, so that an agent that starts again does not tell it all again.
+    #[serde(default)]
+    pub(super) seen: Seen,
     /// What we are about to write, or were when a write failed or a crash came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     next: Option<Box<Written>>,
@@ -97,6 +100,7 @@ impl Record {
             dhcp: false,
             known: String::new(),
             notes: String::new(),
+            seen: Seen::default(),
             next: None,
         }
     }

@@ -179,7 +179,6 @@ impl Inner {
             record.mark().remove(&inner.layout.includes)?;
             inner.records.remove(&record.id)?;
             inner.numbers.remove(&record.id);
-            inner.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&record.id);
             Ok(())
         })
         .await

@@ -43,7 +43,75 @@ async fn stopped_by_hand_it_is_stopped_and_can_be_deleted() {
     ended(&world, task).await.unwrap();
     world.engine.wait(&id).await.unwrap();
     assert_eq!(world.engine.state(&id).await.unwrap(), Some(SandboxState::Stopped));
+    assert_eq!(world.seen().await, ["CTStopped"]);
+    assert!(world.seen().await.is_empty());
+    world.engine.start(&id).await.unwrap();
+    assert!(world.seen().await.is_empty());
+    // Stopped by us it is no news, nor where the caller ends it by its init.
+    world.engine.stop(&id, Duration::ZERO).await.unwrap();
+    assert!(world.seen().await.is_empty());
+    world.engine.start(&id).await.unwrap();
+    assert!(world.seen().await.is_empty());
+    world.engine.ending(&id).await;
+    assert!(world.seen().await.is_empty());
+    fs::remove_file(world.place.state().join(format!("run/ct/pve1-{vmid}.json"))).unwrap();
+    assert!(world.seen().await.is_empty());
     world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn what_was_told_is_not_told_again_by_an_agent_that_starts_again() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    set_lock(&world, &id, Some("backup")).await;
+    let resources = world.place.etc_pve().join("ha/resources.cfg");
+    fs::write(&resources, format!("ct: {FIRST}\n\tstate started\n")).unwrap();
+    assert_eq!(world.seen().await, ["CTLocked", "CTUnderHA"]);
+    let again = || world.place.engine(&world.sim.hosts()[0].url, FIRST + 99, &world.calls);
+    let of_pods = async |engine: &moxlet_sandbox::pve::PveEngine| -> Vec<&'static str> {
+        let seen = engine.look().await.unwrap();
+        seen.into_iter().filter(|o| o.sandbox.is_some()).map(|o| o.reason).collect()
+    };
+    assert!(of_pods(&again()).await.is_empty());
+    // What happened while no agent was there is told.
+    set_lock(&world, &id, None).await;
+    fs::remove_file(&resources).unwrap();
+    fs::remove_file(world.place.state().join(format!("run/ct/pve1-{FIRST}.json"))).unwrap();
+    let engine = again();
+    assert_eq!(of_pods(&engine).await, ["CTStopped", "CTUnlocked", "CTNotUnderHA"]);
+    assert!(of_pods(&again()).await.is_empty());
+    engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_ct_that_cannot_be_looked_at_holds_up_no_other() {
+    let world = World::new().await;
+    let (broken, busy, fine) = (world.running("a").await, world.running("b").await, world.running("c").await);
+    for id in [&broken, &busy, &fine] {
+        let conf = world.place.conf(world.vmid(id));
+        fs::write(&conf, world.conf(id).replace("memory: 65", "memory: 300")).unwrap();
+    }
+    let (conf, kept) = (world.place.conf(world.vmid(&broken)), world.place.dir.join("kept"));
+    fs::rename(&conf, &kept).unwrap();
+    fs::create_dir(&conf).unwrap();
+    let lock = format!("/locks/{}", world.vmid(&busy));
+    world.control("PUT", &lock, json!({"held": true})).await;
+    let told = async || -> Vec<_> {
+        let seen = world.engine.look().await.unwrap();
+        seen.into_iter().map(|o| (o.reason, o.sandbox.unwrap())).collect()
+    };
+    assert_eq!(told().await, [("CTEdited", fine.clone())]);
+    assert!(told().await.is_empty());
+    world.control("PUT", &lock, json!({"held": false})).await;
+    assert_eq!(told().await, [("CTEdited", busy.clone())]);
+    fs::remove_dir(&conf).unwrap();
+    fs::rename(&kept, &conf).unwrap();
+    assert_eq!(told().await, [("CTEdited", broken.clone())]);
+    for id in [&broken, &busy, &fine] {
+        world.engine.delete(id).await.unwrap();
+    }
     world.assert_as_before();
 }
 
@@ -75,8 +143,8 @@ async fn while_the_clusters_file_system_is_away_no_ct_counts_as_deleted_and_noth
         if empty {
             fs::create_dir(&here).unwrap();
         }
-        let seen = world.engine.look().await.unwrap_or_default();
-        assert!(seen.iter().all(|o| o.reason != "CTDeleted"), "{seen:?}");
+        let told: &[&str] = if empty { &[] } else { &["ClusterLost", "ClusterLost"] };
+        assert_eq!(world.seen().await, told);
         assert!(matches!(world.engine.state(&running).await.unwrap(), Some(SandboxState::Running { .. })));
         assert_eq!(world.engine.state(&stopped).await.unwrap(), Some(SandboxState::Stopped));
         let late = spec("late");
@@ -97,8 +165,7 @@ async fn while_the_clusters_file_system_is_away_no_ct_counts_as_deleted_and_noth
     }
     fs::remove_dir(&here).unwrap();
     fs::rename(&away, &here).unwrap();
-    let seen = world.engine.look().await.unwrap();
-    assert!(seen.iter().all(|o| o.reason != "CTDeleted"), "{seen:?}");
+    assert_eq!(world.seen().await, ["ClusterBack", "ClusterBack"]);
     world.engine.start(&stopped).await.unwrap();
     for id in [&running, &stopped] {
         world.engine.delete(id).await.unwrap();
@@ -531,9 +598,11 @@ async fn a_host_that_goes_down_stops_each_ct_in_its_time_and_after_the_boot_they
         world.engine.wait(id).await.unwrap();
         assert_eq!(world.engine.state(id).await.unwrap(), Some(SandboxState::Stopped));
     }
-    assert!(world.seen().await.is_empty(), "it is no news that a host stops its CTs");
-    // The agent that starts after the boot.
+    // The agent that starts after the boot tells why the pods ended.
     let again = world.place.engine(&world.sim.hosts()[0].url, FIRST + 99, &world.calls);
+    let seen = again.look().await.unwrap();
+    let stopped: Vec<_> = seen.iter().filter(|o| o.reason == "CTStopped").collect();
+    assert!(stopped.len() == 2 && stopped[0].message.contains("the host went down"), "{seen:?}");
     for id in &ids {
         again.start(id).await.unwrap();
         again.delete(id).await.unwrap();

@@ -33,6 +33,9 @@ async fn a_write_that_the_file_system_refuses_is_told_as_lost_quorum_and_nothing
         let refused = refused.unwrap_err();
         assert!(refused.is_temporary() && words(&refused).contains("quorum"), "{}", words(&refused));
     }
+    let seen = engine.look().await.unwrap();
+    let lost = seen.iter().find(|o| o.sandbox.as_ref() == Some(&running.id)).unwrap();
+    assert!(lost.reason == "ClusterLost" && lost.message.contains("no quorum"), "{seen:?}");
     assert!(matches!(engine.state(&running.id).await.unwrap(), Some(SandboxState::Running { .. })));
     for (path, bytes) in with_one.iter().filter(|(path, _)| !path.starts_with(place.engine_dir())) {
         assert_eq!(fs::read(path).ok().as_ref(), Some(bytes), "{}", path.display());
@@ -44,7 +47,7 @@ async fn a_write_that_the_file_system_refuses_is_told_as_lost_quorum_and_nothing
     // A write that failed is not taken for somebody else's notes.
     assert!(fs::read_to_string(place.conf(FIRST)).unwrap().contains("containers%3A `main`"));
     let seen = engine.look().await.unwrap();
-    assert!(seen.iter().all(|o| o.sandbox.is_none()), "{seen:?}");
+    assert!(seen.len() == 1 && seen[0].reason == "ClusterBack", "{seen:?}");
     engine.delete(&running.id).await.unwrap();
     assert_eq!(place.snapshot(), before);
     drop(engine);
