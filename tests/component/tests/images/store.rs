@@ -74,6 +74,47 @@ fn a_damaged_layer_is_found_and_repaired() {
 }
 
 #[test]
+fn an_image_that_has_lost_its_tapes_is_not_called_whole() {
+    let store = Store::new();
+    let archive = store.path("a.tar");
+    fs::write(&archive, docker_archive("made:1", 2, 3, 1000)).unwrap();
+    store.run(&["import", text(&archive)]);
+    for tape in store.names("images/layers") {
+        fs::remove_file(store.path("store/images/layers").join(tape)).unwrap();
+    }
+    let output = store.try_run(&["verify"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("unknown  docker.io/library/made:1 (0 of 2 layers compared)"), "{said}");
+    assert!(store.complaint(&["verify"]).contains("1 of 1 images cannot be compared"));
+    // An import brings them again.
+    store.run(&["import", text(&archive)]);
+    assert!(store.run(&["verify"]).contains("ok       docker.io/library/made:1 (2 of 2 layers compared)"));
+}
+
+#[test]
+fn what_a_layout_has_beside_images_is_left_out_and_told() {
+    let (store, layout) = (Store::new(), Store::new());
+    let archive = store.path("a.tar");
+    fs::write(&archive, docker_archive("made:1", 2, 3, 1000)).unwrap();
+    let id = store.run(&["import", text(&archive)]);
+    let dir = store.path("layout");
+    store.run(&["export", "made:1", "--oci-dir", text(&dir)]);
+    let path = dir.join("index.json");
+    let mut index: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let other = format!("sha256:{}", "0".repeat(64));
+    let entry = serde_json::json!({ "digest": other, "size": 2 });
+    index["manifests"].as_array_mut().unwrap().insert(0, entry.clone());
+    fs::write(&path, index.to_string()).unwrap();
+    let output = layout.try_run(&["import", text(&dir)]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(crate::support::succeeded(&["import"], &output), id);
+    assert!(told.contains(&format!("left out {other}: its blob {other} is missing")), "{told}");
+    fs::write(&path, serde_json::json!({ "manifests": [entry] }).to_string()).unwrap();
+    assert!(layout.complaint(&["import", text(&dir)]).contains("no image that can be taken"));
+}
+
+#[test]
 fn wrong_uses_are_told() {
     let store = Store::new();
     assert!(store.complaint(&["pull", "a.b/UPPER"]).contains("repository name must be lowercase"));

@@ -5,10 +5,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
+use moxlet_image::{Config, Place, RootfsOptions, feed};
 use moxlet_storage::{Driver, Error, Usage, ZfsConfig, ZfsDriver, mounts};
 use moxlet_tests_component::{
     store::{Pool, run},
@@ -127,6 +129,51 @@ async fn a_suspended_pool_is_named_and_nothing_is_leaked_once_it_goes_on() {
         println!("failmode={failmode}");
         suspended(&Device::new(failmode)).await;
     }
+}
+
+/// The records of images lie on the pool as well: whoever changes one waits in vain, and is told.
+#[tokio::test(flavor = "multi_thread")]
+async fn images_cannot_be_changed_on_a_suspended_pool_and_nothing_hangs() {
+    if zfs_beds().is_empty() {
+        return;
+    }
+    let device = Device::new("wait");
+    let place = Place::Zfs(device.config()).open().await.unwrap();
+    let driver = place.driver();
+    let images = place.images(Config::default()).await.unwrap();
+    let (feed, source) = feed();
+    let options = RootfsOptions { name: Some("mine:1".into()), ..RootfsOptions::default() };
+    let give = async {
+        feed.send(tar::Builder::new(Vec::new()).into_inner().unwrap().into()).await;
+        feed.end().await;
+    };
+    let record = tokio::join!(images.import_rootfs(source, options), give).0.unwrap();
+    let draft = driver.begin_layer(None).await.unwrap();
+    large(draft.path());
+
+    device.fail();
+    let chain = ChainId::base(&Digest::of(b"large"));
+    refused(&device, "commit_layer", driver.commit_layer(draft, &chain, Usage::default())).await;
+    assert!(device.is_suspended());
+    let told = |error| match error {
+        moxlet_image::Error::Storage(error) => match Arc::into_inner(error) {
+            Some(error) => error,
+            None => panic!("somebody else has the error"),
+        },
+        other => panic!("{other}"),
+    };
+    refused(&device, "tag", async { images.tag("mine:1", "other:1").await.map_err(told) }).await;
+    refused(&device, "pin", async { images.set_pinned("mine:1", true).await.map_err(told) }).await;
+    refused(&device, "hold", async { images.hold("mine:1").await.map_err(told) }).await;
+
+    device.mend();
+    // What was begun comes to its end.
+    until("the pin", async || match images.resolve("other:1").await.unwrap() {
+        Some(found) if found.id == record.id && found.pinned => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    images.close().await.unwrap();
 }
 
 async fn suspended(device: &Device) {
