@@ -20,6 +20,7 @@ use moxlet_sandbox::{
         fake::{self, FileInits, FileVolumes},
     },
 };
+use moxlet_tests_pve::schema::Schema;
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -153,7 +154,7 @@ impl Place {
         PveEngine::new(config, client, Arc::new(volumes), Arc::new(inits), numbers).unwrap()
     }
 
-    /// A client of the API at this address, whose calls are noted.
+    /// A client of the API at this address, whose calls are noted and held against the official schema.
     #[must_use]
     pub fn client(&self, url: &str, calls: &Calls) -> Client {
         let ca = fs::read(self.state().join("tls/pve-root-ca.pem")).unwrap();
@@ -161,6 +162,18 @@ impl Place {
         Client::builder(format!("moxlet@pve!sim={SECRET}").parse().unwrap())
             .endpoint(Endpoint::new(url, Trust::Authorities(ca)).unwrap())
             .observer(move |seen: &Observed<'_>| {
+                let parameters: Vec<(String, String)> = seen
+                    .parameters
+                    .iter()
+                    .map(|(key, value)| (key.clone().into_owned(), value.clone()))
+                    .collect();
+                let wrong = Schema::official().check_request(seen.method, seen.path, &parameters);
+                assert!(
+                    wrong.is_empty(),
+                    "{} {} is not as the schema says: {wrong:?}",
+                    seen.method,
+                    seen.path
+                );
                 all.0.lock().unwrap().push(format!("{} {}", seen.method, seen.template));
             })
             .build()
@@ -261,6 +274,17 @@ pub async fn control_at(address: SocketAddr, method: &str, path: &str, body: &Va
     serde_json::from_str(body).unwrap()
 }
 
+/// The address of a pod of this name: no two on a host have the same.
+fn address(name: &str) -> Ipv4Addr {
+    if name == "web" {
+        return Ipv4Addr::new(10, 10, 1, 7);
+    }
+    let hash =
+        name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let [_, b, c, d] = (hash ^ (hash >> 24)).to_be_bytes();
+    Ipv4Addr::new(10, b, c, d)
+}
+
 /// What is asked of a pod's CT.
 #[must_use]
 pub fn spec(name: &str) -> SandboxSpec {
@@ -284,7 +308,7 @@ pub fn spec(name: &str) -> SandboxSpec {
             bridge: "vmbr0".into(),
             mac: None,
             ipv4: Some(NicAddress::Static {
-                address: Ipv4Addr::new(10, 10, 1, 7),
+                address: address(name),
                 prefix: 16,
                 gateway: Some(Ipv4Addr::new(10, 10, 0, 1)),
             }),
