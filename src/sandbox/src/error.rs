@@ -43,6 +43,14 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
+    /// A CT has an address by its configuration that a pod was to get.
+    #[error("the address {address} is in the configuration of CT {vmid}; the next try is with another")]
+    AddressTaken {
+        /// Which address.
+        address: std::net::IpAddr,
+        /// Whose it is.
+        vmid: Vmid,
+    },
     /// Somebody works on the CT.
     #[error("CT {vmid} is locked ({lock}); it is left alone until that is over")]
     Locked {
@@ -173,9 +181,11 @@ impl Error {
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         match self {
-            Self::Locked { .. } | Self::Busy { .. } | Self::NoQuorum { .. } | Self::NoClusterFs { .. } => {
-                true
-            }
+            Self::Locked { .. }
+            | Self::AddressTaken { .. }
+            | Self::Busy { .. }
+            | Self::NoQuorum { .. }
+            | Self::NoClusterFs { .. } => true,
             Self::Pve { source, .. } => source.is_temporary(),
             _ => false,
         }

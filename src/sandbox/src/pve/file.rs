@@ -65,15 +65,9 @@ impl Content {
             || in_words(&self.rest)
     }
 
-    /// Whether the CT has this address, in a key of its own or in a raw one.
+    /// Whether the CT has this address.
     pub(super) fn has_address(&self, address: IpAddr) -> bool {
-        let in_words = |text: &str| {
-            let mut words = text.split(|c: char| c.is_whitespace() || ",=/".contains(c));
-            words.any(|word| word.parse() == Ok(address))
-        };
-        let pairs = self.config.pairs();
-        let values = pairs.iter().filter(|(key, _)| key != "description").map(|(_, value)| value);
-        values.chain(self.config.lxc.iter().map(|(_, value)| value)).any(|value| in_words(value))
+        has_address(&self.config, address)
     }
 
     fn text(&self, path: &Path) -> Result<String> {
@@ -85,6 +79,17 @@ impl Content {
         }
         Ok(text)
     }
+}
+
+/// Whether a CT has this address, in a key of its own or in a raw one.
+pub(super) fn has_address(config: &LxcConfig, address: IpAddr) -> bool {
+    let in_words = |text: &str| {
+        let mut words = text.split(|c: char| c.is_whitespace() || ",=/".contains(c));
+        words.any(|word| word.parse() == Ok(address))
+    };
+    let pairs = config.pairs();
+    let values = pairs.iter().filter(|(key, _)| key != "description").map(|(_, value)| value);
+    values.chain(config.lxc.iter().map(|(_, value)| value)).any(|value| in_words(value))
 }
 
 /// Where the first line begins that opens a section.

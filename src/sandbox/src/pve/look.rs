@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Inner,
-    file::{Content, Held},
+    file::{Content, Held, has_address},
     marker,
     record::{Phase, Record},
     standing::Standing,
@@ -71,6 +71,8 @@ enum Cluster {
 #[derive(Debug, Default)]
 pub(super) struct Told {
     strangers: BTreeSet<Vmid>,
+    /// Numbers that no pod gets since the cluster has rules for them.
+    pub(super) rules: BTreeSet<Vmid>,
     /// Why a CT could not be looked at.
     troubles: BTreeMap<SandboxId, String>,
 }
@@ -227,10 +229,21 @@ fn accept(record: &mut Record, edited: Edited) -> Vec<Word> {
         return Vec::new();
     }
     let known = LxcConfig::from_file(&record.known).map(|f| f.config).unwrap_or_default();
-    let words = edits(record, &known, &edited.config);
+    let mut words = edits(record, &known, &edited.config);
+    words.extend(readdressed(record, &known, &edited.config));
     record.known = edited.text;
     record.needs_api = true;
     words
+}
+
+/// What follows from an edit that took an address of the pod away: everybody is told the one that the pod was given.
+fn readdressed(record: &Record, known: &LxcConfig, now: &LxcConfig) -> Option<Word> {
+    let lost = record.ips.iter().find(|ip| has_address(known, **ip) && !has_address(now, **ip))?;
+    let text = format!(
+        "CT {} was given another address on the host: the pod's is {lost}, by which it is looked for; replace the pod to have it right",
+        record.vmid
+    );
+    Some(word("CTReaddressed", true, text))
 }
 
 fn stranger(vmid: Vmid) -> Word {

@@ -1,7 +1,11 @@
 //! How a CT is made: record, mark, file (exclusively, locked `create`), root volume, file without the lock. A crash after any
 //! step leaves what [`super::remove`] finds by the record.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    sync::{Arc, PoisonError},
+};
 
 use moxlet_ids::Vmid;
 use moxlet_pve::config::LxcConfig;
@@ -16,6 +20,20 @@ use crate::{Error, NicAddress, Result, SandboxSpec};
 
 /// How many numbers are tried before the race for them is given up.
 const TRIES: usize = 64;
+
+/// The addresses that are to stand in a CT's configuration.
+fn addresses(spec: &SandboxSpec) -> Vec<IpAddr> {
+    let mut all = Vec::new();
+    for nic in &spec.nics {
+        if let Some(NicAddress::Static { address, .. }) = &nic.ipv4 {
+            all.push((*address).into());
+        }
+        if let Some(NicAddress::Static { address, .. }) = &nic.ipv6 {
+            all.push((*address).into());
+        }
+    }
+    all
+}
 
 impl Inner {
     pub(super) async fn make(self: &Arc<Self>, spec: &SandboxSpec) -> Result<()> {
@@ -66,12 +84,13 @@ impl Inner {
         let _one = self.claiming.lock().await;
         let (inner, spec, mut tried) = (Arc::clone(self), spec.clone(), avoid.clone());
         let (record, tried) = blocking(move || {
+            inner.folder.check()?;
+            inner.check_addresses(&spec)?;
             for _ in 0..TRIES {
-                inner.folder.check()?;
                 let mut taken = vmid::in_use(inner.folder.dir())?;
                 taken.extend(inner.records.all()?.into_iter().map(|r| r.vmid));
                 taken.extend(tried.iter().copied());
-                let vmid = inner.config.range.lowest_free(&taken)?;
+                let vmid = inner.free(taken)?;
                 match inner.claim_one(&spec, vmid) {
                     Ok(Some(record)) => return Ok((record, tried)),
                     Ok(None) | Err(Error::Foreign { .. }) => tried.insert(vmid),
@@ -87,6 +106,38 @@ impl Inner {
         Ok(record)
     }
 
+    /// The lowest number that is neither taken nor in a rule of the cluster's, which is warned of once.
+    fn free(&self, mut taken: BTreeSet<Vmid>) -> Result<Vmid> {
+        let rules = vmid::in_rules(self.folder.dir())?;
+        loop {
+            let vmid = self.config.range.lowest_free(&taken)?;
+            let Some(place) = rules.get(&vmid) else { return Ok(vmid) };
+            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.rules.insert(vmid) {
+                tracing::warn!(%vmid, place, "no guest has this VMID and the cluster still has something for it, which would hold for a pod: \
+                    no pod gets it until that is removed");
+            }
+            taken.insert(vmid);
+        }
+    }
+
+    /// Fails if a CT of this host has an address by its configuration that a pod is to get: somebody has edited a pod's, or has
+    /// restored one. The next try is with another.
+    fn check_addresses(&self, spec: &SandboxSpec) -> Result<()> {
+        let wanted = addresses(spec);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        for vmid in self.folder.own_cts()? {
+            // One that cannot be read is nobody's reason to make no pods.
+            let Ok(Some(content)) = self.folder.read(vmid) else { continue };
+            if let Some(address) = wanted.iter().find(|address| content.has_address(**address)) {
+                return Err(Error::AddressTaken { address: *address, vmid });
+            }
+        }
+        Ok(())
+    }
+
     /// Takes this number; none if somebody else has it by now.
     fn claim_one(&self, spec: &SandboxSpec, vmid: Vmid) -> Result<Option<Record>> {
         let (mut config, include) = self.rendered(spec, vmid)?;
@@ -95,14 +146,7 @@ impl Inner {
         record.namespace.clone_from(&spec.pod_namespace);
         record.name.clone_from(&spec.pod_name);
         record.attempt = spec.attempt;
-        for nic in &spec.nics {
-            if let Some(NicAddress::Static { address, .. }) = &nic.ipv4 {
-                record.ips.push((*address).into());
-            }
-            if let Some(NicAddress::Static { address, .. }) = &nic.ipv6 {
-                record.ips.push((*address).into());
-            }
-        }
+        record.ips = addresses(spec);
         record.dhcp = spec.nics.first().is_some_and(|nic| matches!(nic.ipv4, Some(NicAddress::Dhcp)));
         record.notes = config.description.clone().unwrap_or_default();
         config.lock = Some("create".to_owned());

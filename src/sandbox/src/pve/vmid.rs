@@ -1,14 +1,23 @@
 //! Which VMID a new CT gets: the lowest free one of a range.
 //!
 //! Proxmox VE keeps about a megabyte of graphs for each VMID that ever was on each host, so they are used again. Free is
-//! what neither a guest of any node has nor something of ours that is left over. Between the look and the making another
-//! may take it: the exclusive creation of its file decides.
+//! what neither a guest of any node has nor something of ours that is left over, nor what the cluster still has rules for: those
+//! of a guest that is long gone would hold for the pod. Between the look and the making another may take it: the exclusive
+//! creation of its file decides.
 
-use std::{collections::BTreeSet, fs, io::ErrorKind, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::ErrorKind,
+    path::Path,
+};
 
 use moxlet_ids::Vmid;
 
-use crate::{Error, Result, error::io};
+use crate::{Error, Result, error::io, process::read_bounded};
+
+/// The largest file that the cluster's file system takes.
+const MAX: u64 = 1 << 20;
 
 /// The VMIDs that CTs of pods get, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +119,58 @@ pub(super) fn in_use(config_dir: &Path) -> Result<BTreeSet<Vmid>> {
     Ok(found)
 }
 
+/// The VMIDs that the cluster has rules for, whether there are guests of these numbers or not, and where: HA would start or stop a
+/// pod's CT, rules of the firewall would hold for it, and who was allowed a guest that is gone would be allowed the pod.
+pub(super) fn in_rules(config_dir: &Path) -> Result<BTreeMap<Vmid, String>> {
+    let mut found = BTreeMap::new();
+    let mut note = |vmid: Option<Vmid>, place: &str| {
+        if let Some(vmid) = vmid {
+            found.entry(vmid).or_insert_with(|| place.to_owned());
+        }
+    };
+    for line in text(config_dir, "ha/resources.cfg")?.lines() {
+        let id = line.strip_prefix("ct:").or_else(|| line.strip_prefix("vm:"));
+        note(id.and_then(|id| id.trim().parse().ok()), "ha/resources.cfg");
+    }
+    for line in text(config_dir, "user.cfg")?.lines() {
+        let fields: Vec<&str> = line.split(':').collect();
+        match *fields {
+            ["acl", _, path, ..] => {
+                let id = path.strip_prefix("/vms/").and_then(|rest| rest.split('/').next());
+                note(id.and_then(|id| id.parse().ok()), "user.cfg (permissions)");
+            }
+            ["pool", _, _, guests, ..] => {
+                for id in guests.split([',', ' ', ';']) {
+                    note(id.trim().parse().ok(), "user.cfg (pools)");
+                }
+            }
+            _ => {}
+        }
+    }
+    let dir = config_dir.join("firewall");
+    match fs::read_dir(&dir) {
+        Ok(entries) => {
+            for entry in entries {
+                let name = entry.map_err(io("read", &dir))?.file_name();
+                let name = name.to_string_lossy();
+                let id = name.strip_suffix(".fw").and_then(|id| id.parse().ok());
+                note(id, &format!("firewall/{name}"));
+            }
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(io("read", dir)(e)),
+    }
+    Ok(found)
+}
+
+fn text(config_dir: &Path, name: &str) -> Result<String> {
+    let path = config_dir.join(name);
+    match read_bounded(&path, MAX) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(String::new()),
+        read => read.map_err(io("read", path)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -140,6 +201,31 @@ mod tests {
         }
         assert_eq!(in_use(dir.path()).unwrap(), BTreeSet::from([v(100), v(101)]));
         assert!(in_use(&dir.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn numbers_that_the_cluster_has_rules_for_are_seen_with_their_place() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(in_rules(dir.path()).unwrap(), BTreeMap::new());
+        for (path, text) in [
+            ("ha/resources.cfg", "ct: 100\n\tstate started\n\nvm: 101\n\tcomment ct: 1\n"),
+            (
+                "user.cfg",
+                "user:a@pve:1:0::::::\nacl:1:/:a@pve:Administrator:\nacl:1:/vms/102:a@pve:PVEVMUser:\npool:p::103,104:local:\n",
+            ),
+            ("firewall/105.fw", "[RULES]\n"),
+            ("firewall/cluster.fw", ""),
+        ] {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let found = in_rules(dir.path()).unwrap();
+        assert_eq!(found.keys().copied().collect::<Vec<_>>(), [100, 101, 102, 103, 104, 105].map(v));
+        assert_eq!(
+            (found[&v(102)].as_str(), found[&v(105)].as_str()),
+            ("user.cfg (permissions)", "firewall/105.fw")
+        );
     }
 
     #[test]

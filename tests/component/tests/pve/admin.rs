@@ -231,6 +231,50 @@ async fn renamed_it_stays_renamed() {
 }
 
 #[tokio::test]
+async fn another_address_is_told_and_no_other_pod_gets_it() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let late = spec("late");
+    let Some(moxlet_sandbox::NicAddress::Static { address, .. }) = late.nics[0].ipv4 else {
+        panic!("{:?}", late.nics)
+    };
+    let text = world.conf(&id).replace("ip=10.10.1.7/16", &format!("ip={address}/16"));
+    fs::write(world.place.conf(FIRST), text).unwrap();
+    let seen = world.engine.look().await.unwrap();
+    assert_eq!(seen.iter().map(|o| o.reason).collect::<Vec<_>>(), ["CTEdited", "CTReaddressed"]);
+    assert!(seen[1].message.contains("10.10.1.7") && seen[1].message.contains("replace the pod"), "{seen:?}");
+    assert!(world.seen().await.is_empty());
+    let error = world.engine.create(&late).await.unwrap_err();
+    assert!(error.is_temporary(), "{error:?}");
+    assert!(words(&error).contains(&format!("the address {address} is in the configuration of CT 1000000")));
+    world.engine.delete(&late.id).await.unwrap();
+    world.engine.delete(&id).await.unwrap();
+    world.engine.create(&late).await.unwrap();
+    world.engine.delete(&late.id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_number_that_the_cluster_has_rules_for_is_given_to_no_pod() {
+    let world = World::new().await;
+    let etc = world.place.etc_pve();
+    let users = fs::read_to_string(etc.join("user.cfg")).unwrap();
+    let acl = format!("{users}acl:1:/vms/{}:somebody@pve:PVEVMUser:\n", FIRST + 4);
+    for (file, text) in [
+        ("ha/resources.cfg", format!("ct: {FIRST}\n\tstate started\n")),
+        (&format!("firewall/{}.fw", FIRST + 5), "[OPTIONS]\nenable: 1\n".to_owned()),
+        ("user.cfg", acl),
+    ] {
+        fs::write(etc.join(file), text).unwrap();
+    }
+    // Of those between two are foreign CTs' and one is a foreign dataset's.
+    let id = world.running("web").await;
+    assert_eq!(world.vmid(&id), FIRST + 6);
+    world.engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
 async fn a_write_of_ours_that_failed_or_was_cut_off_looks_like_nobodys_edit() {
     let world = World::new().await;
     let id = world.running("web").await;
