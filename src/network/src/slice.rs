@@ -113,14 +113,7 @@ impl Slice {
                 fs::remove_file(&path).map_err(io("remove", &path))?;
                 continue;
             };
-            let size = fs::metadata(&path).map_err(io("look at", &path))?.len();
-            let text = if size > MAX {
-                String::new()
-            } else {
-                fs::read_to_string(&path).map_err(io("read", &path))?
-            };
-            let owner = text.trim().parse();
-            given.owners.insert(ip, owner.map_err(|e| io("understand", &path)(std::io::Error::other(e)))?);
+            given.owners.insert(ip, owner(&path)?);
         }
         Ok(Self { dir: dir.to_owned(), config, given: Mutex::new(given) })
     }
@@ -148,28 +141,44 @@ impl Slice {
         let mut not = self.config.ends().to_vec();
         not.extend(self.config.gateway.map(number));
         let start = if (first..last).contains(&given.last) { given.last + 1 } else { first };
-        let free = |n: &u128| !not.contains(n) && !given.owners.contains_key(&self.config.address(*n));
-        let found = (start..=last).chain(first..start).find(free);
-        let number = found
-            .ok_or_else(|| Error::SliceFull(format!("{} to {}", self.config.first, self.config.last)))?;
-        let ip = self.config.address(number);
-        self.write(ip, sandbox)?;
-        given.owners.insert(ip, sandbox.clone());
-        given.last = number;
-        Ok(ip)
+        for number in (start..=last).chain(first..start).filter(|n| !not.contains(n)) {
+            let ip = self.config.address(number);
+            if given.owners.contains_key(&ip) {
+                continue;
+            }
+            match self.claim(ip, sandbox)? {
+                // Another way than through here; whose it is, is known from now on.
+                Some(owner) => drop(given.owners.insert(ip, owner)),
+                None => {
+                    // It stands there: what goes wrong from here on takes it back as any other address.
+                    given.owners.insert(ip, sandbox.clone());
+                    given.last = number;
+                    let path = self.dir.join(ip.to_string());
+                    File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(io("write", &path))?;
+                    return Ok(ip);
+                }
+            }
+        }
+        Err(Error::SliceFull(format!("{} to {}", self.config.first, self.config.last)))
     }
 
-    fn write(&self, ip: IpAddr, sandbox: &SandboxId) -> Result<()> {
+    /// Has the address' file be a sandbox'; whose it is, if there is one already. No draft stays.
+    fn claim(&self, ip: IpAddr, sandbox: &SandboxId) -> Result<Option<SandboxId>> {
         let (draft, path) = (self.dir.join(format!(".{sandbox}")), self.dir.join(ip.to_string()));
         let write = || {
             let mut file = File::create(&draft)?;
             file.write_all(sandbox.as_str().as_bytes())?;
             file.sync_all()?;
-            fs::hard_link(&draft, &path)?;
-            fs::remove_file(&draft)?;
-            File::open(&self.dir)?.sync_all()
+            fs::hard_link(&draft, &path)
         };
-        write().map_err(io("write", &path))
+        let written = write();
+        // A draft that cannot be removed says nothing: it goes when the directory is opened, or is written over.
+        let _ = fs::remove_file(&draft);
+        match written {
+            Ok(()) => Ok(None),
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => owner(&path).map(Some),
+            Err(e) => Err(io("write", &path)(e)),
+        }
     }
 
     /// Takes a sandbox' address back: its CT must be gone. Idempotent.
@@ -195,6 +204,13 @@ impl Slice {
     pub fn owners(&self) -> Vec<SandboxId> {
         self.lock().owners.values().cloned().collect()
     }
+}
+
+/// Whose an address is by its file.
+fn owner(path: &Path) -> Result<SandboxId> {
+    let size = fs::metadata(path).map_err(io("look at", path))?.len();
+    let text = if size > MAX { String::new() } else { fs::read_to_string(path).map_err(io("read", path))? };
+    text.trim().parse().map_err(|e| io("understand", path)(std::io::Error::other(e)))
 }
 
 #[cfg(test)]
@@ -241,6 +257,34 @@ mod tests {
         assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.10");
         slice.release(&a).unwrap();
         assert_eq!(slice.allot(&SandboxId::random()).unwrap().to_string(), "10.0.0.11");
+    }
+
+    #[test]
+    fn an_address_whose_file_stands_is_passed_over_and_known_from_then_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let slice = Slice::open(dir.path(), config("10.0.0.10", "10.0.0.20")).unwrap();
+        let (a, b, c) = (SandboxId::random(), SandboxId::random(), SandboxId::random());
+        // As a write leaves it that failed after the file stood there.
+        fs::write(dir.path().join("10.0.0.10"), a.as_str()).unwrap();
+        assert_eq!(slice.allot(&b).unwrap().to_string(), "10.0.0.11");
+        assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.10");
+        assert_eq!(slice.allot(&c).unwrap().to_string(), "10.0.0.12");
+        slice.release(&a).unwrap();
+        assert!(!dir.path().join("10.0.0.10").exists());
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_nothing_and_the_next_one_works() {
+        let dir = tempfile::tempdir().unwrap();
+        let slice = Slice::open(dir.path(), config("10.0.0.10", "10.0.0.10")).unwrap();
+        let a = SandboxId::random();
+        fs::write(dir.path().join("10.0.0.10"), "?").unwrap();
+        slice.allot(&a).unwrap_err();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no draft stays");
+        assert!(slice.owners().is_empty());
+        fs::remove_file(dir.path().join("10.0.0.10")).unwrap();
+        assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.10");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]
