@@ -41,7 +41,7 @@ impl Builder {
         self
     }
 
-    /// Calls at once for each node; see [`Limits`].
+    /// Calls at once for each server; see [`Limits`].
     #[must_use]
     pub fn limits(mut self, limits: Limits) -> Self {
         self.bounds.limits = limits;

@@ -10,7 +10,10 @@ use std::{
 
 use reqwest::{Client, Url};
 
-use super::tls::{self, Refused, Trust};
+use super::{
+    limits::{Gate, Limits},
+    tls::{self, Refused, Trust},
+};
 use crate::{
     Error, Result,
     error::{CallName, chain},
@@ -74,6 +77,8 @@ pub(crate) struct Server {
     /// Without a slash at its end, for texts.
     pub(crate) name: String,
     pub(crate) client: Client,
+    /// The places that calls have at it.
+    pub(crate) gate: Gate,
     trust: Trust,
     refused: Arc<Refused>,
     /// Until when it is passed over.
@@ -81,7 +86,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    fn new(endpoint: &Endpoint, connect: Duration) -> Result<Self> {
+    fn new(endpoint: &Endpoint, connect: Duration, limits: Limits) -> Result<Self> {
         let refused = Arc::new(Refused::default());
         let mut builder = Client::builder()
             .user_agent(concat!("moxlet-pve/", env!("CARGO_PKG_VERSION")))
@@ -98,6 +103,7 @@ impl Server {
             url: endpoint.url.clone(),
             name: endpoint.url.as_str().trim_end_matches('/').to_owned(),
             client,
+            gate: Gate::new(limits),
             trust: endpoint.trust.clone(),
             refused,
             resting: Mutex::default(),
@@ -137,11 +143,11 @@ pub(crate) struct Servers {
 }
 
 impl Servers {
-    pub(crate) fn new(endpoints: &[Endpoint], connect: Duration) -> Result<Self> {
+    pub(crate) fn new(endpoints: &[Endpoint], connect: Duration, limits: Limits) -> Result<Self> {
         if endpoints.is_empty() {
             return Err(Error::Setup("no endpoint is given".to_owned()));
         }
-        let servers = endpoints.iter().map(|e| Server::new(e, connect)).collect::<Result<_>>()?;
+        let servers = endpoints.iter().map(|e| Server::new(e, connect, limits)).collect::<Result<_>>()?;
         Ok(Self { servers, current: AtomicUsize::new(0) })
     }
 

@@ -1,4 +1,4 @@
-//! One call: waits for a place at the node, asks a server, reads its answer within bounds, tries again where that is safe.
+//! One call: picks a server, waits for a place at it, asks it, reads its answer within bounds, tries again where that is safe.
 //!
 //! Safe is: a GET after anything that may pass; any method after a failure to connect, since then nothing was sent. A write
 //! that may have reached a server is never sent twice.
@@ -20,7 +20,7 @@ use serde_json::Value;
 use super::{
     encode,
     endpoint::{Server, Servers},
-    limits::{Gate, Limits},
+    limits::Limits,
 };
 use crate::{
     Endpoint, Error, Observed, Observer, Result, Token,
@@ -101,7 +101,6 @@ pub(crate) struct Http {
     pub(crate) servers: Servers,
     pub(crate) token: Token,
     authorization: HeaderValue,
-    gate: Gate,
     answer_timeout: Duration,
     max_answer: usize,
     observer: Option<Arc<dyn Observer>>,
@@ -129,10 +128,9 @@ impl Http {
             .header()
             .ok_or_else(|| Error::Setup("the API token cannot stand in a header".to_owned()))?;
         Ok(Self {
-            servers: Servers::new(endpoints, bounds.connect)?,
+            servers: Servers::new(endpoints, bounds.connect, bounds.limits)?,
             token,
             authorization,
-            gate: Gate::new(bounds.limits),
             answer_timeout: bounds.answer,
             max_answer: bounds.max_answer,
             observer,
@@ -148,15 +146,15 @@ impl Http {
             let reason = format!("its parameters have {} bytes, the server takes {MAX_REQUEST}", form.len());
             return Err(Error::Refused { call, reason });
         }
-        // The node's name stands in the path: where two spell it differently, the server says no to one of them.
-        let _place = self.gate.enter(request.node(), !request.is_read()).await;
         let mut pause = FIRST_PAUSE;
         let mut attempt = 1;
         loop {
             let Some((index, server)) = self.servers.pick() else {
                 return Err(Error::Setup("no endpoint is given".to_owned()));
             };
+            let place = server.gate.enter().await;
             let (status, result) = self.once(server, request, &call, &form, attempt).await;
+            drop(place);
             let error = match result {
                 Ok(answer) => {
                     self.servers.worked(index);

@@ -133,7 +133,7 @@ async fn at_once(table: &mut Table, burst: usize) -> Result<()> {
     let each = calls / burst as f64;
     table.row(&format!("{burst} pods at once: running"), running as f64, None, &Bound::None);
     table.row("… calls refused for want of a worker", want, None, &Bound::Under(1.0));
-    table.row("… the most calls that the host worked on at once", most(&counts), None, &Bound::Under(5.0));
+    table.row("… the most calls that the host worked on at once", most(&counts), None, &Bound::Under(3.0));
     table.row("… calls for each", each, None, &Bound::Under(CALLS + 0.1));
     table.row("… until the last one runs (s)", took.as_secs_f64(), None, &Bound::None);
     bed.sim.stop().await;
