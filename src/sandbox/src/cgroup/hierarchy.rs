@@ -20,6 +20,12 @@ pub(super) struct Hierarchy {
 }
 
 impl Hierarchy {
+    /// One of v2 whose CTs are below this directory.
+    #[cfg(test)]
+    pub(super) fn unified(base: &Path) -> Self {
+        Self { base: base.to_owned(), controllers: Vec::new(), v2: true, swap_accounting: false }
+    }
+
     /// Whether a controller belongs to it; the v2 hierarchy claims all.
     pub(super) fn has(&self, controller: &str) -> bool {
         self.v2 || self.controllers.iter().any(|c| c == controller)

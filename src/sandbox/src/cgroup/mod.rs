@@ -25,6 +25,7 @@ use self::hierarchy::{Hierarchy, Names};
 use crate::{
     Error, IdMap, Limits, Result,
     process::{kill_now, read_bounded},
+    pve::{HIGH_SHARE, memory_mib},
 };
 
 /// The CFS period where none is given.
@@ -133,14 +134,20 @@ impl ContainerCgroups {
         made
     }
 
-    /// Changes the limits of a container, or of the CT as a whole; what is `None` stays as it is.
+    /// Changes the limits of a container, or of the CT as a whole; what is `None` stays as it is. A CT of Proxmox VE gets what it
+    /// would have by its configuration.
     pub fn update(
         &self,
         sandbox: &SandboxId,
         container: Option<&ContainerId>,
         limits: &Limits,
     ) -> Result<()> {
-        for (controller, file, value) in limit_files(limits, self.v1) {
+        let mut rest = *limits;
+        let of_pve = container.is_none() && self.numbers.is_some() && !self.v1;
+        if of_pve && let Some(bytes) = rest.memory_bytes.take() {
+            resize_memory(&self.dir("memory", sandbox, None)?, memory_mib(Some(bytes), 0) << 20)?;
+        }
+        for (controller, file, value) in limit_files(&rest, self.v1) {
             let dir = self.dir(controller, sandbox, container)?;
             let path = dir.join(file);
             if file.contains("memsw") || file.contains("swap") {
@@ -302,6 +309,22 @@ pub fn set_oom_score_adj(pid: u32, adj: i32) -> Result<i32> {
     Ok(now)
 }
 
+/// Gives a CT of Proxmox VE this much memory in place of what it has: `memory.high` is a little below `memory.max`, and at no
+/// time above it.
+fn resize_memory(dir: &Path, max: u64) -> Result<()> {
+    let high = (u128::from(max) * u128::from(HIGH_SHARE) / 1024).to_string();
+    let (max, high) = (("memory.max", max.to_string()), ("memory.high", high));
+    // "max" is no number and above all.
+    let now = read(&dir.join("memory.max"))?.trim().parse().unwrap_or(u64::MAX);
+    let lower = max.1.parse().is_ok_and(|wanted: u64| wanted < now);
+    for (file, value) in if lower { [high, max] } else { [max, high] } {
+        write(&dir.join(file), &value)?;
+    }
+    let swap = dir.join("memory.swap.max");
+    // A kernel without swap accounting has no such file.
+    if swap.exists() { write(&swap, "0") } else { Ok(()) }
+}
+
 /// cgroup v1 CPU shares as a v2 weight, the conversion of the OCI runtimes.
 #[must_use]
 pub fn weight_of_shares(shares: u64) -> u64 {
@@ -459,7 +482,7 @@ fn field(text: &str, name: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
 
     fn all() -> Limits {
@@ -500,6 +523,57 @@ mod tests {
         assert!(limit_files(&Limits::default(), true).is_empty());
         let unlimited = Limits { cpu_quota_us: Some(-1), ..Limits::default() };
         assert_eq!(limit_files(&unlimited, false)[0].2, "max 100000");
+    }
+
+    /// A CT of Proxmox VE whose cgroup is a directory of files.
+    fn of_pve(base: &Path) -> (ContainerCgroups, SandboxId, PathBuf) {
+        let (numbers, id) = (Numbers::default(), SandboxId::random());
+        numbers.put(&id, Vmid::MIN);
+        let dir = base.join("lxc/100");
+        std::fs::create_dir_all(dir.join("ns")).unwrap();
+        for file in ["memory.max", "memory.high", "cpu.max", "cpu.weight", "pids.max"] {
+            std::fs::write(dir.join(file), "max").unwrap();
+        }
+        (
+            ContainerCgroups {
+                hierarchies: vec![Hierarchy::unified(base)],
+                v1: false,
+                numbers: Some(numbers),
+            },
+            id,
+            dir,
+        )
+    }
+
+    #[test]
+    fn a_ct_of_proxmox_ve_that_is_resized_has_both_bounds_as_after_a_start() {
+        let base = tempfile::tempdir().unwrap();
+        let (cgroups, id, dir) = of_pve(base.path());
+        let has = |file: &str| std::fs::read_to_string(dir.join(file)).unwrap();
+        // 64 MiB of memory.high are 65 MiB of memory.max, which is written in whole MiB.
+        cgroups.update(&id, None, &all()).unwrap();
+        assert_eq!((has("memory.max"), has("memory.high")), ("68157440".into(), "67624960".into()));
+        assert_eq!((has("cpu.max"), has("pids.max")), ("50000 100000".into(), "100".into()));
+        let others = Limits { pids: Some(200), ..Limits::default() };
+        cgroups.update(&id, None, &others).unwrap();
+        assert_eq!((has("memory.high"), has("pids.max")), ("67624960".into(), "200".into()));
+    }
+
+    #[test]
+    fn memory_high_is_never_above_memory_max() {
+        let base = tempfile::tempdir().unwrap();
+        let (.., dir) = of_pve(base.path());
+        let missing = |error: Error| match error {
+            Error::Cgroup { path, .. } => path.file_name().unwrap().to_owned(),
+            other => panic!("{other}"),
+        };
+        // What is written second is what is missed where both cannot be.
+        std::fs::write(dir.join("memory.max"), "1048576").unwrap();
+        std::fs::remove_file(dir.join("memory.high")).unwrap();
+        assert_eq!(missing(resize_memory(&dir, 2 << 20).unwrap_err()), "memory.high");
+        assert_eq!(read(&dir.join("memory.max")).unwrap(), "2097152", "raised first");
+        assert_eq!(missing(resize_memory(&dir, 1 << 20).unwrap_err()), "memory.high");
+        assert_eq!(read(&dir.join("memory.max")).unwrap(), "2097152", "lowered last");
     }
 
     #[test]

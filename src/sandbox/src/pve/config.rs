@@ -38,7 +38,7 @@ const MIB: u64 = 1 << 20;
 /// The least memory that Proxmox VE takes, in MiB.
 const LEAST_MEMORY: u64 = 16;
 /// `memory.high` is this many 1024ths of `memory.max` (`PVE::LXC::CGroup`).
-const HIGH_SHARE: u64 = 1016;
+pub(crate) const HIGH_SHARE: u64 = 1016;
 /// The finest share of a core that is written.
 const CPU_STEP: f64 = 10_000.0;
 
@@ -241,7 +241,7 @@ fn entrypoint(args: &[String]) -> Result<String> {
 }
 
 /// Memory in MiB of which `memory.high`, too, is at least the pod's limit.
-pub(super) fn memory_mib(limit: Option<u64>, all: u64) -> u64 {
+pub(crate) fn memory_mib(limit: Option<u64>, all: u64) -> u64 {
     let with_high = |bytes: u64| {
         let bytes = u128::from(bytes) * 1024;
         let mib = bytes.div_ceil(u128::from(HIGH_SHARE) * u128::from(MIB));
