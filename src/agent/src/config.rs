@@ -44,8 +44,8 @@ pub struct PveSettings {
     pub token_file: PathBuf,
     /// Who signs the servers' certificates; without it and without a fingerprint the system's authorities.
     pub ca_file: Option<PathBuf>,
-    /// The SHA-256 fingerprint of the server's certificate; it goes before `ca_file`.
-    pub fingerprint: Option<String>,
+    /// The SHA-256 fingerprints of the servers' certificates, one for each; they go before `ca_file`.
+    pub fingerprints: Vec<String>,
     /// This host's name in the cluster; the short host name if there is none.
     pub node: Option<String>,
     /// The storage of the CTs' roots, of type `zfspool`.

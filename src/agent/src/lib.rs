@@ -15,7 +15,7 @@
 //! | `streaming` | exec, attach and port-forward |
 //!
 //! Tasks that live as long as the agent: the gRPC server, the streaming server's listeners, a watch for each running
-//! sandbox, a retry for each that could not be removed, the look at what others do. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
+//! sandbox, a retry for each that could not be removed, the look at what others do, and at an engine with a fault. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
 
 mod again;
 mod beneath;
@@ -116,6 +116,7 @@ impl Agent {
         });
         recover::recover(&core).await?;
         notices::spawn(&core);
+        engine::spawn(&core);
         let streaming = Streaming::start(core.clone()).await?;
         service::serve(&core, streaming)?;
         Ok(Self { core })

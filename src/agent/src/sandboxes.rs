@@ -188,6 +188,9 @@ pub(crate) async fn run(core: &Arc<Core>, config: v1::PodSandboxConfig, handler:
     }
     let share_pids = check(&config)?;
     let record = record(&config, share_pids)?;
+    if let Some(why) = core.engine.fault() {
+        return Err(Error::Unfit(format!("no new pod can run on this host now: {why}")));
+    }
     let sandbox = Sandbox::new(record);
     core.add_sandbox(sandbox.clone())?;
     let core = core.clone();

@@ -14,6 +14,7 @@ pub(crate) struct Pve {
     pub(crate) token_file: PathBuf,
     pub(crate) ca_file: Option<PathBuf>,
     pub(crate) fingerprint: Option<String>,
+    pub(crate) fingerprints: Vec<String>,
     pub(crate) node: Option<String>,
     pub(crate) storage: String,
     pub(crate) bridge: String,
@@ -41,6 +42,7 @@ impl Default for Pve {
             token_file: PathBuf::from("/etc/moxlet/pve-token"),
             ca_file: Some(PathBuf::from("/etc/pve/pve-root-ca.pem")),
             fingerprint: None,
+            fingerprints: Vec::new(),
             node: None,
             storage: "local-zfs".to_owned(),
             bridge: "vmbr0".to_owned(),
@@ -88,8 +90,8 @@ impl Pve {
         Ok(PveSettings {
             endpoints: self.endpoints.clone(),
             token_file: self.token_file.clone(),
-            ca_file: self.ca_file.clone().filter(|_| self.fingerprint.is_none()),
-            fingerprint: self.fingerprint.clone(),
+            ca_file: self.ca_file.clone(),
+            fingerprints: self.fingerprints()?,
             node: self.node.clone(),
             storage: self.storage.clone(),
             bridge: self.bridge.clone(),
@@ -105,6 +107,24 @@ impl Pve {
             config_dir: self.config_dir.clone(),
             lock_dir: self.lock_dir.clone(),
         })
+    }
+
+    /// The fingerprint of each server, or none.
+    fn fingerprints(&self) -> Result<Vec<String>> {
+        let servers = self.endpoints.len();
+        match (&self.fingerprint, self.fingerprints.len()) {
+            (Some(_), 1..) => bail!("pve.fingerprint and pve.fingerprints exclude one another"),
+            (Some(one), 0) if servers == 1 => Ok(vec![one.clone()]),
+            // Each host of a cluster has a certificate of its own.
+            (Some(_), 0) => bail!(
+                "pve.fingerprint is of one certificate, and there are {servers} endpoints: leave it out for ca_file = \
+                 \"/etc/pve/pve-root-ca.pem\", or give pve.fingerprints, one for each"
+            ),
+            (None, given) if given == 0 || given == servers => Ok(self.fingerprints.clone()),
+            (None, given) => {
+                bail!("pve.fingerprints: {given} for {servers} endpoints; one for each, in their order")
+            }
+        }
     }
 
     fn addresses(&self) -> Result<AddressSource> {
@@ -158,6 +178,23 @@ mod tests {
             ("dhcp = true\nendpoints = []", "endpoints"),
         ] {
             let error = settings(bad).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn several_servers_have_a_fingerprint_each_or_none_has() {
+        let two = "dhcp = true\nendpoints = [\"https://a\", \"https://b\"]\n";
+        assert!(settings(two).unwrap().fingerprints.is_empty());
+        assert_eq!(settings("dhcp = true\nfingerprint = \"AA\"").unwrap().fingerprints, ["AA"]);
+        let each = format!("{two}fingerprints = [\"AA\", \"BB\"]");
+        assert_eq!(settings(&each).unwrap().fingerprints, ["AA", "BB"]);
+        for (bad, word) in [
+            ("fingerprint = \"AA\"", "ca_file"),
+            ("fingerprints = [\"AA\"]", "1 for 2"),
+            ("fingerprint = \"AA\"\nfingerprints = [\"AA\", \"BB\"]", "exclude"),
+        ] {
+            let error = settings(&format!("{two}{bad}")).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
     }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use jiff::Timestamp;
 use k8s_openapi::{api::core::v1::NodeCondition, apimachinery::pkg::apis::meta::v1::Time};
-use moxlet_cri::host;
+use moxlet_cri::{host, v1};
 
 use crate::{
     error::{Error, Result},
@@ -106,11 +106,13 @@ impl PressureThresholds {
     }
 }
 
-/// The Node's conditions, worded as a kubelet's; `not_ready` is why it is not ready. What did not change keeps the time of `old`.
+/// The Node's conditions, worded as a kubelet's; `not_ready` is why it is not ready, `others` is what the agent says beside
+/// that. What did not change keeps the time of `old`.
 pub(crate) fn conditions(
     info: &host::InfoResponse,
     thresholds: &PressureThresholds,
     not_ready: Option<&str>,
+    others: &[v1::RuntimeCondition],
     old: &[NodeCondition],
 ) -> Vec<NodeCondition> {
     let now = Time(Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default());
@@ -136,7 +138,7 @@ pub(crate) fn conditions(
         true => ("KubeletHasDiskPressure", "the host's disk is nearly full"),
         false => ("KubeletHasNoDiskPressure", "the host has no disk pressure"),
     };
-    vec![
+    let mut all = vec![
         condition("MemoryPressure", thresholds.memory_is_short(info), memory.0, memory.1),
         condition("DiskPressure", thresholds.disk_is_short(info), disk.0, disk.1),
         condition("PIDPressure", false, "KubeletHasSufficientPID", "the host has sufficient PID available"),
@@ -144,7 +146,10 @@ pub(crate) fn conditions(
             None => condition("Ready", true, "KubeletReady", "moxlet is posting ready status"),
             Some(why) => condition("Ready", false, "KubeletNotReady", why),
         },
-    ]
+    ];
+    let reason = |c: &v1::RuntimeCondition| if c.status { c.r#type.clone() } else { c.reason.clone() };
+    all.extend(others.iter().map(|c| condition(&c.r#type, c.status, &reason(c), &c.message)));
+    all
 }
 
 #[cfg(test)]
@@ -194,12 +199,21 @@ mod tests {
     fn a_condition_keeps_the_time_of_its_last_change() {
         let then = Time(Timestamp::from_second(1).unwrap());
         let thresholds = PressureThresholds::default();
-        let mut old = conditions(&nearly_full(), &thresholds, None, &[]);
+        let mut old = conditions(&nearly_full(), &thresholds, None, &[], &[]);
         old.iter_mut().for_each(|c| c.last_transition_time = Some(then.clone()));
-        let now = conditions(&nearly_full(), &thresholds, Some("no agent"), &old);
+        let proxmox = v1::RuntimeCondition {
+            r#type: "ProxmoxReady".into(),
+            reason: "ProxmoxNotReady".into(),
+            message: "unreachable".into(),
+            ..Default::default()
+        };
+        let now = conditions(&nearly_full(), &thresholds, Some("no agent"), &[proxmox], &old);
         let kept = |kind: &str| {
             now.iter().find(|c| c.type_ == kind).unwrap().last_transition_time == Some(then.clone())
         };
         assert!(kept("DiskPressure") && kept("MemoryPressure") && kept("PIDPressure") && !kept("Ready"));
+        let last = now.last().unwrap();
+        assert_eq!((last.type_.as_str(), last.status.as_str()), ("ProxmoxReady", "False"));
+        assert_eq!(last.message.as_deref(), Some("unreachable"));
     }
 }

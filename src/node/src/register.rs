@@ -67,7 +67,30 @@ pub(crate) struct Registrar {
 }
 
 struct Health {
+    /// Why the Node is not ready, if it is not.
     agent: std::result::Result<(), String>,
+    /// What the agent says of itself beside that: conditions of the Node that cost it no pod.
+    others: Vec<v1::RuntimeCondition>,
+}
+
+impl Health {
+    /// The agent does not say anything.
+    fn silent(why: String) -> Self {
+        Self { agent: Err(why), others: Vec::new() }
+    }
+
+    /// CRI's two conditions are what a Node has to have to be ready.
+    fn of(conditions: Vec<v1::RuntimeCondition>) -> Self {
+        let (needed, others): (Vec<_>, Vec<_>) = conditions
+            .into_iter()
+            .partition(|c| matches!(c.r#type.as_str(), "RuntimeReady" | "NetworkReady"));
+        let bad: Vec<_> = needed
+            .iter()
+            .filter(|c| !c.status)
+            .map(|c| format!("{} is not ready: {} {}", c.r#type, c.reason, c.message).trim().to_owned())
+            .collect();
+        Self { agent: if bad.is_empty() { Ok(()) } else { Err(bad.join("; ")) }, others }
+    }
 }
 
 impl Registrar {
@@ -113,25 +136,13 @@ impl Registrar {
                 });
             }
             Err(error) => {
-                return Health { agent: Err(format!("the agent does not answer: {}", chain(&error))) };
+                return Health::silent(format!("the agent does not answer: {}", chain(&error)));
             }
         }
-        let agent = match self.agent.status(v1::StatusRequest { verbose: false }).await {
-            Ok(answer) => {
-                let bad: Vec<_> = answer
-                    .status
-                    .into_iter()
-                    .flat_map(|s| s.conditions)
-                    .filter(|c| !c.status)
-                    .map(|c| {
-                        format!("{} is not ready: {} {}", c.r#type, c.reason, c.message).trim().to_owned()
-                    })
-                    .collect();
-                if bad.is_empty() { Ok(()) } else { Err(bad.join("; ")) }
-            }
-            Err(error) => Err(format!("the agent does not answer: {}", chain(&error))),
-        };
-        Health { agent }
+        match self.agent.status(v1::StatusRequest { verbose: false }).await {
+            Ok(answer) => Health::of(answer.status.map(|s| s.conditions).unwrap_or_default()),
+            Err(error) => Health::silent(format!("the agent does not answer: {}", chain(&error))),
+        }
     }
 
     async fn keep(
@@ -206,7 +217,7 @@ impl Registrar {
                 ..ObjectMeta::default()
             },
             spec: Some(NodeSpec { taints: Some(taints), ..NodeSpec::default() }),
-            status: Some(self.status(&Health { agent: Err("starting".into()) }, &NodeStatus::default())),
+            status: Some(self.status(&Health::silent("starting".into()), &NodeStatus::default())),
         };
         match nodes.create(&PostParams::default(), &node).await {
             Ok(_) => {
@@ -250,6 +261,7 @@ impl Registrar {
                 &info,
                 &self.config.pressure,
                 health.agent.as_ref().err().map(String::as_str),
+                &health.others,
                 old.conditions.as_deref().unwrap_or_default(),
             )),
             daemon_endpoints: Some(NodeDaemonEndpoints {
@@ -296,6 +308,25 @@ fn replacing_lists(status: &NodeStatus) -> serde_json::Value {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
+
+    #[test]
+    fn only_cris_own_conditions_make_a_node_not_ready() {
+        let condition = |kind: &str, status| v1::RuntimeCondition {
+            r#type: kind.into(),
+            status,
+            reason: "Why".into(),
+            message: "words".into(),
+        };
+        let health = Health::of(vec![
+            condition("RuntimeReady", true),
+            condition("NetworkReady", true),
+            condition("ProxmoxReady", false),
+        ]);
+        assert_eq!(health.agent, Ok(()));
+        assert_eq!(health.others, [condition("ProxmoxReady", false)]);
+        let health = Health::of(vec![condition("NetworkReady", false)]);
+        assert_eq!(health.agent, Err("NetworkReady is not ready: Why words".into()));
+    }
 
     #[test]
     fn taints() {

@@ -17,6 +17,7 @@ pub struct FakeEngine {
     sandboxes: Mutex<BTreeMap<SandboxId, (SandboxSpec, SandboxState)>>,
     refusals: Mutex<BTreeMap<Call, u32>>,
     holders: Mutex<BTreeMap<SandboxId, String>>,
+    fault: Mutex<Option<String>>,
 }
 
 /// A call that can be refused.
@@ -26,6 +27,8 @@ pub enum Call {
     Start,
     /// [`Engine::delete`].
     Delete,
+    /// [`Engine::check`].
+    Check,
 }
 
 fn own<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -50,6 +53,11 @@ impl FakeEngine {
             }
             None => Ok(()),
         }
+    }
+
+    /// Has a fault until a check is allowed.
+    pub fn break_down(&self, why: &str) {
+        *own(&self.fault) = Some(why.to_owned());
     }
 
     /// As if somebody else held a CT, or did not any more.
@@ -117,6 +125,16 @@ impl Engine for FakeEngine {
 
     async fn state(&self, id: &SandboxId) -> Result<Option<SandboxState>> {
         Ok(self.lock().get(id).map(|(_, state)| *state))
+    }
+
+    fn fault(&self) -> Option<String> {
+        own(&self.fault).clone()
+    }
+
+    async fn check(&self) -> Result<()> {
+        self.allowed(Call::Check)?;
+        *own(&self.fault) = None;
+        Ok(())
     }
 
     async fn held_by(&self, id: &SandboxId) -> Result<Option<String>> {

@@ -187,6 +187,14 @@ pub trait Engine: Send + Sync {
     async fn resize(&self, _id: &SandboxId, _limits: &Limits) -> Result<()> {
         Ok(())
     }
+    /// Why no new CT can run, as far as that is known without asking anybody; those that run go on.
+    fn fault(&self) -> Option<String> {
+        None
+    }
+    /// Looks again whether there is a [fault](Self::fault). Without one: nothing.
+    async fn check(&self) -> Result<()> {
+        Ok(())
+    }
     /// What somebody else has done to CTs since the last look.
     async fn look(&self) -> Result<Vec<Observation>> {
         Ok(Vec::new())

@@ -28,7 +28,7 @@ pub fn engine(number: u8) -> EngineSettings {
         endpoints: vec![fs::read_to_string(dir.join("url")).unwrap().trim().to_owned()],
         token_file: dir.join("token"),
         ca_file: Some(dir.join("ca.pem")),
-        fingerprint: None,
+        fingerprints: Vec::new(),
         node: Some("pve1".into()),
         storage: "local-zfs".into(),
         bridge: "vmbr0".into(),

@@ -355,17 +355,9 @@ impl RuntimeService for Service {
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        let condition = |kind: &str, fault: Option<String>| v1::RuntimeCondition {
-            r#type: kind.to_owned(),
-            status: fault.is_none(),
-            reason: if fault.is_some() { "NetworkPluginNotReady".into() } else { String::new() },
-            message: fault.unwrap_or_default(),
-        };
         let network = self.core.network.ready().await.err().map(|e| crate::error::chain(&e));
         Ok(Response::new(v1::StatusResponse {
-            status: Some(v1::RuntimeStatus {
-                conditions: vec![condition("RuntimeReady", None), condition("NetworkReady", network)],
-            }),
+            status: Some(v1::RuntimeStatus { conditions: status::conditions(&self.core, network) }),
             runtime_handlers: vec![v1::RuntimeHandler::default()],
             features: Some(v1::RuntimeFeatures {
                 supplemental_groups_policy: true,

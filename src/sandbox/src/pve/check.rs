@@ -1,12 +1,16 @@
 //! What host and token must have, checked at the start so that the first pod does not find out. All that is wrong is said at
 //! once, each with what to do about it.
 
-use std::{path::Path, process::Stdio, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
 
 use moxlet_pve::{Client, NodeName, PoolId, StorageId, api::access::Permissions};
 use tokio::process::Command;
 
-use super::VmidRange;
+use super::{VmidRange, bridge};
 use crate::{Error, Result, process::read_bounded};
 
 const MAX: u64 = 1 << 20;
@@ -18,70 +22,105 @@ const PACKAGES: [(&str, &str); 2] = [("pve-container", "6.1.1"), ("lxc-pve", "6.
 const ON_CTS: [(&str, &str); 2] = [("VM.PowerMgmt", "start and stop"), ("VM.Allocate", "delete")];
 
 /// What is required, for a check.
-#[derive(Debug)]
-pub struct Requirements<'a> {
+#[derive(Debug, Clone)]
+pub struct Requirements {
     /// The API.
-    pub client: &'a Client,
+    pub client: Client,
     /// This host.
-    pub node: &'a NodeName,
+    pub node: NodeName,
     /// The storage of the CTs' roots.
-    pub storage: &'a StorageId,
-    /// The bridges that pods are put on.
-    pub bridges: &'a [String],
+    pub storage: StorageId,
+    /// The bridges that pods are put on, the one of their first interface first.
+    pub bridges: Vec<String>,
+    /// What is asked for the first interface.
+    pub mtu: Option<u16>,
     /// The numbers of the pods' CTs.
     pub range: VmidRange,
     /// The pool that they are put into.
-    pub cts_pool: Option<&'a PoolId>,
+    pub cts_pool: Option<PoolId>,
     /// The cluster's file system.
-    pub config_dir: &'a Path,
+    pub config_dir: PathBuf,
     /// Where the kernel lists interfaces, `/sys/class/net`.
-    pub net_dir: &'a Path,
+    pub net_dir: PathBuf,
 }
 
-impl Requirements<'_> {
-    /// Checks all; the pool or dataset that the storage has. Three calls, four with a pool.
+/// What a check came to.
+#[derive(Debug)]
+pub struct Checked {
+    /// The pool or dataset that the storage has.
+    pub dataset: String,
+    /// Why the API could not be asked; what host and files say for themselves is well.
+    pub away: Option<Error>,
+}
+
+impl Requirements {
+    /// Checks all. An API that is away, or whose certificate or token is not accepted now, is not what an agent with running
+    /// pods should end of: [`Self::check_api`] has to be tried again then. Three calls, four with a pool.
     ///
     /// # Errors
-    /// [`Error::Host`] with all that is missing, or the API cannot be reached.
-    pub async fn check(&self) -> Result<String> {
+    /// [`Error::Host`] with all that is missing.
+    pub async fn check(&self) -> Result<Checked> {
         let mut missing = packages().await;
-        let pool = match storage_pool(self.config_dir, self.storage, self.node) {
+        let dataset = match storage_pool(&self.config_dir, &self.storage, &self.node) {
             Ok(pool) => pool,
             Err(text) => {
                 missing.push(text);
                 String::new()
             }
         };
-        for bridge in self.bridges {
-            if bridge.contains('/') || !self.net_dir.join(bridge).exists() {
-                missing.push(format!("there is no bridge {bridge} on this host (key bridge)"));
-            }
+        for (number, bridge) in self.bridges.iter().enumerate() {
+            missing.extend(bridge::fault(&self.net_dir, bridge, self.mtu.filter(|_| number == 0)));
         }
-        self.client.check_version().await.map_err(|e| Error::Host(e.to_string()))?;
-        let held = self.client.permissions(None).await.map_err(|e| Error::Host(e.to_string()))?;
-        missing.extend(self.privileges(&held));
-        if !pool.is_empty() {
+        if let Some(text) = self.range.overlap(next_id(&self.config_dir)) {
+            tracing::warn!("{text}");
+        }
+        let away = match self.ask(!dataset.is_empty()).await {
+            Ok(more) => {
+                missing.extend(more);
+                None
+            }
+            Err(error) if passes(&error) => Some(Error::Host(error.to_string())),
+            Err(error) => return Err(Error::Host(error.to_string())),
+        };
+        if missing.is_empty() {
+            return Ok(Checked { dataset, away });
+        }
+        missing.extend(away.map(|e| e.to_string()));
+        Err(Error::Host(missing.join("; ")))
+    }
+
+    /// Checks what the API has to say: its version, the token's privileges, the storage, the pool.
+    ///
+    /// # Errors
+    /// [`Error::Host`] with all that is missing, or why the API cannot be asked.
+    pub async fn check_api(&self) -> Result<()> {
+        let missing = self.ask(true).await.map_err(|e| Error::Host(e.to_string()))?;
+        if missing.is_empty() { Ok(()) } else { Err(Error::Host(missing.join("; "))) }
+    }
+
+    async fn ask(&self, storage: bool) -> moxlet_pve::Result<Vec<String>> {
+        self.client.check_version().await?;
+        let mut missing = self.privileges(&self.client.permissions(None).await?);
+        if storage {
             // Asking activates it: the pool is imported and mounted before anything of ours is.
-            match self.client.storage_status(self.node, self.storage).await {
+            match self.client.storage_status(&self.node, &self.storage).await {
                 Ok(status) if status.active => {}
                 Ok(_) => missing.push(format!(
                     "the storage {} is not active on {}: is its pool imported?",
                     self.storage, self.node
                 )),
+                Err(error) if passes(&error) => return Err(error),
                 Err(error) => {
                     missing.push(format!("the storage {} cannot be asked after: {error}", self.storage));
                 }
             }
         }
         missing.extend(self.pool_is_missing().await);
-        if let Some(text) = self.range.overlap(next_id(self.config_dir)) {
-            tracing::warn!("{text}");
-        }
-        if missing.is_empty() { Ok(pool) } else { Err(Error::Host(missing.join("; "))) }
+        Ok(missing)
     }
 
     async fn pool_is_missing(&self) -> Option<String> {
-        let pool = self.cts_pool?;
+        let pool = self.cts_pool.as_ref()?;
         match self.client.pool(pool).await {
             Ok(Some(_)) => None,
             // Asked for one that it may not see, Proxmox VE answers as if there were none.
@@ -99,7 +138,7 @@ impl Requirements<'_> {
         let cts =
             ON_CTS.iter().map(|(privilege, what)| (path.as_str(), "/vms", *privilege, format!("{what} CTs")));
         let storage = format!("/storage/{}", self.storage);
-        let pool = self.cts_pool.map(|pool| format!("/pool/{pool}"));
+        let pool = self.cts_pool.as_ref().map(|pool| format!("/pool/{pool}"));
         let pools = pool.iter().flat_map(|path| {
             let of = |privilege, what: &str| (path.as_str(), path.as_str(), privilege, what.to_owned());
             [of("Pool.Audit", "see the pool"), of("Pool.Allocate", "put CTs into it")]
@@ -120,6 +159,13 @@ impl Requirements<'_> {
             })
             .collect()
     }
+}
+
+/// Whether it may be over without anybody changing this host: servers come back, certificates are renewed, and what is done
+/// to a token must not keep an agent from the pods that run.
+fn passes(error: &moxlet_pve::Error) -> bool {
+    use moxlet_pve::Error as E;
+    error.is_temporary() || matches!(error.reason(), E::Certificate { .. } | E::WrongToken { .. })
 }
 
 /// The pool of a storage, from `storage.cfg`.

@@ -24,8 +24,9 @@
 //! | `task` | waiting for tasks with few calls |
 //! | `look` | what an administrator did to it |
 //! | `inits` | its processes and addresses |
-//! | `setup`, `check` | the engine from an administrator's words, and what host and token must have |
+//! | `setup`, `check`, `bridge` | the engine from an administrator's words, and what host and token must have |
 
+mod bridge;
 mod check;
 mod config;
 mod file;
@@ -58,12 +59,13 @@ use moxlet_ids::{SandboxId, Vmid};
 use moxlet_pve::{Client, NodeName, PoolId, StorageId, Upid, config::LxcConfig};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
-pub use check::Requirements;
+pub use check::{Checked, Requirements};
 pub use inits::{CgroupInits, Inits};
 pub use setup::PveHost;
 pub use vmid::VmidRange;
 pub use volume::{VolumeOwner, Volumes, ZfsVolumes};
 
+pub(crate) use self::config::{HIGH_SHARE, memory_mib};
 use self::{
     config::Layout,
     file::ConfigDir,
@@ -134,6 +136,8 @@ struct Inner {
     deletes: Semaphore,
     told: Mutex<Told>,
     locks: Locks,
+    /// What the API has not been asked yet, and why.
+    unchecked: Mutex<Option<(Requirements, String)>>,
 }
 
 /// Runs something that waits for files outside the async threads.
@@ -213,8 +217,14 @@ impl PveEngine {
             deletes: Semaphore::new(DELETES),
             told: Mutex::default(),
             locks: Mutex::default(),
+            unchecked: Mutex::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Has a [fault](Engine::fault) from now on, until what the API has to say is checked.
+    pub fn unchecked(&self, required: Requirements, why: &Error) {
+        self.inner.set_unchecked(Some((required, why.to_string())));
     }
 
     /// The number of a sandbox' CT.
@@ -225,6 +235,14 @@ impl PveEngine {
 }
 
 impl Inner {
+    fn set_unchecked(&self, unchecked: Option<(Requirements, String)>) {
+        *self.unchecked.lock().unwrap_or_else(PoisonError::into_inner) = unchecked;
+    }
+
+    fn unchecked(&self) -> Option<(Requirements, String)> {
+        self.unchecked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     async fn lock(&self, id: &SandboxId) -> OwnedMutexGuard<()> {
         let lock = {
             let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -501,6 +519,17 @@ impl Engine for PveEngine {
         let (limits, all) = (*limits, self.inner.config.memory_bytes);
         let cores = self.inner.config.cores;
         self.inner.edit(id, move |config, _| config::resize(config, &limits, all, cores)).await
+    }
+
+    fn fault(&self) -> Option<String> {
+        self.inner.unchecked().map(|(_, why)| why)
+    }
+
+    async fn check(&self) -> Result<()> {
+        let Some((required, _)) = self.inner.unchecked() else { return Ok(()) };
+        let checked = required.check_api().await;
+        self.inner.set_unchecked(checked.as_ref().err().map(|why| (required, why.to_string())));
+        checked
     }
 
     async fn look(&self) -> Result<Vec<Observation>> {

@@ -1,15 +1,44 @@
-//! What keeps an agent from starting on a host of Proxmox VE, as the program says it at its end: each lack with what to do about it.
+//! What keeps an agent from starting on a host of Proxmox VE, as the program says it at its end: each lack with what to do about
+//! it. An API that cannot be asked keeps no agent from its running pods: that is said, and the start goes on.
 
-use std::{fs, os::unix::fs::PermissionsExt, process::Stdio, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    process::Stdio,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use moxlet_tests_component::{init_binary, program};
 use serde_json::json;
-use tokio::process::Command;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::Command,
+};
 
 use crate::world::{FIRST, SECRET, World};
 
+/// A bridge of its own, for as long as it lives.
+struct Bridge(String);
+
+impl Bridge {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("mxs{}n{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let made = std::process::Command::new("ip").args(["link", "add", &name, "type", "bridge"]).status();
+        assert!(made.unwrap().success());
+        Self(name)
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("ip").args(["link", "delete", &self.0]).status();
+    }
+}
+
 /// What the section `[pve]` says beside the addresses: key and value as TOML.
-fn settings(world: &World) -> Vec<(&'static str, String)> {
+fn settings(world: &World, bridge: &Bridge) -> Vec<(&'static str, String)> {
     let token = world.place.dir.join("token");
     fs::write(&token, format!("moxlet@pve!sim={SECRET}\n")).unwrap();
     fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
@@ -20,8 +49,7 @@ fn settings(world: &World) -> Vec<(&'static str, String)> {
         ("ca_file", format!("{ca:?}")),
         ("node", "\"pve1\"".to_owned()),
         ("storage", "\"local-zfs\"".to_owned()),
-        // An interface that every machine has.
-        ("bridge", "\"lo\"".to_owned()),
+        ("bridge", format!("{:?}", bridge.0)),
         ("vmid_min", FIRST.to_string()),
         ("vmid_max", (FIRST + 99).to_string()),
         ("config_dir", format!("{:?}", world.place.etc_pve())),
@@ -29,12 +57,26 @@ fn settings(world: &World) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// What `moxlet agent` writes until it ends, with these keys changed. It has touched nothing.
-async fn complaint(world: &World, changed: &[(&'static str, &str)]) -> String {
+/// `moxlet agent` with these keys changed, and where it is.
+struct Started {
+    command: Command,
+    root: tempfile::TempDir,
+    _bridge: Bridge,
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // The agent's directory of pods is a mount from then on that there is one.
+        let _ = rustix::mount::unmount(self.root.path().join("r/pods"), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+async fn agent(world: &World, changed: &[(&'static str, &str)]) -> Started {
     let (moxlet, init) = tokio::task::spawn_blocking(|| (program(), init_binary())).await.unwrap();
     let root = tempfile::Builder::new().prefix("moxlet-start-").tempdir().unwrap();
     fs::set_permissions(root.path(), fs::Permissions::from_mode(0o711)).unwrap();
-    let mut keys = settings(world);
+    let bridge = Bridge::new();
+    let mut keys = settings(world, &bridge);
     keys.retain(|(key, _)| changed.iter().all(|(other, _)| key != other));
     let changed = changed.iter().map(|(key, value)| (*key, (*value).to_owned()));
     let pve: String = keys.into_iter().chain(changed).map(|(k, v)| format!("{k} = {v}\n")).collect();
@@ -45,18 +87,35 @@ async fn complaint(world: &World, changed: &[(&'static str, &str)]) -> String {
         root.path().join("r")
     );
     fs::write(&file, text).unwrap();
-    let ended = Command::new(moxlet)
-        .args(["agent", "--config"])
-        .arg(&file)
-        .env_remove("KUBECONFIG")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let ended = tokio::time::timeout(Duration::from_secs(120), ended).await.unwrap().unwrap();
-    // The agent's directory of pods is a mount from then on that there is one.
-    let _ = rustix::mount::unmount(root.path().join("r/pods"), rustix::mount::UnmountFlags::DETACH);
+    let mut command = Command::new(moxlet);
+    command.args(["agent", "--config"]).arg(&file).env_remove("KUBECONFIG").stdin(Stdio::null());
+    command.stderr(Stdio::piped()).kill_on_drop(true);
+    Started { command, root, _bridge: bridge }
+}
+
+/// What the agent writes until it ends, with these keys changed. It has touched nothing.
+async fn complaint(world: &World, changed: &[(&'static str, &str)]) -> String {
+    let mut started = agent(world, changed).await;
+    let ended = tokio::time::timeout(Duration::from_secs(120), started.command.output()).await;
+    let ended = ended.unwrap().unwrap();
     let said = String::from_utf8_lossy(&ended.stderr).into_owned();
     assert!(!ended.status.success(), "{said}");
+    world.assert_foreigners_untouched();
+    said
+}
+
+/// What the agent writes until it goes on without the API, with these keys changed. This machine may lack other things.
+async fn goes_on(world: &World, changed: &[(&'static str, &str)]) -> String {
+    let mut started = agent(world, changed).await;
+    let mut agent = started.command.spawn().unwrap();
+    let mut lines = BufReader::new(agent.stderr.take().unwrap()).lines();
+    let mut said = String::new();
+    while !said.contains("running pods are taken over, new ones wait") {
+        let line = tokio::time::timeout(Duration::from_secs(120), lines.next_line()).await.unwrap().unwrap();
+        said.push_str(&line.unwrap_or_else(|| panic!("it has ended: {said}")));
+        said.push('\n');
+    }
+    agent.kill().await.unwrap();
     world.assert_foreigners_untouched();
     said
 }
@@ -71,8 +130,8 @@ fn has(text: &str, expected: &[&str]) {
 async fn a_wrong_token_is_named_and_its_secret_is_not() {
     let world = World::new().await;
     world.place.change("priv/token.cfg", SECRET, "11111111-1111-4111-8111-111111111111");
-    let text = complaint(&world, &[]).await;
-    has(&text, &["the agent could not start", "does not accept the API token moxlet@pve!sim"]);
+    let text = goes_on(&world, &[]).await;
+    has(&text, &["ERROR", "does not accept the API token moxlet@pve!sim"]);
     assert!(!text.contains(SECRET), "{text}");
 }
 
@@ -97,10 +156,10 @@ async fn a_certificate_that_is_not_the_one_expected_is_told_with_both_fingerprin
     let known = world.sim.hosts()[0].fingerprint.clone();
     let pinned = [("fingerprint", format!("{known:?}"))];
     world.control("PUT", "/certificates/pve1", json!({"expired": false})).await;
-    let text = complaint(&world, &[(pinned[0].0, &pinned[0].1)]).await;
+    let text = goes_on(&world, &[(pinned[0].0, &pinned[0].1)]).await;
     has(&text, &["the certificate is not accepted", &known]);
     world.control("PUT", "/certificates/pve1", json!({"expired": true})).await;
-    has(&complaint(&world, &[]).await, &["the certificate is not accepted", "xpired"]);
+    has(&goes_on(&world, &[]).await, &["the certificate is not accepted", "xpired"]);
 }
 
 #[tokio::test]
@@ -130,6 +189,24 @@ async fn all_that_is_missing_is_said_at_once() {
 }
 
 #[tokio::test]
+async fn an_interface_that_no_ct_could_be_put_on_is_named() {
+    let world = World::new().await;
+    has(&complaint(&world, &[("bridge", "\"lo\"")]).await, &["the interface lo is no bridge (key bridge)"]);
+    has(&complaint(&world, &[("mtu", "9000")]).await, &["mtu = 9000 is above the 1500 of bridge mxs"]);
+}
+
+#[tokio::test]
+async fn a_token_that_everybody_can_read_is_refused() {
+    let world = World::new().await;
+    let token = world.place.dir.join("open");
+    fs::write(&token, format!("moxlet@pve!sim={SECRET}\n")).unwrap();
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o644)).unwrap();
+    let text = complaint(&world, &[("token_file", &format!("{token:?}"))]).await;
+    has(&text, &["pve.token_file", "mode 0644", "chmod 0600"]);
+    assert!(!text.contains(SECRET), "{text}");
+}
+
+#[tokio::test]
 async fn another_host_than_one_of_proxmox_ve_is_told_apart() {
     let world = World::new().await;
     let page = json!({"path": "^/version$", "do": "body", "text": "<html>a proxy's page</html>"});
@@ -150,6 +227,6 @@ async fn another_host_than_one_of_proxmox_ve_is_told_apart() {
 async fn a_server_that_cannot_be_reached_is_named() {
     let world = World::new().await;
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let text = complaint(&world, &[("endpoints", &format!("[\"https://{nobody}\"]"))]).await;
+    let text = goes_on(&world, &[("endpoints", &format!("[\"https://{nobody}\"]"))]).await;
     has(&text, &["GET /version", &format!("https://{nobody} is unreachable")]);
 }
