@@ -143,9 +143,25 @@ pub struct Config {
     pub log_max_files: u32,
     /// Added to the sum of the containers' memory limits for the CT, in bytes.
     pub sandbox_overhead_memory_bytes: u64,
+    /// Memory that is kept for the host itself, in bytes; without a word it depends on the engine.
+    pub system_reserved_memory_bytes: Option<u64>,
 }
 
+/// The least and the share of a host of Proxmox VE's memory that is kept for it: its daemons, its other guests' overhead and the
+/// cache of ZFS, which is a tenth of the memory by the installer's word.
+const PVE_RESERVED: (u64, u64) = (1 << 30, 10);
+
 impl Config {
+    /// How much of the host's memory is kept for the host itself: never more than half of it.
+    pub(crate) fn reserved_memory(&self, all: u64) -> u64 {
+        let (least, share) = PVE_RESERVED;
+        let usual = match self.engine {
+            EngineSettings::Lxc => 0,
+            EngineSettings::Pve(_) => least.max(all / share),
+        };
+        self.system_reserved_memory_bytes.unwrap_or(usual).min(all / 2)
+    }
+
     /// A directory on the file system of images and roots, as the store's own figures name it.
     pub(crate) fn store_dir(&self) -> PathBuf {
         let dir = self.root_dir.join("storage");
@@ -178,6 +194,50 @@ impl Default for Config {
             log_max_bytes: 10 << 20,
             log_max_files: 5,
             sandbox_overhead_memory_bytes: 16 << 20,
+            system_reserved_memory_bytes: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_of_proxmox_ve_keeps_a_tenth_and_a_gibibyte_at_least() {
+        let pve = |reserved| Config {
+            engine: EngineSettings::Pve(Box::new(settings())),
+            system_reserved_memory_bytes: reserved,
+            ..Config::default()
+        };
+        assert_eq!(Config::default().reserved_memory(64 << 30), 0);
+        assert_eq!(pve(None).reserved_memory(8 << 30), 1 << 30);
+        assert_eq!(pve(None).reserved_memory(640 << 30), 64 << 30);
+        assert_eq!(pve(None).reserved_memory(1 << 30), 512 << 20, "pods get half in any case");
+        assert_eq!(pve(Some(4 << 30)).reserved_memory(64 << 30), 4 << 30);
+        assert_eq!(pve(Some(0)).reserved_memory(64 << 30), 0);
+    }
+
+    fn settings() -> PveSettings {
+        PveSettings {
+            endpoints: Vec::new(),
+            token_file: PathBuf::new(),
+            ca_file: None,
+            fingerprints: Vec::new(),
+            node: None,
+            storage: String::new(),
+            bridge: String::new(),
+            extra_bridges: Vec::new(),
+            vmid_min: 100,
+            vmid_max: 199,
+            addresses: AddressSource::Dhcp,
+            mtu: None,
+            vlan: None,
+            firewall: false,
+            protection: false,
+            pool: None,
+            config_dir: PathBuf::new(),
+            lock_dir: PathBuf::new(),
         }
     }
 }

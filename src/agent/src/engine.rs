@@ -102,7 +102,7 @@ async fn pve(config: &Config, settings: &PveSettings) -> Result<Opened> {
         config_dir: settings.config_dir.clone(),
         lock_dir: settings.lock_dir.clone(),
         dir: config.root_dir.join("pve"),
-        memory_bytes: facts.memory_bytes,
+        memory_bytes: facts.memory_bytes - config.reserved_memory(facts.memory_bytes),
         cores: facts.cpus,
         start_timeout: PATIENCE,
     };

@@ -86,6 +86,7 @@ pub(crate) struct Config {
     pub(crate) container_log_max_bytes: u64,
     pub(crate) container_log_max_files: u32,
     pub(crate) sandbox_overhead_memory_bytes: u64,
+    pub(crate) system_reserved_memory_bytes: Option<u64>,
 
     pub(crate) pod_cidr: Option<String>,
     pub(crate) bridge: String,
@@ -133,6 +134,7 @@ impl Default for Config {
             container_log_max_bytes: 10 << 20,
             container_log_max_files: 5,
             sandbox_overhead_memory_bytes: 16 << 20,
+            system_reserved_memory_bytes: None,
             pod_cidr: None,
             bridge: "moxlet0".to_owned(),
             cni_conf_dir: None,

@@ -188,6 +188,7 @@ fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_agent::Config
         log_max_bytes: config.container_log_max_bytes,
         log_max_files: config.container_log_max_files,
         sandbox_overhead_memory_bytes: config.sandbox_overhead_memory_bytes,
+        system_reserved_memory_bytes: config.system_reserved_memory_bytes,
         ..defaults
     })
 }

@@ -247,6 +247,10 @@ impl Registrar {
             ("ephemeral-storage".to_owned(), Quantity(format!("{}Ki", info.ephemeral_storage_bytes / 1024))),
             ("pods".to_owned(), Quantity(self.config.max_pods.to_string())),
         ]);
+        // What is kept for the host is no pod's.
+        let mut allocatable = resources.clone();
+        let memory = info.memory_bytes.saturating_sub(info.memory_reserved_bytes);
+        allocatable.insert("memory".to_owned(), Quantity(format!("{}Ki", memory / 1024)));
         let address = |kind: &str, address: String| NodeAddress { type_: kind.to_owned(), address };
         let addresses = self
             .address()
@@ -254,8 +258,8 @@ impl Registrar {
             .into_iter()
             .chain([address("Hostname", self.config.node_name.clone())]);
         NodeStatus {
-            capacity: Some(resources.clone()),
-            allocatable: Some(resources),
+            capacity: Some(resources),
+            allocatable: Some(allocatable),
             addresses: Some(addresses.collect()),
             conditions: Some(pressure::conditions(
                 &info,
@@ -326,6 +330,25 @@ mod tests {
         assert_eq!(health.others, [condition("ProxmoxReady", false)]);
         let health = Health::of(vec![condition("NetworkReady", false)]);
         assert_eq!(health.agent, Err("NetworkReady is not ready: Why words".into()));
+    }
+
+    #[test]
+    fn what_is_kept_for_the_host_is_not_allocatable() {
+        let info = host::InfoResponse {
+            memory_bytes: 8 << 30,
+            memory_reserved_bytes: 1 << 30,
+            ..host::InfoResponse::default()
+        };
+        let registrar = Registrar {
+            config: Config::default(),
+            agent: Arc::new(crate::cri_client::fake::FakeRuntime::new(|_, _| None)),
+            client: None,
+            info: watch::Sender::new(Arc::new(info)),
+        };
+        let status = registrar.status(&Health::silent("starting".into()), &NodeStatus::default());
+        let memory = |of: Option<BTreeMap<String, Quantity>>| of.unwrap()["memory"].0.clone();
+        assert_eq!(memory(status.capacity), "8388608Ki");
+        assert_eq!(memory(status.allocatable), "7340032Ki");
     }
 
     #[test]

@@ -47,6 +47,7 @@ impl HostService for Service {
             pod_logs_dir: self.core.logs_dir.display().to_string(),
             stream_endpoint: self.streaming.endpoint(),
             sandbox_overhead_memory_bytes: self.core.config.sandbox_overhead_memory_bytes,
+            memory_reserved_bytes: self.core.config.reserved_memory(facts.memory_bytes),
             ..facts
         }))
     }

@@ -272,7 +272,7 @@ impl Worker {
             host_ips: self.shared.host_ips(),
             pod_ips: ips.to_vec(),
             allocatable_cpus: info.cpus,
-            allocatable_memory: info.memory_bytes,
+            allocatable_memory: info.memory_bytes.saturating_sub(info.memory_reserved_bytes),
             allocatable_storage: info.ephemeral_storage_bytes,
         }
     }
