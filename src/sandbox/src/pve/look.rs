@@ -73,8 +73,8 @@ pub(super) struct Told {
     strangers: BTreeSet<Vmid>,
     /// Numbers that no pod gets since the cluster has rules for them.
     pub(super) rules: BTreeSet<Vmid>,
-    /// Why a CT could not be looked at.
-    troubles: BTreeMap<SandboxId, String>,
+    /// Why a CT could not be looked at, by its record.
+    troubles: BTreeMap<String, String>,
 }
 
 /// One thing that was seen.
@@ -98,27 +98,36 @@ struct Edited {
 impl Inner {
     /// What was done to the CTs since the last look. One that cannot be looked at holds up no other.
     pub(super) fn look(&self) -> Result<Vec<Observation>> {
-        let records = self.records.all()?;
         let mut said = Vec::new();
+        let mut records = Vec::new();
         let mut troubles = BTreeMap::new();
+        for (name, record) in self.records.each()? {
+            match record {
+                Ok(record) => records.push(record),
+                Err(error) => drop(troubles.insert(name, with_causes(&error))),
+            }
+        }
+        let all_known = troubles.is_empty();
         let quorate = !matches!(self.folder.check_quorum(Path::new("")), Err(Error::NoQuorum { .. }));
         for record in records.iter().filter(|r| r.phase == Phase::Made) {
             match self.look_at(record, quorate) {
                 Ok(words) => said.extend(words.into_iter().map(|w| observation(Some(&record.id), w))),
                 // It went meanwhile.
                 Err(Error::NotFound(_)) => {}
-                Err(error) => {
-                    troubles.insert(record.id.clone(), with_causes(&error));
-                }
+                Err(error) => drop(troubles.insert(record.id.to_string(), with_causes(&error))),
             }
         }
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        for (id, error) in &troubles {
-            if told.troubles.get(id) != Some(error) {
-                tracing::warn!(sandbox = %id, error, "cannot look what was done to a CT; it is looked at again");
+        for (record, error) in &troubles {
+            if told.troubles.get(record) != Some(error) {
+                tracing::warn!(record, error, "cannot look what was done to a CT; it is looked at again");
             }
         }
         told.troubles = troubles;
+        // A CT whose record cannot be read is no stranger.
+        if !all_known {
+            return Ok(said);
+        }
         match self.strangers(&records) {
             Ok(strangers) => {
                 let new = strangers.difference(&told.strangers);

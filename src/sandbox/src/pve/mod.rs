@@ -350,7 +350,7 @@ impl Inner {
     /// noted before, and taken back where nothing can have come of it.
     async fn ask_to_start(self: &Arc<Self>, record: Record) -> Result<Upid> {
         let (first, vmid) = (!record.needs_api, record.vmid);
-        let id = record.id.clone();
+        let (id, known) = (record.id.clone(), record.known.clone());
         let record = self.note(&id, |r| (r.needs_api, r.seen.asked_to_end) = (true, false)).await?;
         let asked = async {
             self.pooled(record).await?;
@@ -361,7 +361,8 @@ impl Inner {
             && first
             && nothing_came_of(error)
         {
-            self.note(&id, |r| r.needs_api = r.pooled).await?;
+            // Unless somebody edited it meanwhile.
+            self.note(&id, move |r| r.needs_api = r.pooled || r.known != known).await?;
         }
         asked
     }

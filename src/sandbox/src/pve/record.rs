@@ -204,14 +204,22 @@ impl Records {
 
     /// All of them. One that cannot be read is an error: its CT must not be taken for nobody's.
     pub(super) fn all(&self) -> Result<Vec<Record>> {
+        self.each()?.into_iter().map(|(_, record)| record).collect()
+    }
+
+    /// Each by its file's name, as far as it can be read.
+    pub(super) fn each(&self) -> Result<Vec<(String, Result<Record>)>> {
         let mut all = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(io("read", &self.dir))? {
             let path = entry.map_err(io("read", &self.dir))?.path();
-            if path.extension().is_some_and(|e| e == "json") {
-                all.extend(read(&path)?);
+            let Some(name) = path.file_stem().and_then(|n| n.to_str()) else { continue };
+            if path.extension().is_some_and(|e| e == "json")
+                && let Some(record) = read(&path).transpose()
+            {
+                all.push((name.to_owned(), record));
             }
         }
-        all.sort_by(|a, b| a.id.cmp(&b.id));
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(all)
     }
 }

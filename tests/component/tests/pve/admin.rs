@@ -102,8 +102,11 @@ async fn a_ct_that_cannot_be_looked_at_holds_up_no_other() {
         let seen = world.engine.look().await.unwrap();
         seen.into_iter().map(|o| (o.reason, o.sandbox.unwrap())).collect()
     };
+    let foreign = world.place.engine_dir().join("ct/damaged.json");
+    fs::write(&foreign, "{").unwrap();
     assert_eq!(told().await, [("CTEdited", fine.clone())]);
     assert!(told().await.is_empty());
+    fs::remove_file(&foreign).unwrap();
     world.control("PUT", &lock, json!({"held": false})).await;
     assert_eq!(told().await, [("CTEdited", busy.clone())]);
     fs::remove_dir(&conf).unwrap();
