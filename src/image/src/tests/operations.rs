@@ -199,14 +199,18 @@ async fn what_was_unused_for_too_long_goes_with_space_to_spare() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_is_pulled_again_is_not_young_again() {
-    let (_registry, place, names) = with_images(&["old:1"]).await;
+    let (registry, place, names) = with_images(&["old:1"]).await;
     let old = place.store.resolve(&names[0]).await.unwrap().unwrap();
     let path = place.dir.path().join("images/images").join(format!("{}.json", old.id.hex()));
     let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     record["added_at"] = "2001-01-01T00:00:00Z".into();
     fs::write(&path, record.to_string()).unwrap();
     let place = place.reopen().await;
-    place.store.pull(&names[0], &[]).await.unwrap();
+    // By the name that is known, and by a new one, for which all of it is looked at.
+    registry.push("old:2", &image(&["old:1"]));
+    for name in ["old:1", "old:2"] {
+        place.store.pull(&registry.name(name), &[]).await.unwrap();
+    }
     assert_eq!(place.store.prune(Duration::from_secs(3600)).await.unwrap().removed.len(), 1);
 }
 
