@@ -14,8 +14,9 @@ use moxlet_ids::ChainId;
 use super::{
     DirLock, Store, blocking,
     change::next_serial,
+    details::{Access, Stored},
     lock,
-    records::{Access, Damaged, Records, Stored},
+    records::{Damaged, Records},
 };
 use crate::{ImageRecord, Result};
 
@@ -196,7 +197,7 @@ mod tests {
     use moxlet_ids::Digest;
     use moxlet_storage::OverlayDriver;
 
-    use super::{super::records::Details, *};
+    use super::{super::Details, *};
     use crate::Config;
 
     const CONFIG: &str =

@@ -9,9 +9,11 @@ use moxlet_ids::{ChainId, Digest};
 use oci_spec::image::ImageConfiguration;
 
 use super::{
-    Access, Pins, Store, lock,
+    Access, Pins, Store,
+    details::{Details, ManifestNote, Stored},
+    lock,
     names::{self, Named},
-    records::{Details, Images, ManifestNote, Stored},
+    records::Images,
 };
 use crate::{Error, ImageRecord, LayerBlob, Origin, Reference, Removed, Result};
 

@@ -6,6 +6,7 @@
 
 mod adopt;
 mod change;
+mod details;
 mod draft;
 mod lock;
 mod names;
@@ -26,10 +27,12 @@ use oci_spec::image::ImageConfiguration;
 use crate::{Config, Error, ImageRecord, Reference, Result, registry::Registry};
 pub(crate) use adopt::{Adopted, SourceRecords};
 pub(crate) use change::{NewImage, RawManifest};
+use details::Stored;
+pub(crate) use details::{Access, Details};
 pub(crate) use draft::TapeDraft;
 pub(crate) use lock::DirLock;
-pub(crate) use records::{Access, Details, Records};
-use records::{Images, Stored};
+use records::Images;
+pub(crate) use records::Records;
 pub use users::User;
 pub(crate) use views::View;
 

@@ -98,7 +98,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::records::{Details, Stored};
+    use crate::store::details::{Details, Stored};
 
     fn id(start: &str) -> Digest {
         format!("sha256:{start:0<64}").parse().unwrap()
