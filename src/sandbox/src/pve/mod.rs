@@ -346,7 +346,7 @@ impl Inner {
         }
     }
 
-    /// Asks Proxmox VE to start a CT. One that it was never asked to start can go without it (see [`super::remove`]): so that is
+    /// Asks Proxmox VE to start a CT. One that it was never asked to start can go without it (see [`remove`]): so that is
     /// noted before, and taken back where nothing can have come of it.
     async fn ask_to_start(self: &Arc<Self>, record: Record) -> Result<Upid> {
         let (first, vmid) = (!record.needs_api, record.vmid);
