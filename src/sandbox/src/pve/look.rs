@@ -277,6 +277,21 @@ fn observation(sandbox: Option<&SandboxId>, word: Word) -> Observation {
     }
 }
 
+/// That the cluster's file system takes no changes, or takes them again.
+fn of_cluster(ct: &str, cluster: Option<Cluster>) -> Word {
+    let (what, until) = match cluster {
+        Some(Cluster::NoQuorum) => ("the cluster has no quorum", "it has"),
+        Some(Cluster::Away) => {
+            ("the cluster's file system is not mounted on the host (service pve-cluster)", "it is")
+        }
+        None => {
+            return word("ClusterBack", false, format!("{ct} can be changed again: the cluster is back"));
+        }
+    };
+    let text = format!("{what}: {ct} goes on; it is neither started, changed nor deleted until {until}");
+    word("ClusterLost", true, text)
+}
+
 /// What changed between two looks.
 fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
     let ct = format!("CT {}", record.vmid);
@@ -288,22 +303,7 @@ fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
         }
     }
     if before.cluster != now.cluster {
-        words.push(match now.cluster {
-            Some(Cluster::NoQuorum) => word(
-                "ClusterLost",
-                true,
-                format!("the cluster has no quorum: {ct} goes on; it is neither started, changed nor deleted until it has"),
-            ),
-            Some(Cluster::Away) => word(
-                "ClusterLost",
-                true,
-                format!(
-                    "the cluster's file system is not mounted on the host (service pve-cluster): {ct} goes on; it is neither started, \
-                     changed nor deleted until it is"
-                ),
-            ),
-            None => word("ClusterBack", false, format!("{ct} can be changed again: the cluster is back")),
-        });
+        words.push(of_cluster(&ct, now.cluster));
     }
     if before.running && !now.running && now.astray.is_none() && !now.asked_to_end {
         let text = "has ended without Moxlet having asked for it: it was stopped on the host, the host went down, or its first process \
