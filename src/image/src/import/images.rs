@@ -138,7 +138,9 @@ impl ImageStore {
                 continue;
             }
             let here = match &chain {
-                Some(chain) => self.store.driver.has_layer(chain).await?,
+                Some(chain) => {
+                    self.store.records.tape_path(chain).exists() && self.store.driver.has_layer(chain).await?
+                }
                 None => false,
             };
             if !here {
