@@ -55,6 +55,10 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
     let guard = sandbox.change.lock().await;
     if matches!(sandbox.phase(), Phase::Creating | Phase::Removing) {
         info!(sandbox = %sandbox.id, "removing a sandbox that was half made or half removed");
+        if waits(core) {
+            again::sandbox(core, sandbox);
+            return Ok(());
+        }
         return sandboxes::remove_parts(core, sandbox).await;
     }
     match core.engine.state(&sandbox.id).await? {
@@ -111,6 +115,11 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
     Ok(())
 }
 
+/// Whether nothing is removed before pods are taken over: each removal would wait in vain for an engine with a fault.
+fn waits(core: &Core) -> bool {
+    core.engine.fault().is_some()
+}
+
 /// Removes what no sandbox or container of the ledger owns.
 async fn strays(core: &Arc<Core>) {
     let sandboxes: BTreeSet<SandboxId> = core.sandboxes().iter().map(|s| s.id.clone()).collect();
@@ -129,6 +138,10 @@ async fn strays(core: &Arc<Core>) {
     }
     for id in found.difference(&sandboxes) {
         info!(sandbox = %id, "removing what is left of a sandbox");
+        if waits(core) {
+            again::stray(core, id.clone());
+            continue;
+        }
         if let Err(error) = sandboxes::remove_stray(core, id).await {
             warn!(sandbox = %id, error = chain(&error), "not wholly removed; it is tried again");
             again::stray(core, id.clone());
@@ -143,5 +156,34 @@ async fn strays(core: &Arc<Core>) {
         if let Err(error) = core.driver.remove_root(&id).await {
             warn!(container = %id, error = chain(&error), "not removed; the next start tries again");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use moxlet_sandbox::fake::{Call, FakeEngine};
+
+    use super::*;
+    use crate::{fake, ledger::SandboxRecord};
+
+    #[tokio::test]
+    async fn a_start_does_not_wait_for_an_engine_with_a_fault_to_remove_what_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(FakeEngine::default());
+        let core = fake::core(dir.path(), engine.clone()).await;
+        let half_made = SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1);
+        core.ledger.put_sandbox(&half_made).unwrap();
+        let stray = SandboxId::random();
+        fs::create_dir_all(core.pods_dir.join(stray.as_str())).unwrap();
+        engine.break_down("the server is away");
+        engine.refuse(Call::Delete, 2);
+        recover(&core).await.unwrap();
+        assert!(core.knows(&half_made.id) && core.pods_dir.join(stray.as_str()).exists());
+        // Both are tried again for as long as it takes.
+        core.tasks.close();
+        core.tasks.wait().await;
+        assert!(!core.knows(&half_made.id) && !core.pods_dir.join(stray.as_str()).exists());
+        assert!(core.ledger.load().unwrap().0.is_empty());
     }
 }

@@ -168,6 +168,14 @@ fn passes(error: &moxlet_pve::Error) -> bool {
     error.is_temporary() || matches!(error.reason(), E::Certificate { .. } | E::WrongToken { .. })
 }
 
+/// What a failed check says, without that it is the host which is checked.
+pub(super) fn reason(error: &Error) -> String {
+    match error {
+        Error::Host(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
 /// The pool of a storage, from `storage.cfg`.
 fn storage_pool(
     config_dir: &Path,

@@ -224,7 +224,7 @@ impl PveEngine {
 
     /// Has a [fault](Engine::fault) from now on, until what the API has to say is checked.
     pub fn unchecked(&self, required: Requirements, why: &Error) {
-        self.inner.set_unchecked(Some((required, why.to_string())));
+        self.inner.set_unchecked(Some((required, check::reason(why))));
     }
 
     /// The number of a sandbox' CT.
@@ -529,7 +529,7 @@ impl Engine for PveEngine {
     async fn check(&self) -> Result<()> {
         let Some((required, _)) = self.inner.unchecked() else { return Ok(()) };
         let checked = required.check_api().await;
-        self.inner.set_unchecked(checked.as_ref().err().map(|why| (required, why.to_string())));
+        self.inner.set_unchecked(checked.as_ref().err().map(|why| (required, check::reason(why))));
         checked
     }
 

@@ -11,7 +11,10 @@ use std::{
 use moxlet_ids::Vmid;
 use moxlet_pve::{Client, Endpoint, NodeName, PoolId, StorageId, Token, Trust};
 
-use super::{CgroupInits, PveConfig, PveEngine, Requirements, VmidRange, ZfsVolumes, check::Checked};
+use super::{
+    CgroupInits, PveConfig, PveEngine, Requirements, VmidRange, ZfsVolumes,
+    check::{Checked, reason},
+};
 use crate::{
     Error, Result,
     cgroup::{ContainerCgroups, Numbers},
@@ -94,7 +97,7 @@ impl PveHost {
         let Checked { dataset, away } = required.check().await?;
         if let Some(error) = &away {
             tracing::error!(
-                %error,
+                error = reason(error),
                 "Proxmox VE cannot be asked: running pods are taken over, new ones wait until it can"
             );
         }
