@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::core::v1::{ConfigMap, Container, Pod, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvFromSource, EnvVarSource, Pod, Secret};
 
 use self::fields::Facts;
 use crate::{
@@ -99,129 +99,141 @@ pub(crate) async fn environment(
 ) -> Result<Environment> {
     let namespace = names::namespace(pod);
     let objects = Objects::fetch(cluster, namespace, container).await?;
-    let mut order: Vec<String> = Vec::new();
-    let mut values: HashMap<String, String> = HashMap::new();
+    let sources = Sources { namespace, objects, pod, container, facts };
+    let mut own = Variables::default();
     let mut skipped = Vec::new();
-
     for from in container.env_from.iter().flatten() {
         let prefix = from.prefix.as_deref().unwrap_or_default();
-        let (label, pairs, optional, missing): (_, Option<Vec<(String, String)>>, _, _) = if let Some(r) =
-            &from.config_map_ref
-        {
-            let found =
-                objects.config_map(&r.name).map(|m| m.data.clone().unwrap_or_default().into_iter().collect());
-            (
-                format!("ConfigMap {namespace}/{}", r.name),
-                found,
-                r.optional,
-                format!("configmap \"{}\" not found", r.name),
-            )
-        } else if let Some(r) = &from.secret_ref {
-            let found = objects
-                .secret(&r.name)
-                .map(|s| s.data.iter().flatten().map(|(k, v)| (k.clone(), secret_text(&v.0))).collect());
-            (
-                format!("Secret {namespace}/{}", r.name),
-                found,
-                r.optional,
-                format!("secret \"{}\" not found", r.name),
-            )
-        } else {
-            continue;
-        };
-        let Some(pairs) = pairs else {
-            if optional == Some(true) {
-                continue;
-            }
-            return Err(Error::ContainerConfig(missing));
-        };
+        let Some((label, pairs)) = sources.all_of(from)? else { continue };
         let mut invalid = Vec::new();
         for (key, value) in pairs {
             let name = format!("{prefix}{key}");
-            if !is_name(&name) {
-                invalid.push(name);
-                continue;
-            }
-            put(&mut order, &mut values, name, value);
+            if is_name(&name) { own.put(name, value) } else { invalid.push(name) }
         }
         if !invalid.is_empty() {
             invalid.sort();
             skipped.push((label, invalid));
         }
     }
-
     for variable in container.env.iter().flatten() {
-        let value = match (&variable.value_from, variable.value.as_deref().unwrap_or_default()) {
-            (None, text) => {
-                Some(expand::expand(text, |n| values.get(n).or_else(|| links.get(n)).map(String::as_str)))
+        let value = match &variable.value_from {
+            None => {
+                let text = variable.value.as_deref().unwrap_or_default();
+                let known = |n: &str| own.values.get(n).or_else(|| links.get(n)).map(String::as_str);
+                Some(expand::expand(text, known))
             }
-            (Some(from), _) => {
-                if let Some(f) = &from.field_ref {
-                    Some(fields::field(pod, facts, &f.field_path).ok_or_else(|| {
-                        Error::ContainerConfig(format!("unsupported fieldPath: {}", f.field_path))
-                    })?)
-                } else if let Some(r) = &from.resource_field_ref {
-                    Some(fields::resource(pod, Some(container), facts, r).ok_or_else(|| {
-                        Error::ContainerConfig(format!("unsupported container resource : {}", r.resource))
-                    })?)
-                } else if let Some(r) = &from.config_map_key_ref {
-                    match objects.config_map(&r.name) {
-                        None if r.optional == Some(true) => None,
-                        None => {
-                            return Err(Error::ContainerConfig(format!(
-                                "configmap \"{}\" not found",
-                                r.name
-                            )));
-                        }
-                        Some(map) => match map.data.as_ref().and_then(|d| d.get(&r.key)) {
-                            Some(v) => Some(v.clone()),
-                            None if r.optional == Some(true) => None,
-                            None => {
-                                return Err(Error::ContainerConfig(format!(
-                                    "couldn't find key {} in ConfigMap {namespace}/{}",
-                                    r.key, r.name
-                                )));
-                            }
-                        },
-                    }
-                } else if let Some(r) = &from.secret_key_ref {
-                    match objects.secret(&r.name) {
-                        None if r.optional == Some(true) => None,
-                        None => {
-                            return Err(Error::ContainerConfig(format!("secret \"{}\" not found", r.name)));
-                        }
-                        Some(secret) => match secret.data.as_ref().and_then(|d| d.get(&r.key)) {
-                            Some(v) => Some(secret_text(&v.0)),
-                            None if r.optional == Some(true) => None,
-                            None => {
-                                return Err(Error::ContainerConfig(format!(
-                                    "couldn't find key {} in Secret {namespace}/{}",
-                                    r.key, r.name
-                                )));
-                            }
-                        },
-                    }
-                } else {
-                    Some(String::new())
-                }
-            }
+            Some(from) => sources.one_of(from)?,
         };
         if let Some(value) = value {
-            put(&mut order, &mut values, variable.name.clone(), value);
+            own.put(variable.name.clone(), value);
+        }
+    }
+    Ok(Environment { variables: own.after(links), skipped })
+}
+
+/// A pod's own variables, in the order in which their names came first.
+#[derive(Default)]
+struct Variables {
+    order: Vec<String>,
+    values: HashMap<String, String>,
+}
+
+impl Variables {
+    fn put(&mut self, name: String, value: String) {
+        if self.values.insert(name.clone(), value).is_none() {
+            self.order.push(name);
         }
     }
 
-    // Service links stand first and give way to what the pod sets itself.
-    let mut variables: Vec<(String, String)> =
-        links.into_iter().filter(|(k, _)| !values.contains_key(k)).collect();
-    variables.extend(order.into_iter().filter_map(|k| values.remove(&k).map(|v| (k, v))));
-    Ok(Environment { variables, skipped })
+    /// Service links stand first and give way to what the pod sets itself.
+    fn after(mut self, links: BTreeMap<String, String>) -> Vec<(String, String)> {
+        let mut all: Vec<_> = links.into_iter().filter(|(k, _)| !self.values.contains_key(k)).collect();
+        all.extend(self.order.into_iter().filter_map(|k| self.values.remove(&k).map(|v| (k, v))));
+        all
+    }
 }
 
-fn put(order: &mut Vec<String>, values: &mut HashMap<String, String>, name: String, value: String) {
-    if values.insert(name.clone(), value).is_none() {
-        order.push(name);
+/// Where values come from.
+struct Sources<'a> {
+    namespace: &'a str,
+    objects: Objects,
+    pod: &'a Pod,
+    container: &'a Container,
+    facts: &'a Facts,
+}
+
+/// An object's name for people, and all that it has.
+type Whole = (String, Vec<(String, String)>);
+
+impl Sources<'_> {
+    /// All of an object; nothing of one that may be missing and is.
+    fn all_of(&self, from: &EnvFromSource) -> Result<Option<Whole>> {
+        let label = |kind: &str, name: &str| format!("{kind} {}/{name}", self.namespace);
+        if let Some(r) = &from.config_map_ref {
+            let map = unless_optional(self.objects.config_map(&r.name), r.optional, no_config_map(&r.name))?;
+            let pairs = |map: &ConfigMap| map.data.clone().unwrap_or_default().into_iter().collect();
+            return Ok(map.map(|map| (label("ConfigMap", &r.name), pairs(map))));
+        }
+        if let Some(r) = &from.secret_ref {
+            let secret = unless_optional(self.objects.secret(&r.name), r.optional, no_secret(&r.name))?;
+            let pairs = |secret: &Secret| {
+                let data = secret.data.iter().flatten();
+                data.map(|(key, value)| (key.clone(), secret_text(&value.0))).collect()
+            };
+            return Ok(secret.map(|secret| (label("Secret", &r.name), pairs(secret))));
+        }
+        Ok(None)
     }
+
+    /// One value; none if it may be missing and is.
+    fn one_of(&self, from: &EnvVarSource) -> Result<Option<String>> {
+        let unsupported = |text| Error::ContainerConfig(text);
+        if let Some(f) = &from.field_ref {
+            let value = fields::field(self.pod, self.facts, &f.field_path);
+            let value =
+                value.ok_or_else(|| unsupported(format!("unsupported fieldPath: {}", f.field_path)))?;
+            return Ok(Some(value));
+        }
+        if let Some(r) = &from.resource_field_ref {
+            let value = fields::resource(self.pod, Some(self.container), self.facts, r);
+            let value = value
+                .ok_or_else(|| unsupported(format!("unsupported container resource : {}", r.resource)))?;
+            return Ok(Some(value));
+        }
+        if let Some(r) = &from.config_map_key_ref {
+            let map = unless_optional(self.objects.config_map(&r.name), r.optional, no_config_map(&r.name))?;
+            let Some(map) = map else { return Ok(None) };
+            let value = map.data.as_ref().and_then(|d| d.get(&r.key)).cloned();
+            return unless_optional(value, r.optional, self.no_key("ConfigMap", &r.key, &r.name));
+        }
+        if let Some(r) = &from.secret_key_ref {
+            let secret = unless_optional(self.objects.secret(&r.name), r.optional, no_secret(&r.name))?;
+            let Some(secret) = secret else { return Ok(None) };
+            let value = secret.data.as_ref().and_then(|d| d.get(&r.key)).map(|v| secret_text(&v.0));
+            return unless_optional(value, r.optional, self.no_key("Secret", &r.key, &r.name));
+        }
+        Ok(Some(String::new()))
+    }
+
+    fn no_key(&self, kind: &str, key: &str, name: &str) -> String {
+        format!("couldn't find key {key} in {kind} {}/{name}", self.namespace)
+    }
+}
+
+fn no_config_map(name: &str) -> String {
+    format!("configmap \"{name}\" not found")
+}
+
+fn no_secret(name: &str) -> String {
+    format!("secret \"{name}\" not found")
+}
+
+/// What is missing is an error, unless it may be.
+fn unless_optional<T>(found: Option<T>, optional: Option<bool>, missing: String) -> Result<Option<T>> {
+    if found.is_none() && optional != Some(true) {
+        return Err(Error::ContainerConfig(missing));
+    }
+    Ok(found)
 }
 
 /// A container's command or arguments with its variables in them.

@@ -275,6 +275,36 @@ impl Conditions<'_> {
             ..PodCondition::default()
         });
     }
+
+    /// Whether init containers are in the way; once a main one has begun, they are not any more.
+    fn initialized(&mut self, inits: &[ContainerStatus], begun: bool) {
+        match unready(inits).filter(|_| !begun) {
+            None => self.add("Initialized", true, "", ""),
+            Some(open) => {
+                let text = format!("containers with incomplete status: [{open}]");
+                self.add("Initialized", false, "ContainersNotInitialized", &text);
+            }
+        }
+    }
+
+    /// Whether the containers are ready, and with the gates the pod.
+    fn ready(&mut self, mains: &[ContainerStatus], phase: &str, begun: bool, gates: &[String]) {
+        let unready = unready(mains);
+        let (holds, reason, message) = if phase == "Failed" {
+            (false, "PodFailed", String::new())
+        } else if unready.is_none() && begun {
+            (true, "", String::new())
+        } else {
+            let names = unready.unwrap_or_default();
+            (false, "ContainersNotReady", format!("containers with unready status: [{names}]"))
+        };
+        if holds && !gates.is_empty() {
+            self.add("Ready", false, "ReadinessGatesNotReady", &gates.join(", "));
+        } else {
+            self.add("Ready", holds, reason, &message);
+        }
+        self.add("ContainersReady", holds, reason, &message);
+    }
 }
 
 /// Computes a pod's status; `old` is the last one.
@@ -304,18 +334,7 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         phase = if old.phase.as_deref() == Some("Succeeded") { "Succeeded" } else { "Failed" };
     }
     if inputs.ended {
-        let unfinished = |s: &&mut ContainerStatus| s.state.as_ref().is_none_or(|s| s.terminated.is_none());
-        if begun {
-            for s in mains.iter_mut().filter(unfinished) {
-                s.state = Some(lost());
-                (s.ready, s.started) = (false, Some(false));
-            }
-        }
-        let seen = inits.iter().rposition(|s| s.container_id.is_some()).map_or(0, |i| i + 1);
-        for s in inits[..seen].iter_mut().filter(unfinished) {
-            s.state = Some(lost());
-            (s.ready, s.started) = (false, Some(false));
-        }
+        end(&mut inits, &mut mains, begun);
     }
     let final_ = matches!(phase, "Succeeded" | "Failed");
     if final_ {
@@ -330,8 +349,6 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         .filter(|i| !i.is_empty())
         .unwrap_or_else(|| old.pod_ips.iter().flatten().map(|i| i.ip.clone()).collect());
 
-    let names =
-        |list: Vec<&ContainerStatus>| list.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(" ");
     let old_conditions = old.conditions.clone().unwrap_or_default();
     let mut conditions =
         Conditions { old: &old_conditions, new: Vec::new(), generation: pod.metadata.generation };
@@ -342,46 +359,8 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         conditions.add("Ready", false, "PodCompleted", "");
         conditions.add("ContainersReady", false, "PodCompleted", "");
     } else {
-        let open: Vec<_> = inits.iter().filter(|s| !s.ready).collect();
-        if begun || open.is_empty() {
-            conditions.add("Initialized", true, "", "");
-        } else {
-            let text = format!("containers with incomplete status: [{}]", names(open));
-            conditions.add("Initialized", false, "ContainersNotInitialized", &text);
-        }
-        let unready: Vec<_> = mains.iter().filter(|s| !s.ready).collect();
-        let (holds, reason, message) = if phase == "Failed" {
-            (false, "PodFailed", String::new())
-        } else if unready.is_empty() && begun {
-            (true, "", String::new())
-        } else {
-            (false, "ContainersNotReady", format!("containers with unready status: [{}]", names(unready)))
-        };
-        let gates: Vec<String> = spec
-            .readiness_gates
-            .iter()
-            .flatten()
-            .filter_map(|g| {
-                let kind = &g.condition_type;
-                match pod.status.iter().flat_map(|s| s.conditions.iter().flatten()).find(|c| c.type_ == *kind)
-                {
-                    None => Some(format!(
-                        "corresponding condition of pod readiness gate \"{kind}\" does not exist."
-                    )),
-                    Some(c) if c.status != "True" => Some(format!(
-                        "the status of pod readiness gate \"{kind}\" is not \"True\", but {}",
-                        c.status
-                    )),
-                    Some(_) => None,
-                }
-            })
-            .collect();
-        if holds && !gates.is_empty() {
-            conditions.add("Ready", false, "ReadinessGatesNotReady", &gates.join(", "));
-        } else {
-            conditions.add("Ready", holds, reason, &message);
-        }
-        conditions.add("ContainersReady", holds, reason, &message);
+        conditions.initialized(&inits, begun);
+        conditions.ready(&mains, phase, begun, &gates(pod));
     }
     conditions.add("PodScheduled", true, "", "");
     let (reason, message) = match &inputs.failure {
@@ -404,6 +383,39 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         observed_generation: pod.metadata.generation,
         ..PodStatus::default()
     }
+}
+
+/// The last states of a pod that has ended: what had not ended for itself is lost.
+fn end(inits: &mut [ContainerStatus], mains: &mut [ContainerStatus], begun: bool) {
+    let unfinished = |s: &&mut ContainerStatus| s.state.as_ref().is_none_or(|s| s.terminated.is_none());
+    let seen = inits.iter().rposition(|s| s.container_id.is_some()).map_or(0, |i| i + 1);
+    let mains = if begun { mains } else { &mut [] };
+    for s in mains.iter_mut().chain(&mut inits[..seen]).filter(unfinished) {
+        s.state = Some(lost());
+        (s.ready, s.started) = (false, Some(false));
+    }
+}
+
+/// What stands in the way of a pod's readiness gates.
+fn gates(pod: &Pod) -> Vec<String> {
+    let gates = pod.spec.iter().flat_map(|s| s.readiness_gates.iter().flatten());
+    let closed = |kind: &str| {
+        let mut known = pod.status.iter().flat_map(|s| s.conditions.iter().flatten());
+        match known.find(|c| c.type_ == kind) {
+            None => Some(format!("corresponding condition of pod readiness gate \"{kind}\" does not exist.")),
+            Some(c) if c.status != "True" => {
+                Some(format!("the status of pod readiness gate \"{kind}\" is not \"True\", but {}", c.status))
+            }
+            Some(_) => None,
+        }
+    };
+    gates.filter_map(|gate| closed(&gate.condition_type)).collect()
+}
+
+/// The names of those that are not ready, with a space between them.
+fn unready(statuses: &[ContainerStatus]) -> Option<String> {
+    let names: Vec<_> = statuses.iter().filter(|s| !s.ready).map(|s| s.name.as_str()).collect();
+    (!names.is_empty()).then(|| names.join(" "))
 }
 
 /// The strategic merge patch that brings a pod's status there.

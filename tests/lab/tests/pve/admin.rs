@@ -1,6 +1,6 @@
 //! What an administrator does to a pod's CT on the host: the CT is left as the documentation says, and the pod's events tell it.
 
-use moxlet_tests_e2e::{Namespace, busybox};
+use moxlet_tests_e2e::{LONG, Namespace, busybox};
 use moxlet_tests_lab::Guest;
 
 use crate::pod::{IDLE, warm};
@@ -33,6 +33,14 @@ fn what_is_done_to_a_ct_is_told_on_its_pod_which_goes_on() {
     assert_eq!(guest.sh(&format!("cat /sys/fs/cgroup/lxc/{vmid}/memory.max")), (256 << 20).to_string());
     assert_eq!(ns.exec("web", "hostname").text().trim(), "web");
     assert_eq!(guest.vmid("web"), vmid, "it is the CT that it was");
+
+    let _ = guest.api("POST", &format!("/nodes/pve1/lxc/{vmid}/status/stop"));
+    ns.wait_event("web", "CTStopped", "");
+    ns.until("web", "its container to run again", LONG, |pod| {
+        let main = &pod["status"]["containerStatuses"][0];
+        (main["restartCount"].as_u64() >= Some(1) && main["state"]["running"].is_object()).then_some(())
+    });
+    assert_eq!(ns.exec("web", "hostname").text().trim(), "web");
 
     ns.kubectl(&["delete", "pod", "web"]).ok();
     guest.as_before(&before);
