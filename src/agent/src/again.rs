@@ -86,6 +86,13 @@ mod tests {
         v1::PodSandboxConfig { metadata: Some(metadata), ..Default::default() }
     }
 
+    /// A pod's start that fails, and so do two removals of it.
+    async fn fail(core: &Arc<Core>, engine: &FakeEngine) {
+        engine.refuse(Call::Start, 1);
+        engine.refuse(Call::Delete, 2);
+        sandboxes::run(core, web(), "").await.unwrap_err();
+    }
+
     async fn until_gone(core: &Arc<Core>) {
         let mut events = core.listen();
         while !core.sandboxes().is_empty() {
@@ -98,9 +105,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = Arc::new(FakeEngine::default());
         let core = fake::core(dir.path(), engine.clone()).await;
-        engine.refuse(Call::Start, 1);
-        engine.refuse(Call::Delete, 2);
-        sandboxes::run(&core, web(), "").await.unwrap_err();
+        fail(&core, &engine).await;
         let left = core.sandboxes();
         assert_eq!((left.len(), left[0].phase()), (1, Phase::Removing));
         assert!(engine.spec(&left[0].id).is_some());
@@ -115,9 +120,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = Arc::new(FakeEngine::default());
         let core = fake::core(dir.path(), engine.clone()).await;
-        engine.refuse(Call::Start, 1);
-        engine.refuse(Call::Delete, 2);
-        sandboxes::run(&core, web(), "").await.unwrap_err();
+        fail(&core, &engine).await;
         let id = core.sandboxes()[0].id.clone();
         sandboxes::remove(&core, id.as_str()).await.unwrap_err();
         until_gone(&core).await;

@@ -90,27 +90,30 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
         }
     }
     if let Ok(client) = sandbox.client() {
-        // Before anybody can ask: a container that ran on must not look like one that never started.
-        if let Ok(known) = client.list().await {
-            let names: BTreeSet<String> = known.iter().map(|c| c.id.clone()).collect();
-            for state in known {
-                match core.container(&state.id) {
-                    Ok(container) if state.status == Status::Created => {
-                        let cut =
-                            Error::State("the agent ended while the container was being started".into());
-                        containers::not_started(core, sandbox, &container, &cut).await?;
-                    }
-                    _ => containers::reported(core, sandbox, state).await?,
-                }
-            }
-            for container in core.containers_of(&sandbox.id) {
-                if !names.contains(container.id.as_str()) {
-                    containers::lost(core, sandbox, &container).await?;
-                }
-            }
-        }
+        containers_again(core, sandbox, &client).await?;
         drop(guard);
         watch::spawn(core, sandbox);
+    }
+    Ok(())
+}
+
+/// What the init knows of its containers, before anybody can ask: one that ran on must not look like one that never started.
+async fn containers_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>, client: &Client) -> Result<()> {
+    let Ok(known) = client.list().await else { return Ok(()) };
+    let names: BTreeSet<String> = known.iter().map(|c| c.id.clone()).collect();
+    for state in known {
+        match core.container(&state.id) {
+            Ok(container) if state.status == Status::Created => {
+                let cut = Error::State("the agent ended while the container was being started".into());
+                containers::not_started(core, sandbox, &container, &cut).await?;
+            }
+            _ => containers::reported(core, sandbox, state).await?,
+        }
+    }
+    for container in core.containers_of(&sandbox.id) {
+        if !names.contains(container.id.as_str()) {
+            containers::lost(core, sandbox, &container).await?;
+        }
     }
     Ok(())
 }

@@ -10,6 +10,7 @@
 //! * cgroup v2: moxlet-init hands the controllers down and libcontainer writes the limits; here are only figures.
 
 mod hierarchy;
+pub(crate) mod memory;
 
 use std::{
     collections::HashMap,
@@ -25,7 +26,6 @@ use self::hierarchy::{Hierarchy, Names};
 use crate::{
     Error, IdMap, Limits, Result,
     process::{kill_now, read_bounded},
-    pve::{HIGH_SHARE, memory_mib},
 };
 
 /// The CFS period where none is given.
@@ -145,7 +145,7 @@ impl ContainerCgroups {
         let mut rest = *limits;
         let of_pve = container.is_none() && self.numbers.is_some() && !self.v1;
         if of_pve && let Some(bytes) = rest.memory_bytes.take() {
-            resize_memory(&self.dir("memory", sandbox, None)?, memory_mib(Some(bytes), 0) << 20)?;
+            memory::resize(&self.dir("memory", sandbox, None)?, bytes)?;
         }
         for (controller, file, value) in limit_files(&rest, self.v1) {
             let dir = self.dir(controller, sandbox, container)?;
@@ -309,22 +309,6 @@ pub fn set_oom_score_adj(pid: u32, adj: i32) -> Result<i32> {
     Ok(now)
 }
 
-/// Gives a CT of Proxmox VE this much memory in place of what it has: `memory.high` is a little below `memory.max`, and at no
-/// time above it.
-fn resize_memory(dir: &Path, max: u64) -> Result<()> {
-    let high = (u128::from(max) * u128::from(HIGH_SHARE) / 1024).to_string();
-    let (max, high) = (("memory.max", max.to_string()), ("memory.high", high));
-    // "max" is no number and above all.
-    let now = read(&dir.join("memory.max"))?.trim().parse().unwrap_or(u64::MAX);
-    let lower = max.1.parse().is_ok_and(|wanted: u64| wanted < now);
-    for (file, value) in if lower { [high, max] } else { [max, high] } {
-        write(&dir.join(file), &value)?;
-    }
-    let swap = dir.join("memory.swap.max");
-    // A kernel without swap accounting has no such file.
-    if swap.exists() { write(&swap, "0") } else { Ok(()) }
-}
-
 /// cgroup v1 CPU shares as a v2 weight, the conversion of the OCI runtimes.
 #[must_use]
 pub fn weight_of_shares(shares: u64) -> u64 {
@@ -482,7 +466,7 @@ fn field(text: &str, name: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic)]
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     fn all() -> Limits {
@@ -557,23 +541,6 @@ mod tests {
         let others = Limits { pids: Some(200), ..Limits::default() };
         cgroups.update(&id, None, &others).unwrap();
         assert_eq!((has("memory.high"), has("pids.max")), ("67624960".into(), "200".into()));
-    }
-
-    #[test]
-    fn memory_high_is_never_above_memory_max() {
-        let base = tempfile::tempdir().unwrap();
-        let (.., dir) = of_pve(base.path());
-        let missing = |error: Error| match error {
-            Error::Cgroup { path, .. } => path.file_name().unwrap().to_owned(),
-            other => panic!("{other}"),
-        };
-        // What is written second is what is missed where both cannot be.
-        std::fs::write(dir.join("memory.max"), "1048576").unwrap();
-        std::fs::remove_file(dir.join("memory.high")).unwrap();
-        assert_eq!(missing(resize_memory(&dir, 2 << 20).unwrap_err()), "memory.high");
-        assert_eq!(read(&dir.join("memory.max")).unwrap(), "2097152", "raised first");
-        assert_eq!(missing(resize_memory(&dir, 1 << 20).unwrap_err()), "memory.high");
-        assert_eq!(read(&dir.join("memory.max")).unwrap(), "2097152", "lowered last");
     }
 
     #[test]

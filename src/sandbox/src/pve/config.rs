@@ -21,7 +21,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     Error, INIT_IN_CT, IdMap, Limits, Nic, NicAddress, Result, SandboxSpec,
-    cgroup::{DEFAULT_PERIOD_US, weight_of_shares},
+    cgroup::{DEFAULT_PERIOD_US, memory, weight_of_shares},
     text::{check_args, check_hostname, invalid, mount_path, of_every_ct, plain_path},
 };
 
@@ -34,11 +34,6 @@ const TAG: &str = "moxlet";
 const USUAL_MAP: IdMap = IdMap { host_base: 100_000, size: 65_536 };
 /// Seconds that a host which goes down gives a CT beyond its pod's own grace.
 const BEYOND_GRACE: u64 = 10;
-const MIB: u64 = 1 << 20;
-/// The least memory that Proxmox VE takes, in MiB.
-const LEAST_MEMORY: u64 = 16;
-/// `memory.high` is this many 1024ths of `memory.max` (`PVE::LXC::CGroup`).
-pub(crate) const HIGH_SHARE: u64 = 1016;
 /// The finest share of a core that is written.
 const CPU_STEP: f64 = 10_000.0;
 
@@ -111,7 +106,7 @@ pub(super) fn render(spec: &SandboxSpec, around: &Surroundings<'_>) -> Result<Lx
         entrypoint: Some(entrypoint(&spec.init_args)?),
         features: Some(Features { nesting: Some(true), ..Features::default() }),
         hostname: Some(spec.hostname.clone()),
-        memory: Some(memory_mib(spec.limits.memory_bytes, around.memory_bytes)),
+        memory: Some(memory::mib(spec.limits.memory_bytes, around.memory_bytes)),
         onboot: Some(false),
         ostype: Some("unmanaged".to_owned()),
         protection: around.protection.then_some(true),
@@ -240,19 +235,6 @@ fn entrypoint(args: &[String]) -> Result<String> {
     Ok(text)
 }
 
-/// Memory in MiB of which `memory.high`, too, is at least the pod's limit.
-pub(crate) fn memory_mib(limit: Option<u64>, all: u64) -> u64 {
-    let with_high = |bytes: u64| {
-        let bytes = u128::from(bytes) * 1024;
-        let mib = bytes.div_ceil(u128::from(HIGH_SHARE) * u128::from(MIB));
-        u64::try_from(mib).unwrap_or(u64::MAX / MIB)
-    };
-    match limit {
-        Some(bytes) => with_high(bytes).max(LEAST_MEMORY),
-        None => (all / MIB).max(LEAST_MEMORY),
-    }
-}
-
 /// The share of the host's time in cores, if it is bounded.
 fn cpulimit(limits: &Limits) -> Option<f64> {
     let quota = limits.cpu_quota_us.filter(|q| *q > 0)?;
@@ -272,7 +254,7 @@ fn cpuunits(limits: &Limits) -> Option<u32> {
 pub(super) fn resize(config: &mut LxcConfig, limits: &Limits, all: u64, cores: u32) -> bool {
     let before = (config.memory, config.cpulimit, config.cores, config.cpuunits);
     if limits.memory_bytes.is_some() {
-        config.memory = Some(memory_mib(limits.memory_bytes, all));
+        config.memory = Some(memory::mib(limits.memory_bytes, all));
     }
     if limits.cpu_quota_us.is_some() {
         config.cpulimit = cpulimit(limits);
@@ -465,9 +447,9 @@ mod tests {
 
     #[test]
     fn memory_is_always_written_and_high_enough() {
-        assert_eq!(memory_mib(None, 8 << 30), 8192);
-        assert_eq!(memory_mib(Some(1), 8 << 30), 16);
-        assert_eq!(memory_mib(Some(100 << 20), 8 << 30), 101);
+        assert_eq!(memory::mib(None, 8 << 30), 8192);
+        assert_eq!(memory::mib(Some(1), 8 << 30), 16);
+        assert_eq!(memory::mib(Some(100 << 20), 8 << 30), 101);
     }
 
     #[test]
@@ -516,8 +498,8 @@ mod tests {
     proptest! {
         #[test]
         fn memory_high_is_never_below_the_limit(limit in 1u64..1 << 50) {
-            let max = memory_mib(Some(limit), 0) * MIB;
-            prop_assert!(max / 1024 * HIGH_SHARE + 1024 >= limit, "{} {}", max, limit);
+            let max = memory::mib(Some(limit), 0) << 20;
+            prop_assert!(max / 1024 * memory::HIGH_SHARE + 1024 >= limit, "{} {}", max, limit);
         }
 
         #[test]

@@ -65,7 +65,6 @@ pub use setup::PveHost;
 pub use vmid::VmidRange;
 pub use volume::{VolumeOwner, Volumes, ZfsVolumes};
 
-pub(crate) use self::config::{HIGH_SHARE, memory_mib};
 use self::{
     config::Layout,
     file::ConfigDir,

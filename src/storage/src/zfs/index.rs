@@ -65,8 +65,7 @@ pub(super) enum Hold {
     View,
 }
 
-/// How many roots are clones of one snapshot before the next is taken. One more clone of a snapshot costs some 0.2 ms for each
-/// that it has (`scripts/bench clones`), one more snapshot some milliseconds.
+/// How many roots are clones of one snapshot before the next is taken: `scripts/bench clones` shows what it does.
 const CLONES: usize = 64;
 
 /// All of the store.

@@ -8,5 +8,6 @@ mod crash;
 mod life;
 mod network;
 mod quorum;
+mod restored;
 mod start;
 mod world;
