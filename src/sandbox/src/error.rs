@@ -129,6 +129,9 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// The dataset of a CT's root could not be mounted.
+    #[error("the root of a CT could not be mounted: {0}")]
+    Mount(#[from] moxlet_storage::Error),
     /// A host tool could not be run at all.
     #[error("could not run {program}: is the package `lxc` installed?")]
     Spawn {

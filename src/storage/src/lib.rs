@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::{CommandFailure, Error, LayerUser, Result};
 pub use overlay::OverlayDriver;
-pub use zfs::{IdStyle, ZfsConfig, ZfsDriver};
+pub use zfs::{IdStyle, ZfsConfig, ZfsDriver, mount_dataset};
 
 /// Removes a file or a tree that a container wrote, of whatever depth, by way of `scratch` (a directory on the same file
 /// system). Links are not followed. Idempotent.

@@ -143,6 +143,9 @@ pub(super) fn include_text(spec: &SandboxSpec, vmid: Vmid) -> Result<String> {
         let _ = writeln!(text, "{key} = {value}");
     };
     put("lxc.hook.pre-start", &hook(spec, vmid)?);
+    // None of lxcfs' files over those of /proc, which all CTs of Proxmox VE have by LXC's common configuration: the containers
+    // have a /proc of their own, and only mounts and the time to make them would come of it.
+    put("lxc.hook.mount", "");
     for (key, value) in of_every_ct(spec, "cgroup:mixed")? {
         put(&key, &value);
     }
@@ -439,6 +442,8 @@ mod tests {
         assert!(text.contains("lxc.signal.halt = SIGTERM\n"));
         let hook = "lxc.hook.pre-start = '/var/lib/moxlet/init/0/moxlet-init' check-ct 1000000\n";
         assert!(text.contains(hook), "{text}");
+        // No value: whatever hooks of this kind there are go.
+        assert!(text.contains("lxc.hook.mount = \n"), "{text}");
         assert!(text.contains("/var/lib/moxlet/pods/ab run/moxlet/pod none rbind,rslave,create=dir 0 0\n"));
         assert!(text.contains(" sbin/moxlet-init none bind,ro 0 0\n"));
         assert!(text.contains("lxc.sysctl.net.ipv4.ip_unprivileged_port_start = 0\n"));

@@ -15,6 +15,7 @@ use std::{
 
 use async_trait::async_trait;
 use moxlet_ids::SandboxId;
+use moxlet_storage::mounts;
 use tokio::process::Command;
 
 use crate::{Error, INIT_IN_CT, IdMap, Result, error::io};
@@ -55,6 +56,8 @@ pub trait Volumes: Send + Sync + std::fmt::Debug {
 #[derive(Debug)]
 pub struct ZfsVolumes {
     pool: String,
+    /// Whether what is below it is mounted below it.
+    passes_on: bool,
 }
 
 impl ZfsVolumes {
@@ -71,12 +74,32 @@ impl ZfsVolumes {
                 reason: "it is no dataset's name".into(),
             });
         }
-        run(&["list", "-H", "-o", "name", pool]).await?;
-        Ok(Self { pool: pool.to_owned() })
+        let mountpoint = run(&["list", "-H", "-o", "mountpoint", pool]).await?;
+        Ok(Self { pool: pool.to_owned(), passes_on: mountpoint.starts_with('/') })
     }
 
     fn dataset(&self, name: &str) -> String {
         format!("{}/{name}", self.pool)
+    }
+
+    /// Where a volume is mounted, by what it has from the pool. The table of mounts knows it without a program.
+    async fn place_of(&self, name: &str) -> Result<PathBuf> {
+        if self.passes_on
+            && let Some(pool) = mounts::place_of(&self.pool)?
+        {
+            return Ok(pool.join(name));
+        }
+        let dataset = self.dataset(name);
+        let text = run(&["get", "-Hp", "-o", "value", "mountpoint", &dataset]).await?;
+        let place = PathBuf::from(text.trim());
+        if place.is_absolute() {
+            return Ok(place);
+        }
+        Err(Error::Host(format!(
+            "the dataset {dataset} would be mounted at {:?}: give {} a mountpoint, as Proxmox VE's storages have",
+            text.trim(),
+            self.pool
+        )))
     }
 }
 
@@ -100,21 +123,12 @@ impl Volumes for ZfsVolumes {
             },
             Err(error) => return Err(error),
         }
-        match run(&["mount", &dataset]).await {
-            Ok(_) => {}
-            Err(error) if said(&error, "already mounted") => {}
-            Err(error) => return Err(error),
-        }
-        let text = run(&["get", "-Hp", "-o", "value", "mountpoint", &dataset]).await?;
-        let mountpoint = PathBuf::from(text.trim());
-        if !mountpoint.is_absolute() {
-            return Err(Error::Host(format!(
-                "the dataset {dataset} would be mounted at {:?}: give {} a mountpoint, as Proxmox VE's storages have",
-                text.trim(),
-                self.pool
-            )));
-        }
-        let filled = tokio::task::spawn_blocking(move || fill(&mountpoint, map));
+        let place = self.place_of(name).await?;
+        // Proxmox VE finds it mounted when it starts the CT.
+        let filled = tokio::task::spawn_blocking(move || {
+            moxlet_storage::mount_dataset(&dataset, &place)?;
+            fill(&place, map)
+        });
         filled.await.map_err(|e| Error::Host(format!("filling a root volume failed: {e}")))?
     }
 

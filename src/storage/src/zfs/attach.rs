@@ -30,14 +30,31 @@ const ZFS_MAGIC: u64 = 0x2fc1_2fc1;
 const TRIES: u32 = 6;
 const PAUSE: Duration = Duration::from_millis(15);
 
-/// Whether a mount may be written to.
+/// What a mount is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
+    /// Whatever `zfs mount` allows.
+    Plain,
+    /// No device node in it opens.
     Write,
+    /// Nor is it written to, nor has a file in it its setuid.
     Read,
 }
 
-/// A mount of a dataset or snapshot that has no place yet. Device nodes in it do not open.
+/// Mounts a dataset at a directory, which is made if missing, as `zfs mount` does for one with `canmount=noauto`, without a
+/// program. Idempotent.
+///
+/// # Errors
+/// What the system says of which dataset or path.
+pub fn mount_dataset(dataset: &str, target: &Path) -> Result<()> {
+    if mounts::source_of(target)?.as_deref() == Some(dataset) {
+        return Ok(());
+    }
+    fs::create_dir_all(target).attempt("create", target)?;
+    put(&detached(dataset, Access::Plain)?, &opened(target)?, target)
+}
+
+/// A mount of a dataset or snapshot that has no place yet.
 pub(super) fn detached(dataset: &str, access: Access) -> Result<OwnedFd> {
     let mut pause = PAUSE;
     let mut tries = 0;
@@ -56,11 +73,16 @@ pub(super) fn detached(dataset: &str, access: Access) -> Result<OwnedFd> {
 fn make(dataset: &str, access: Access) -> rustix::io::Result<OwnedFd> {
     let context = rustix::mount::fsopen("zfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     rustix::mount::fsconfig_set_string(context.as_fd(), "source", dataset)?;
-    let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
-    if access == Access::Read {
-        rustix::mount::fsconfig_set_flag(context.as_fd(), "ro")?;
-        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID;
-    }
+    let attributes = match access {
+        Access::Plain => MountAttrFlags::empty(),
+        Access::Write => MountAttrFlags::MOUNT_ATTR_NODEV,
+        Access::Read => {
+            rustix::mount::fsconfig_set_flag(context.as_fd(), "ro")?;
+            MountAttrFlags::MOUNT_ATTR_NODEV
+                | MountAttrFlags::MOUNT_ATTR_RDONLY
+                | MountAttrFlags::MOUNT_ATTR_NOSUID
+        }
+    };
     rustix::mount::fsconfig_create(context.as_fd())?;
     rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
@@ -83,10 +105,14 @@ pub(super) fn nothing() -> Result<OwnedFd> {
 /// The directory to mount at, made if missing; none if one of our kind is mounted there already.
 pub(super) fn place_for(target: &Path) -> Result<Option<OwnedFd>> {
     fs::create_dir_all(target).attempt("create", target)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let place = rustix::fs::openat(CWD, target, flags, Mode::empty()).attempt("open", target)?;
+    let place = opened(target)?;
     let there = mounts::is_mounted(target)? && is_zfs(&place).attempt("look at", target)?;
     Ok((!there).then_some(place))
+}
+
+fn opened(target: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, target, flags, Mode::empty()).attempt("open", target)
 }
 
 /// Gives a mount its place.

@@ -54,6 +54,7 @@ use crate::{
     error::{Attempt, Error, Result},
     mounts,
 };
+pub use attach::mount_dataset;
 use cli::Cli;
 use index::Index;
 use names::{Kind, Snapshot};

@@ -11,7 +11,10 @@ use std::{
     process::Command,
 };
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::{
+    fs::{Mode, OFlags, ResolveFlags},
+    mount::MountFlags,
+};
 
 use super::super::{Mount, MountSource};
 use crate::{Error, Result, error::io};
@@ -53,26 +56,46 @@ pub fn run(dir: &Path) -> Result<()> {
 }
 
 fn mount_at(mount: &Mount, target: &Path) -> Result<()> {
+    if mount.passthrough {
+        return mount_shifted(mount, target);
+    }
+    let failed = |what| move |e: rustix::io::Errno| io(what, target)(e.into());
+    match &mount.source {
+        MountSource::Dataset(dataset) => {
+            let flags = if mount.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+            rustix::mount::mount(dataset, target, "zfs", flags, None).map_err(failed("mount a dataset at"))
+        }
+        MountSource::Dir(dir) => {
+            rustix::mount::mount_bind(dir, target).map_err(failed("bind at"))?;
+            if mount.read_only {
+                // The descriptor's directory lies below the mount, which only a path leads to.
+                let path = fs::read_link(target).unwrap_or_else(|_| target.to_path_buf());
+                let flags = MountFlags::BIND | MountFlags::RDONLY;
+                rustix::mount::mount_remount(&path, flags, "")
+                    .map_err(|e| io("make read-only", &path)(e.into()))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// A mount whose ids on disk are ids in the CT: `mount` of util-linux knows how.
+fn mount_shifted(mount: &Mount, target: &Path) -> Result<()> {
     let target = target.display().to_string();
-    let mut options: Vec<String> = Vec::new();
-    let source = match &mount.source {
+    let mut options = vec![format!("X-mount.idmap=u:0:{ROOT_UID}:65536 g:0:{ROOT_UID}:65536")];
+    let (kind, source): (&[&str], _) = match &mount.source {
         MountSource::Dataset(dataset) => {
             options.push("zfsutil".into());
-            dataset.clone()
+            (&["-t", "zfs"], dataset.clone())
         }
         MountSource::Dir(dir) => {
             options.push("bind".into());
-            dir.clone()
+            (&[], dir.clone())
         }
     };
-    if mount.passthrough {
-        // Ids on disk are ids in the CT.
-        options.push(format!("X-mount.idmap=u:0:{ROOT_UID}:65536 g:0:{ROOT_UID}:65536"));
-    }
     if mount.read_only {
         options.push("ro".into());
     }
-    let kind: &[&str] = if matches!(mount.source, MountSource::Dataset(_)) { &["-t", "zfs"] } else { &[] };
     let output = Command::new("/usr/bin/mount")
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")

@@ -28,6 +28,8 @@ use crate::{
 const START: Duration = Duration::from_secs(120);
 const QUICK: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
+/// A start looks at its unit each so many times that it looks for the CT.
+const UNIT_LOOKS: u32 = 8;
 
 /// liblxc on this machine. All simulated hosts share it: VMIDs are unique in the cluster.
 #[derive(Debug)]
@@ -68,7 +70,10 @@ impl Lxc {
     async fn wait_until_running(&self, vmid: u32, child: Option<&unit::Child>) -> Result<()> {
         let since = Instant::now();
         let path = self.config.lxcpath.display().to_string();
-        while since.elapsed() < START {
+        for round in 1_u32.. {
+            if since.elapsed() >= START {
+                break;
+            }
             if stats::is_active(&self.config.lxcpath, vmid) {
                 let state = run("lxc-info", &["-P", &path, "-n", &vmid.to_string(), "-s", "-H"], QUICK).await;
                 if state.is_ok_and(|s| s.trim() == "RUNNING") {
@@ -77,7 +82,8 @@ impl Lxc {
             }
             let ended = match child {
                 Some(child) => child.has_ended(),
-                None => unit::has_failed(&self.config.unit, vmid).await,
+                // A program each time, which shall not take the processor from the start.
+                None => round % UNIT_LOOKS == 0 && unit::has_failed(&self.config.unit, vmid).await,
             };
             if ended {
                 break;

@@ -45,6 +45,10 @@ pub(super) async fn install(unit: &str, lxcpath: &Path) -> Result<()> {
 
 pub(super) async fn start(unit: &str, vmid: u32) -> Result<()> {
     let name = format!("{unit}@{vmid}");
+    if run("systemctl", &["start", &name], QUICK).await.is_ok() {
+        return Ok(());
+    }
+    // It has failed too often of late.
     let _ = run("systemctl", &["reset-failed", &name], QUICK).await;
     run("systemctl", &["start", &name], QUICK).await.map(|_| ())
 }
