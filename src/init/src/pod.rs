@@ -9,7 +9,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{fs::OpenOptionsExt, net::UnixStream},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
     sync::{
         Arc, Condvar, Mutex,
@@ -125,37 +125,12 @@ impl Pod {
         let name = shell::name_in(&request.spec).unwrap_or(&request.id).to_owned();
         let prepared = spec::prepare(request)?;
         let bundle = self.options.run.join("bundles").join(&request.id);
-        fs::create_dir_all(&bundle).context(format!("making {}", bundle.display()))?;
-        fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(bundle.join("config.json"))
-            .and_then(|mut file| file.write_all(&prepared.config))
-            .context("writing the bundle")?;
+        write_bundle(&bundle, &prepared.config)?;
         let log_name = request.log_path.as_ref().map(|p| p.display().to_string()).unwrap_or_default();
         let mut log = LogFile::open(request.log_path.take(), request.log_max_bytes, request.log_max_files)
             .context(format!("opening the log {log_name}"))?;
         log.show_on(&self.console, &name);
-        let mut stdin = None;
-        let mut sources = Vec::new();
-        let stdio = if request.tty {
-            [Stdio::null(), Stdio::null(), Stdio::null()]
-        } else {
-            let input = if request.stdin {
-                let (read, write) = pipe(PIPE)?;
-                stdin = Some(write);
-                Stdio::from(read)
-            } else {
-                Stdio::null()
-            };
-            let (out_read, out_write) = pipe(PIPE)?;
-            let (err_read, err_write) = pipe(PIPE)?;
-            sources.push(Source { stream: Stream::Stdout, fd: out_read, terminal: false });
-            sources.push(Source { stream: Stream::Stderr, fd: err_read, terminal: false });
-            [input, Stdio::from(out_write), Stdio::from(err_write)]
-        };
+        let Streams { stdio, stdin, mut sources } = Streams::of(request)?;
         let root = self.runtime_root();
         let mut notes = Notes::new(spawn_self("create", &[&bundle, &root, request.id.as_ref()], stdio)?);
         let (pid, master) = match notes.next()? {
@@ -472,6 +447,44 @@ impl Pod {
         for container in late {
             container.wait_exited(until);
         }
+    }
+}
+
+/// Writes what the process that creates a container reads.
+fn write_bundle(bundle: &Path, config: &[u8]) -> Result<()> {
+    fs::create_dir_all(bundle).context(format!("making {}", bundle.display()))?;
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let open = options.open(bundle.join("config.json"));
+    open.and_then(|mut file| file.write_all(config)).context("writing the bundle")
+}
+
+/// A container's standard streams: its own ends and ours. With a terminal there are none but that.
+struct Streams {
+    stdio: [Stdio; 3],
+    stdin: Option<OwnedFd>,
+    sources: Vec<Source>,
+}
+
+impl Streams {
+    fn of(request: &CreateRequest) -> Result<Self> {
+        if request.tty {
+            let stdio = [Stdio::null(), Stdio::null(), Stdio::null()];
+            return Ok(Self { stdio, stdin: None, sources: Vec::new() });
+        }
+        let (input, stdin) = if request.stdin {
+            let (read, write) = pipe(PIPE)?;
+            (Stdio::from(read), Some(write))
+        } else {
+            (Stdio::null(), None)
+        };
+        let (out_read, out_write) = pipe(PIPE)?;
+        let (err_read, err_write) = pipe(PIPE)?;
+        let sources = vec![
+            Source { stream: Stream::Stdout, fd: out_read, terminal: false },
+            Source { stream: Stream::Stderr, fd: err_read, terminal: false },
+        ];
+        Ok(Self { stdio: [input, Stdio::from(out_write), Stdio::from(err_write)], stdin, sources })
     }
 }
 

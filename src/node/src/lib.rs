@@ -120,22 +120,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
         info: info_sender,
     };
     tasks.spawn(registrar.run(token.clone()));
-    tasks.spawn(image_gc::run(
-        agent.clone(),
-        recorder.clone(),
-        config.node_name.clone(),
-        config.image_gc.clone(),
-        token.clone(),
-    ));
     let registry = PodRegistry::default();
-    let teller = notices::Teller {
-        agent: agent.clone(),
-        registry: registry.clone(),
-        events: recorder.clone(),
-        node: config.node_name.clone(),
-        pauses: notices::Pauses::default(),
-    };
-    tasks.spawn(teller.run(token.clone()));
+    watch_the_host(&config, &agent, &recorder, &registry, &mut tasks);
     let (cluster, services) = cluster_of(client.as_ref(), &mut tasks);
     let shared = Arc::new(Shared {
         slots: Semaphore::new(config.max_parallel_syncs.max(1)),
@@ -161,6 +147,26 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
     let context = api::ApiContext { config, identity, registry, agent: channel };
     tasks.all.spawn(api::serve(bound, context, token));
     tasks.joined().await
+}
+
+/// Images are collected, and what is done to CTs on the host is told.
+fn watch_the_host(
+    config: &Config,
+    agent: &Arc<dyn Runtime>,
+    recorder: &Recorder,
+    registry: &PodRegistry,
+    tasks: &mut Tasks,
+) {
+    let (events, node, token) = (recorder.clone(), config.node_name.clone(), tasks.token.clone());
+    tasks.spawn(image_gc::run(agent.clone(), events, node, config.image_gc.clone(), token.clone()));
+    let teller = notices::Teller {
+        agent: agent.clone(),
+        registry: registry.clone(),
+        events: recorder.clone(),
+        node: config.node_name.clone(),
+        pauses: notices::Pauses::default(),
+    };
+    tasks.spawn(teller.run(token));
 }
 
 /// What pods need of the API server beside themselves.

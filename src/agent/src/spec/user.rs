@@ -95,93 +95,112 @@ pub(super) fn resolve(
 ) -> Result<User> {
     let none = v1::LinuxContainerSecurityContext::default();
     let context = config.linux.as_ref().and_then(|l| l.security_context.as_ref()).unwrap_or(&none);
-    let non_root = config.annotations.get(RUN_AS_NON_ROOT).is_some_and(|v| v == "true");
-    let number = |value: i64, what: &str| -> Result<u32> {
-        let id = u32::try_from(value).ok().filter(|id| map.host_id(*id).is_some());
-        id.ok_or_else(|| {
-            Error::Invalid(format!("{what} {value} is outside of the CT's ids (0 to {})", map.size - 1))
-        })
-    };
+    let wanted = Wanted::of(context, image_user.unwrap_or_default())?;
+    if config.annotations.get(RUN_AS_NON_ROOT).is_some_and(|v| v == "true") {
+        wanted.check_non_root()?;
+    }
     let passwd = parse_passwd(&read_in_root(root, "etc/passwd")?);
     let group = parse_group(&read_in_root(root, "etc/group")?);
-
-    // What is asked for: a name or number, and a group or none.
-    let by_request = match (&context.run_as_user, context.run_as_username.as_str()) {
-        (Some(uid), "") => Some(uid.value.to_string()),
-        (_, "") => None,
-        (_, name) => Some(name.to_owned()),
-    };
-    let from_image = by_request.is_none();
-    let (name, mut group_name) = match by_request {
-        Some(user) => (user, None),
-        None => {
-            if let Some(gid) = &context.run_as_group {
-                let text = format!("user group \"{}\" is specified without user", gid.value);
-                return Err(Error::Invalid(text));
-            }
-            match image_user.unwrap_or("").split_once(':') {
-                Some((user, group)) => (user.to_owned(), Some(group.to_owned())),
-                None => (image_user.unwrap_or("").to_owned(), None),
-            }
-        }
-    };
-    if let Some(gid) = &context.run_as_group {
-        group_name = Some(gid.value.to_string());
-    }
-    let name = if name.is_empty() { "0".to_owned() } else { name };
-
+    let name = wanted.user.as_str();
     let numeric = name.parse::<i64>().ok();
-    if non_root {
-        match numeric {
-            Some(0) if from_image => {
-                return Err(Error::Invalid("container has runAsNonRoot and image will run as root".into()));
-            }
-            Some(0) => {
-                return Err(Error::Invalid("container's runAsUser breaks non-root policy".into()));
-            }
-            None => {
-                return Err(Error::Invalid(format!(
-                    "container has runAsNonRoot and image has non-numeric user ({name}), cannot verify user is non-root"
-                )));
-            }
-            Some(_) => {}
-        }
-    }
     let entry = match numeric {
         Some(uid) => passwd.iter().find(|e| i64::from(e.uid) == uid),
         None => passwd.iter().find(|e| e.name == name),
     };
     let uid = match (numeric, entry) {
-        (Some(uid), _) => number(uid, "user")?,
-        (None, Some(entry)) => number(entry.uid.into(), "user")?,
+        (Some(uid), _) => id_in(map, uid, "user")?,
+        (None, Some(entry)) => id_in(map, entry.uid.into(), "user")?,
         (None, None) if name == "root" => 0,
         (None, None) => {
             return Err(Error::Invalid(format!("user {name:?} is not in /etc/passwd of the image")));
         }
     };
-    let gid = match group_name.filter(|g| !g.is_empty()) {
-        None => number(entry.map_or(0, |e| e.gid.into()), "group")?,
-        Some(text) => match (text.parse::<i64>(), group.iter().find(|g| g.name == text)) {
-            (Ok(gid), _) => number(gid, "group")?,
-            (_, Some(entry)) => number(entry.gid.into(), "group")?,
+    let gid = match &wanted.group {
+        None => id_in(map, entry.map_or(0, |e| e.gid.into()), "group")?,
+        Some(text) => match (text.parse::<i64>(), group.iter().find(|g| g.name == *text)) {
+            (Ok(gid), _) => id_in(map, gid, "group")?,
+            (_, Some(entry)) => id_in(map, entry.gid.into(), "group")?,
             _ => return Err(Error::Invalid(format!("group {text:?} is not in /etc/group of the image"))),
         },
     };
+    let user = entry.map_or(name, |e| e.name.as_str());
+    Ok(User { uid, gid, groups: groups(context, user, gid, &group, map)? })
+}
 
-    let mut groups = vec![gid];
+/// An id that the CT has.
+fn id_in(map: IdMap, value: i64, what: &str) -> Result<u32> {
+    let id = u32::try_from(value).ok().filter(|id| map.host_id(*id).is_some());
+    id.ok_or_else(|| {
+        Error::Invalid(format!("{what} {value} is outside of the CT's ids (0 to {})", map.size - 1))
+    })
+}
+
+/// What is asked for: a name or number, and a group or none.
+struct Wanted {
+    user: String,
+    group: Option<String>,
+    from_image: bool,
+}
+
+impl Wanted {
+    fn of(context: &v1::LinuxContainerSecurityContext, image_user: &str) -> Result<Self> {
+        let requested = match (&context.run_as_user, context.run_as_username.as_str()) {
+            (Some(uid), "") => Some(uid.value.to_string()),
+            (_, "") => None,
+            (_, name) => Some(name.to_owned()),
+        };
+        let from_image = requested.is_none();
+        let gid = context.run_as_group.as_ref().map(|g| g.value);
+        let (user, group) = match (requested, gid) {
+            (None, Some(gid)) => {
+                return Err(Error::Invalid(format!("user group \"{gid}\" is specified without user")));
+            }
+            (Some(user), gid) => (user, gid.map(|gid| gid.to_string())),
+            (None, None) => match image_user.split_once(':') {
+                Some((user, group)) => (user.to_owned(), Some(group.to_owned())),
+                None => (image_user.to_owned(), None),
+            },
+        };
+        let user = if user.is_empty() { "0".to_owned() } else { user };
+        Ok(Self { user, group: group.filter(|g| !g.is_empty()), from_image })
+    }
+
+    /// The kubelet's words.
+    fn check_non_root(&self) -> Result<()> {
+        let why = match self.user.parse::<i64>() {
+            Ok(0) if self.from_image => "container has runAsNonRoot and image will run as root".to_owned(),
+            Ok(0) => "container's runAsUser breaks non-root policy".to_owned(),
+            Ok(_) => return Ok(()),
+            Err(_) => format!(
+                "container has runAsNonRoot and image has non-numeric user ({}), cannot verify user is non-root",
+                self.user
+            ),
+        };
+        Err(Error::Invalid(why))
+    }
+}
+
+/// The groups of a user: the primary one first, those of the image that have the user, if they are asked for, and the request's.
+fn groups(
+    context: &v1::LinuxContainerSecurityContext,
+    user: &str,
+    primary: u32,
+    known: &[GroupEntry],
+    map: IdMap,
+) -> Result<Vec<u32>> {
+    let mut groups = vec![primary];
     if context.supplemental_groups_policy == v1::SupplementalGroupsPolicy::Merge as i32 {
-        let user = entry.map_or(name.as_str(), |e| e.name.as_str());
-        for entry in group.iter().filter(|g| g.members.iter().any(|m| m == user)) {
-            groups.push(number(entry.gid.into(), "group")?);
+        for entry in known.iter().filter(|g| g.members.iter().any(|m| m == user)) {
+            groups.push(id_in(map, entry.gid.into(), "group")?);
         }
     }
     for gid in &context.supplemental_groups {
-        groups.push(number(*gid, "supplemental group")?);
+        groups.push(id_in(map, *gid, "supplemental group")?);
     }
     let mut seen = std::collections::HashSet::new();
     groups.retain(|g| seen.insert(*g));
     if groups.len() > MAX_GROUPS {
         return Err(Error::Invalid(format!("more than {MAX_GROUPS} supplemental groups")));
     }
-    Ok(User { uid, gid, groups })
+    Ok(groups)
 }

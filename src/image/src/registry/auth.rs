@@ -189,40 +189,14 @@ impl Session<'_> {
         scope: &str,
         credentials: &Credentials,
     ) -> Result<String> {
-        let mut url = Url::parse(realm).map_err(|_| self.denied("the token realm is no address"))?;
+        let url = Url::parse(realm).map_err(|_| self.denied("the token realm is no address"))?;
         if !self.registry.may_go(&endpoint.base, &url) {
             return Err(self.denied("the token realm is an address without TLS"));
         }
-        let mut login = None;
-        let call = if credentials.identity_token.is_empty() {
-            {
-                let mut query = url.query_pairs_mut();
-                if let Some(service) = service {
-                    query.append_pair("service", service);
-                }
-                // Several scopes are several parameters.
-                for scope in scope.split(' ').filter(|s| !s.is_empty()) {
-                    query.append_pair("scope", scope);
-                }
-            }
-            login = basic(credentials);
-            Call::new(Method::GET, url)
+        let (call, login) = if credentials.identity_token.is_empty() {
+            (asked(url, service, scope), basic(credentials))
         } else {
-            let form = [
-                ("grant_type", "refresh_token"),
-                ("service", service.unwrap_or_default()),
-                ("client_id", "moxlet"),
-                ("scope", scope),
-                ("refresh_token", &credentials.identity_token),
-            ];
-            // A form is written as a query is.
-            let mut encoder = url.clone();
-            encoder.set_query(None);
-            encoder.query_pairs_mut().extend_pairs(form);
-            let form = HeaderValue::from_static("application/x-www-form-urlencoded");
-            let mut call = Call::new(Method::POST, url).header(CONTENT_TYPE, form);
-            call.body = encoder.query().unwrap_or_default().as_bytes().to_vec();
-            call
+            (refreshed(url, service, scope, &credentials.identity_token), None)
         };
         let mut attempt = 0;
         let body = loop {
@@ -246,6 +220,40 @@ impl Session<'_> {
             .filter(|t| !t.is_empty())
             .ok_or_else(|| self.denied("the token service gave no token"))
     }
+}
+
+/// The request for a token as Docker asks for it.
+fn asked(mut url: Url, service: Option<&str>, scope: &str) -> Call {
+    {
+        let mut query = url.query_pairs_mut();
+        if let Some(service) = service {
+            query.append_pair("service", service);
+        }
+        // Several scopes are several parameters.
+        for scope in scope.split(' ').filter(|s| !s.is_empty()) {
+            query.append_pair("scope", scope);
+        }
+    }
+    Call::new(Method::GET, url)
+}
+
+/// The request for a token by a refresh token.
+fn refreshed(url: Url, service: Option<&str>, scope: &str, refresh_token: &str) -> Call {
+    let form = [
+        ("grant_type", "refresh_token"),
+        ("service", service.unwrap_or_default()),
+        ("client_id", "moxlet"),
+        ("scope", scope),
+        ("refresh_token", refresh_token),
+    ];
+    // A form is written as a query is.
+    let mut encoder = url.clone();
+    encoder.set_query(None);
+    encoder.query_pairs_mut().extend_pairs(form);
+    let form = HeaderValue::from_static("application/x-www-form-urlencoded");
+    let mut call = Call::new(Method::POST, url).header(CONTENT_TYPE, form);
+    call.body = encoder.query().unwrap_or_default().as_bytes().to_vec();
+    call
 }
 
 /// The header of a user and password, if there are any.

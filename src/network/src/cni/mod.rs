@@ -11,7 +11,7 @@ use std::{
     io::ErrorKind,
     net::IpAddr,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     sync::{PoisonError, RwLock},
     time::Duration,
 };
@@ -356,12 +356,7 @@ impl Cni {
         previous: Option<&Value>,
         interface: &str,
     ) -> Result<Value> {
-        let mut conf = plugin.clone();
-        conf.insert("name".into(), list.name.clone().into());
-        conf.insert("cniVersion".into(), list.version.clone().into());
-        if let Some(previous) = previous {
-            conf.insert("prevResult".into(), previous.clone());
-        }
+        let conf = configured(plugin, list, previous);
         let name = kind(plugin).to_owned();
         let program = self.find(&name)?;
         let path = self.config.bin_dirs.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(":");
@@ -383,7 +378,7 @@ impl Cni {
             .map_err(spawned)?;
         let talk = async {
             if let Some(mut stdin) = child.stdin.take() {
-                stdin.write_all(Value::Object(conf).to_string().as_bytes()).await?;
+                stdin.write_all(conf.to_string().as_bytes()).await?;
             }
             let mut out = Vec::new();
             if let Some(stdout) = child.stdout.take() {
@@ -400,17 +395,7 @@ impl Cni {
         };
         let answer: Option<Value> = serde_json::from_slice(&out).ok();
         if !status.success() {
-            let code = answer.as_ref().and_then(|a| a.get("code")).and_then(Value::as_u64).unwrap_or(0);
-            let said =
-                |key| answer.as_ref().and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default();
-            let mut message =
-                format!("{} {}", said("msg"), said("details")).trim().chars().take(1000).collect::<String>();
-            if message.is_empty() {
-                message = status.to_string();
-            }
-            if code == TRY_AGAIN {
-                message.push_str(" (try again later)");
-            }
+            let (code, message) = failure(answer.as_ref(), status);
             return Err(Error::Plugin { plugin: name, command, sandbox: sandbox.to_string(), code, message });
         }
         match (command, answer) {
@@ -418,6 +403,32 @@ impl Cni {
             (_, answer) => Ok(answer.unwrap_or(Value::Null)),
         }
     }
+}
+
+/// What a plugin is given: its own configuration and what it is part of.
+fn configured(plugin: &Map<String, Value>, list: &Conflist, previous: Option<&Value>) -> Value {
+    let mut conf = plugin.clone();
+    conf.insert("name".into(), list.name.clone().into());
+    conf.insert("cniVersion".into(), list.version.clone().into());
+    if let Some(previous) = previous {
+        conf.insert("prevResult".into(), previous.clone());
+    }
+    Value::Object(conf)
+}
+
+/// The code and the words of a plugin that failed.
+fn failure(answer: Option<&Value>, status: ExitStatus) -> (u64, String) {
+    let code = answer.and_then(|a| a.get("code")).and_then(Value::as_u64).unwrap_or(0);
+    let said = |key| answer.and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default();
+    let text = format!("{} {}", said("msg"), said("details"));
+    let mut message: String = text.trim().chars().take(1000).collect();
+    if message.is_empty() {
+        message = status.to_string();
+    }
+    if code == TRY_AGAIN {
+        message.push_str(" (try again later)");
+    }
+    (code, message)
 }
 
 fn kind(plugin: &Map<String, Value>) -> &str {

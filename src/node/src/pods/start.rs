@@ -10,7 +10,7 @@ use super::{
     backoff::go_duration,
     container::{self, Given},
     names,
-    state::{Phase, PodState},
+    state::{Phase, PodState, Sandbox},
     worker::Worker,
 };
 use crate::{
@@ -18,6 +18,9 @@ use crate::{
     error::{Error, Result, chain},
     events::Kind,
 };
+
+/// The pause after what somebody may mend meanwhile.
+const SOON: Duration = Duration::from_secs(10);
 
 /// Why a container waits, and how long.
 pub(super) struct Held {
@@ -112,92 +115,30 @@ impl Worker {
     ) -> Result<(), Held> {
         let shared = self.shared.clone();
         let agent = shared.agent.as_ref();
-        let soon = Duration::from_secs(10);
-        let facts = self.facts(ips);
-        let links = async {
-            shared.services.ready().await;
-            shared.services.variables(
-                names::namespace(pod),
-                pod.spec.as_ref().and_then(|s| s.enable_service_links) != Some(false),
-            )
-        };
-        let environment = async {
-            let links = links.await;
-            env::environment(shared.cluster.as_ref(), pod, c, &facts, links).await
-        };
-        // The image and the environment are seen to side by side.
-        let (image, environment) = tokio::join!(self.image(pod, c), environment);
-        let image = image?;
-        let config_error = |e: &Error| self.fail(pod, c, "CreateContainerConfigError", words(e), soon);
-        let environment = environment.map_err(|e| config_error(&e))?;
-        for (object, keys) in &environment.skipped {
-            let text = format!(
-                "Keys [{}] from the EnvFrom {object} were skipped since they are considered invalid environment variable names.",
-                keys.join(", ")
-            );
-            shared.events.pod(pod, None, Kind::Warning, "InvalidEnvironmentVariableNames", text);
-        }
+        let (image, variables) = self.image_and_variables(pod, c, ips).await?;
         let Some(sandbox) = state.sandbox().cloned() else {
-            return Err(Held { reason: "ContainerCreating", message: String::new(), pause: soon });
+            return Err(Held { reason: "ContainerCreating", message: String::new(), pause: SOON });
         };
-        // What was made and never started is made again under the same number.
-        let mut attempt = 0;
-        if let Some(newest) = state.newest(&c.name) {
-            if newest.phase == Phase::Created {
-                attempt = newest.attempt;
-                let request = v1::RemoveContainerRequest { container_id: newest.id.clone() };
-                agent
-                    .remove_container(request)
-                    .await
-                    .map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?;
-            } else {
-                attempt = newest.attempt + 1;
-            }
-        } else if let Some(old) = self
-            .status
-            .container_statuses
-            .iter()
-            .chain(&self.status.init_container_statuses)
-            .flatten()
-            .find(|s| s.name == c.name && s.container_id.is_some())
-        {
-            attempt = u32::try_from(old.restart_count).unwrap_or(0) + 1;
+        let create_error = |e: &Error| self.fail(pod, c, "CreateContainerError", words(e), SOON);
+        let (attempt, unstarted) = self.attempt(c, state);
+        if let Some(container_id) = unstarted {
+            let request = v1::RemoveContainerRequest { container_id };
+            agent.remove_container(request).await.map_err(|e| create_error(&e))?;
         }
-        let info = shared.info.borrow().clone();
-        let config = container::config(
-            pod,
-            c,
-            Given {
-                variables: environment.variables,
-                image_ref: image.id.clone(),
-                image_user: (image.uid.as_ref().map(|u| u.value), image.username.clone()),
-                volumes: &self.volumes,
-                hosts_path: hosts_path.to_owned(),
-                attempt,
-                memory_capacity: info.memory_bytes,
-            },
-        )
-        .map_err(|e| config_error(&e))?;
-        let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
-        let sandbox_config = super::sandbox::config(
-            pod,
-            sandbox.attempt,
-            &shared.config,
-            &info.pod_logs_dir,
-            info.sandbox_overhead_memory_bytes,
-            &resolv,
-        )
-        .map_err(|e| config_error(&e))?;
-        let request = v1::CreateContainerRequest {
-            pod_sandbox_id: sandbox.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(sandbox_config),
+        let given = Given {
+            variables,
+            image_ref: image.id.clone(),
+            image_user: (image.uid.as_ref().map(|u| u.value), image.username.clone()),
+            volumes: &self.volumes,
+            hosts_path: hosts_path.to_owned(),
+            attempt,
+            memory_capacity: shared.info.borrow().memory_bytes,
         };
-        let id = agent
-            .create_container(request)
+        let request = self
+            .create_request(pod, c, &sandbox, given)
             .await
-            .map_err(|e| self.fail(pod, c, "CreateContainerError", words(&e), soon))?
-            .container_id;
+            .map_err(|e| self.fail(pod, c, "CreateContainerConfigError", words(&e), SOON))?;
+        let id = agent.create_container(request).await.map_err(|e| create_error(&e))?.container_id;
         shared.events.pod(pod, Some(&c.name), Kind::Normal, "Created", "Container created");
         let started = agent.start_container(v1::StartContainerRequest { container_id: id }).await;
         let read = PodState::read(agent, names::uid(pod)).await;
@@ -211,5 +152,72 @@ impl Worker {
             }
             Err(e) => Err(self.fail(pod, c, "RunContainerError", words(&e), Duration::from_millis(100))),
         }
+    }
+
+    /// A container's image and environment, which are seen to side by side. Keys that cannot be names of variables are told.
+    async fn image_and_variables(
+        &mut self,
+        pod: &Pod,
+        c: &Container,
+        ips: &[String],
+    ) -> Result<(v1::Image, Vec<(String, String)>), Held> {
+        let shared = self.shared.clone();
+        let facts = self.facts(ips);
+        let environment = async {
+            shared.services.ready().await;
+            let wanted = pod.spec.as_ref().and_then(|s| s.enable_service_links) != Some(false);
+            let links = shared.services.variables(names::namespace(pod), wanted);
+            env::environment(shared.cluster.as_ref(), pod, c, &facts, links).await
+        };
+        let (image, environment) = tokio::join!(self.image(pod, c), environment);
+        let image = image?;
+        let environment =
+            environment.map_err(|e| self.fail(pod, c, "CreateContainerConfigError", words(&e), SOON))?;
+        for (object, keys) in &environment.skipped {
+            let text = format!(
+                "Keys [{}] from the EnvFrom {object} were skipped since they are considered invalid environment variable names.",
+                keys.join(", ")
+            );
+            shared.events.pod(pod, None, Kind::Warning, "InvalidEnvironmentVariableNames", text);
+        }
+        Ok((image, environment.variables))
+    }
+
+    /// The number of a container's next attempt, and what has it already: made and never started, it is made again under it.
+    fn attempt(&self, c: &Container, state: &PodState) -> (u32, Option<String>) {
+        if let Some(newest) = state.newest(&c.name) {
+            return match newest.phase {
+                Phase::Created => (newest.attempt, Some(newest.id.clone())),
+                _ => (newest.attempt + 1, None),
+            };
+        }
+        let statuses = self.status.container_statuses.iter().chain(&self.status.init_container_statuses);
+        let old = statuses.flatten().find(|s| s.name == c.name && s.container_id.is_some());
+        (old.map_or(0, |old| u32::try_from(old.restart_count).unwrap_or(0) + 1), None)
+    }
+
+    async fn create_request(
+        &self,
+        pod: &Pod,
+        c: &Container,
+        sandbox: &Sandbox,
+        given: Given<'_>,
+    ) -> crate::error::Result<v1::CreateContainerRequest> {
+        let config = container::config(pod, c, given)?;
+        let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
+        let info = self.shared.info.borrow().clone();
+        let sandbox_config = super::sandbox::config(
+            pod,
+            sandbox.attempt,
+            &self.shared.config,
+            &info.pod_logs_dir,
+            info.sandbox_overhead_memory_bytes,
+            &resolv,
+        )?;
+        Ok(v1::CreateContainerRequest {
+            pod_sandbox_id: sandbox.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(sandbox_config),
+        })
     }
 }

@@ -103,75 +103,17 @@ fn container(
     inputs: &Inputs<'_>,
     init: bool,
 ) -> ContainerStatus {
-    let has_init =
-        pod.spec.as_ref().is_some_and(|s| s.init_containers.as_ref().is_some_and(|i| !i.is_empty()));
-    let default = waiting(if has_init { "PodInitializing" } else { "ContainerCreating" }, "");
-    let mounts: Vec<_> = spec
-        .volume_mounts
-        .iter()
-        .flatten()
-        .map(|m| VolumeMountStatus {
-            name: m.name.clone(),
-            mount_path: m.mount_path.clone(),
-            read_only: m.read_only,
-            recursive_read_only: (m.read_only == Some(true)).then(|| "Disabled".to_owned()),
-            ..VolumeMountStatus::default()
-        })
-        .collect();
-    let mut status = ContainerStatus {
-        name: spec.name.clone(),
-        image: spec.image.clone().unwrap_or_default(),
-        state: Some(default),
-        volume_mounts: (!mounts.is_empty()).then_some(mounts),
-        started: Some(false),
-        allocated_resources: spec.resources.as_ref().and_then(|r| r.requests.clone()),
-        resources: Some(spec.resources.clone().unwrap_or_default()),
-        ..ContainerStatus::default()
-    };
+    let mut status = unmade(pod, spec);
     let mut all = state.history(&spec.name);
     let newest = all.next();
     if let Some(c) = newest {
-        status.restart_count = i32::try_from(c.attempt).unwrap_or(i32::MAX);
-        status.image = c.image.clone();
-        status.image_id = c.image_ref.clone();
-        status.container_id = Some(id(inputs.runtime, c));
-        status.state = Some(match c.phase {
-            Phase::Running => ContainerState {
-                running: Some(ContainerStateRunning { started_at: time(c.started_at) }),
-                ..ContainerState::default()
-            },
-            Phase::Exited => {
-                ContainerState { terminated: Some(terminated(c, inputs)), ..ContainerState::default() }
-            }
-            Phase::Created => waiting("ContainerCreating", ""),
-            Phase::Unknown => lost(),
-        });
-        status.ready =
-            c.phase == Phase::Running && !init || init && c.phase == Phase::Exited && c.exit_code == 0;
-        status.started = Some(c.phase == Phase::Running);
+        made(&mut status, c, inputs, init);
         status.last_state = all
             .find(|c| c.phase == Phase::Exited)
-            .map(|c| ContainerState { terminated: Some(terminated(c, inputs)), ..ContainerState::default() })
-            .or_else(|| {
-                old.filter(|o| o.restart_count == status.restart_count).and_then(|o| o.last_state.clone())
-            });
+            .map(|c| ended(c, inputs))
+            .or_else(|| old.filter(|o| o.restart_count == status.restart_count)?.last_state.clone());
     } else if let Some(old) = old {
-        status.restart_count = old.restart_count;
-        status.last_state = old.last_state.clone();
-        if let Some(t) = old.state.as_ref().and_then(|s| s.terminated.clone()) {
-            // It ended and the agent has forgotten it.
-            status.state = old.state.clone();
-            status.image_id = old.image_id.clone();
-            status.container_id = old.container_id.clone();
-            status.ready = init && t.exit_code == 0;
-        } else if old.state.as_ref().is_some_and(|s| s.running.is_some()) {
-            // It ran and is gone: that it ended is all that is known.
-            if inputs.ended || restart::policy(pod) == "Never" {
-                status.state = Some(lost());
-            } else {
-                status.last_state = Some(lost());
-            }
-        }
+        forgotten(&mut status, old, inputs.ended || restart::policy(pod) == "Never", init);
     }
     // What will be started again waits, with the reason; how it ended is its last state.
     let over = init && newest.is_some_and(|c| c.phase == Phase::Exited && c.exit_code == 0);
@@ -187,6 +129,77 @@ fn container(
         status.last_state = Some(ContainerState::default());
     }
     status
+}
+
+/// What is known of a container by its pod alone.
+fn unmade(pod: &Pod, spec: &Spec) -> ContainerStatus {
+    let has_init =
+        pod.spec.as_ref().is_some_and(|s| s.init_containers.as_ref().is_some_and(|i| !i.is_empty()));
+    let mounts: Vec<_> = spec
+        .volume_mounts
+        .iter()
+        .flatten()
+        .map(|m| VolumeMountStatus {
+            name: m.name.clone(),
+            mount_path: m.mount_path.clone(),
+            read_only: m.read_only,
+            recursive_read_only: (m.read_only == Some(true)).then(|| "Disabled".to_owned()),
+            ..VolumeMountStatus::default()
+        })
+        .collect();
+    ContainerStatus {
+        name: spec.name.clone(),
+        image: spec.image.clone().unwrap_or_default(),
+        state: Some(waiting(if has_init { "PodInitializing" } else { "ContainerCreating" }, "")),
+        volume_mounts: (!mounts.is_empty()).then_some(mounts),
+        started: Some(false),
+        allocated_resources: spec.resources.as_ref().and_then(|r| r.requests.clone()),
+        resources: Some(spec.resources.clone().unwrap_or_default()),
+        ..ContainerStatus::default()
+    }
+}
+
+/// What the agent says of a container.
+fn made(status: &mut ContainerStatus, c: &Container, inputs: &Inputs<'_>, init: bool) {
+    status.restart_count = i32::try_from(c.attempt).unwrap_or(i32::MAX);
+    status.image = c.image.clone();
+    status.image_id = c.image_ref.clone();
+    status.container_id = Some(id(inputs.runtime, c));
+    status.state = Some(match c.phase {
+        Phase::Running => ContainerState {
+            running: Some(ContainerStateRunning { started_at: time(c.started_at) }),
+            ..ContainerState::default()
+        },
+        Phase::Exited => ended(c, inputs),
+        Phase::Created => waiting("ContainerCreating", ""),
+        Phase::Unknown => lost(),
+    });
+    let completed = c.phase == Phase::Exited && c.exit_code == 0;
+    status.ready = if init { completed } else { c.phase == Phase::Running };
+    status.started = Some(c.phase == Phase::Running);
+}
+
+fn ended(c: &Container, inputs: &Inputs<'_>) -> ContainerState {
+    ContainerState { terminated: Some(terminated(c, inputs)), ..ContainerState::default() }
+}
+
+/// What the last status says of a container that the agent does not know; `over`: it is not made again.
+fn forgotten(status: &mut ContainerStatus, old: &ContainerStatus, over: bool, init: bool) {
+    status.restart_count = old.restart_count;
+    status.last_state = old.last_state.clone();
+    if let Some(t) = old.state.as_ref().and_then(|s| s.terminated.clone()) {
+        status.state = old.state.clone();
+        status.image_id = old.image_id.clone();
+        status.container_id = old.container_id.clone();
+        status.ready = init && t.exit_code == 0;
+    } else if old.state.as_ref().is_some_and(|s| s.running.is_some()) {
+        // It ran and is gone: that it ended is all that is known.
+        if over {
+            status.state = Some(lost());
+        } else {
+            status.last_state = Some(lost());
+        }
+    }
 }
 
 fn exit_code(state: Option<&ContainerState>) -> Option<i32> {
@@ -305,25 +318,52 @@ impl Conditions<'_> {
         }
         self.add("ContainersReady", holds, reason, &message);
     }
+
+    /// Those that follow from the containers.
+    fn of_containers(
+        &mut self,
+        inits: &[ContainerStatus],
+        mains: &[ContainerStatus],
+        phase: &str,
+        begun: bool,
+        gates: &[String],
+    ) {
+        if phase == "Succeeded" {
+            for kind in ["Initialized", "Ready", "ContainersReady"] {
+                self.add(kind, kind == "Initialized", "PodCompleted", "");
+            }
+        } else {
+            self.initialized(inits, begun);
+            self.ready(mains, phase, begun, gates);
+        }
+    }
+}
+
+/// The statuses of a pod's init containers and of its containers.
+fn containers(
+    pod: &Pod,
+    state: &PodState,
+    old: &PodStatus,
+    inputs: &Inputs<'_>,
+) -> (Vec<ContainerStatus>, Vec<ContainerStatus>) {
+    let of = |containers: &[Spec], old: Option<&Vec<ContainerStatus>>, init| -> Vec<ContainerStatus> {
+        let status = |c: &Spec| {
+            let old = old.into_iter().flatten().find(|o| o.name == c.name);
+            container(pod, c, state, old, inputs, init)
+        };
+        containers.iter().map(status).collect()
+    };
+    let Some(spec) = &pod.spec else { return (Vec::new(), Vec::new()) };
+    let inits = spec.init_containers.as_deref().unwrap_or_default();
+    (
+        of(inits, old.init_container_statuses.as_ref(), true),
+        of(&spec.containers, old.container_statuses.as_ref(), false),
+    )
 }
 
 /// Computes a pod's status; `old` is the last one.
 pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Inputs<'_>) -> PodStatus {
-    let spec = pod.spec.clone().unwrap_or_default();
-    let statuses = |containers: &[Spec], old: Option<&Vec<ContainerStatus>>, init| -> Vec<ContainerStatus> {
-        containers
-            .iter()
-            .map(|c| {
-                container(pod, c, state, old.into_iter().flatten().find(|o| o.name == c.name), inputs, init)
-            })
-            .collect()
-    };
-    let mut inits = statuses(
-        spec.init_containers.as_deref().unwrap_or_default(),
-        old.init_container_statuses.as_ref(),
-        true,
-    );
-    let mut mains = statuses(&spec.containers, old.container_statuses.as_ref(), false);
+    let (mut inits, mut mains) = containers(pod, state, old, inputs);
     let begun = initialized(&inits, &mains);
     let settled = matches!(old.phase.as_deref(), Some("Succeeded" | "Failed"));
     let mut phase = phase(pod, &inits, &mains, inputs.ended);
@@ -354,14 +394,7 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         Conditions { old: &old_conditions, new: Vec::new(), generation: pod.metadata.generation };
     let up = sandbox.is_some_and(|s| s.ready) && !final_ && !inputs.ended;
     conditions.add("PodReadyToStartContainers", up, "", "");
-    if phase == "Succeeded" {
-        conditions.add("Initialized", true, "PodCompleted", "");
-        conditions.add("Ready", false, "PodCompleted", "");
-        conditions.add("ContainersReady", false, "PodCompleted", "");
-    } else {
-        conditions.initialized(&inits, begun);
-        conditions.ready(&mains, phase, begun, &gates(pod));
-    }
+    conditions.of_containers(&inits, &mains, phase, begun, &gates(pod));
     conditions.add("PodScheduled", true, "", "");
     let (reason, message) = match &inputs.failure {
         Some((reason, message)) => (Some(reason.clone()), Some(message.clone())),

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 
 use k8s_openapi::{
     ByteString,
-    api::core::v1::{ConfigMap, DownwardAPIVolumeFile, KeyToPath, Pod, Secret, Volume},
+    api::core::v1::{
+        ConfigMap, DownwardAPIVolumeFile, EmptyDirVolumeSource, KeyToPath, Pod, Secret,
+        ServiceAccountTokenProjection, Volume, VolumeProjection,
+    },
 };
 use moxlet_cri::host::{VolumeFile, VolumeKind};
 
@@ -113,116 +116,133 @@ pub(crate) async fn gather(
     facts: &Facts,
     tokens: &HashMap<String, Token>,
 ) -> Result<Content> {
-    let failed = |reason: String| Error::Volume { volume: volume.name.clone(), reason };
-    let mut content =
-        Content { kind: VolumeKind::Files, files: Vec::new(), size_bytes: 0, tokens: Vec::new() };
-    let namespace = names::namespace(pod);
-    if let Some(dir) = &volume.empty_dir {
-        content.kind = match dir.medium.as_deref() {
-            Some("Memory") => VolumeKind::EmptyDirMemory,
-            _ => VolumeKind::EmptyDir,
-        };
-        content.size_bytes = dir
-            .size_limit
-            .as_ref()
-            .and_then(|q| resources::units(&q.0))
-            .and_then(|n| u64::try_from(n).ok())
-            .unwrap_or(0);
-    } else if let Some(source) = &volume.config_map {
-        let may_miss = source.optional == Some(true);
-        let map = optional(cluster.config_map(namespace, &source.name).await, may_miss).map_err(failed)?;
-        content.files = project(
-            map_data(map),
-            source.items.as_ref(),
-            source.default_mode,
-            may_miss,
-            "configmap references non-existent config key",
-        )
-        .map_err(failed)?;
-    } else if let Some(source) = &volume.secret {
-        let may_miss = source.optional == Some(true);
-        let name = source.secret_name.as_deref().unwrap_or_default();
-        let secret = optional(cluster.secret(namespace, name).await, may_miss).map_err(failed)?;
-        content.files = project(
-            secret_data(secret),
-            source.items.as_ref(),
-            source.default_mode,
-            may_miss,
-            "references non-existent secret key",
-        )
-        .map_err(failed)?;
-    } else if let Some(source) = &volume.downward_api {
-        content.files = downward(pod, facts, source.items.as_ref(), source.default_mode).map_err(failed)?;
-    } else if let Some(source) = &volume.projected {
-        let default_mode = source.default_mode;
-        let parts = source.sources.iter().flatten().map(|part| async move {
-            let mut fresh = None;
-            let files = if let Some(p) = &part.config_map {
-                let may_miss = p.optional == Some(true);
-                let map = optional(cluster.config_map(namespace, &p.name).await, may_miss)?;
-                project(
-                    map_data(map),
-                    p.items.as_ref(),
-                    default_mode,
-                    may_miss,
-                    "configmap references non-existent config key",
-                )?
-            } else if let Some(p) = &part.secret {
-                let may_miss = p.optional == Some(true);
-                let secret = optional(cluster.secret(namespace, &p.name).await, may_miss)?;
-                project(
-                    secret_data(secret),
-                    p.items.as_ref(),
-                    default_mode,
-                    may_miss,
-                    "references non-existent secret key",
-                )?
-            } else if let Some(p) = &part.downward_api {
-                downward(pod, facts, p.items.as_ref(), default_mode)?
-            } else if let Some(p) = &part.service_account_token {
-                let place = format!("{}/{}", volume.name, p.path);
-                let now = jiff::Timestamp::now();
-                let known = tokens.get(&place).filter(|t| !is_due(t, now));
-                let token = match known {
-                    Some(token) => token.clone(),
-                    None => {
-                        let seconds = Some(p.expiration_seconds.unwrap_or(TOKEN_SECONDS));
-                        match cluster.token(pod, p.audience.as_deref(), seconds).await {
-                            Ok(token) => {
-                                fresh = Some((place, token.clone()));
-                                token
-                            }
-                            // An old one that still holds is better than none.
-                            Err(e) => match tokens.get(&place).filter(|t| t.expires > now) {
-                                Some(token) => token.clone(),
-                                None => {
-                                    return Err(format!(
-                                        "failed to fetch token: {}",
-                                        crate::error::chain(&e)
-                                    ));
-                                }
-                            },
-                        }
-                    }
-                };
-                let private = pod
-                    .spec
-                    .as_ref()
-                    .and_then(|s| s.security_context.as_ref())
-                    .is_some_and(|c| c.fs_group.is_some());
-                let mode = if private { 0o600 } else { mode(None, default_mode) };
-                vec![VolumeFile { path: p.path.clone(), data: token.value.into_bytes(), mode }]
-            } else {
-                Vec::new()
-            };
-            Ok::<_, String>((files, fresh))
-        });
-        for (files, fresh) in futures::future::try_join_all(parts).await.map_err(failed)? {
-            content.files.extend(files);
-            content.tokens.extend(fresh);
+    let gatherer = Gatherer { cluster, pod, volume, facts, tokens };
+    gatherer.content().await.map_err(|reason| Error::Volume { volume: volume.name.clone(), reason })
+}
+
+/// What a volume's files come from.
+#[derive(Clone, Copy)]
+struct Gatherer<'a> {
+    cluster: &'a dyn Cluster,
+    pod: &'a Pod,
+    volume: &'a Volume,
+    facts: &'a Facts,
+    tokens: &'a HashMap<String, Token>,
+}
+
+impl Gatherer<'_> {
+    async fn content(self) -> Result<Content, String> {
+        let mut content =
+            Content { kind: VolumeKind::Files, files: Vec::new(), size_bytes: 0, tokens: Vec::new() };
+        let volume = self.volume;
+        if let Some(dir) = &volume.empty_dir {
+            (content.kind, content.size_bytes) = empty_dir(dir);
+        } else if let Some(source) = &volume.config_map {
+            let (items, mode) = (source.items.as_ref(), source.default_mode);
+            content.files = self.config_map(&source.name, items, mode, source.optional).await?;
+        } else if let Some(source) = &volume.secret {
+            let (items, mode) = (source.items.as_ref(), source.default_mode);
+            let name = source.secret_name.as_deref().unwrap_or_default();
+            content.files = self.secret(name, items, mode, source.optional).await?;
+        } else if let Some(source) = &volume.downward_api {
+            content.files = downward(self.pod, self.facts, source.items.as_ref(), source.default_mode)?;
+        } else if let Some(source) = &volume.projected {
+            let parts = source.sources.iter().flatten().map(|part| self.part(part, source.default_mode));
+            for (files, fresh) in futures::future::try_join_all(parts).await? {
+                content.files.extend(files);
+                content.tokens.extend(fresh);
+            }
+        } else {
+            return Err("this kind of volume is not supported".into());
         }
-    } else {
-        return Err(failed("this kind of volume is not supported".into()));
+        Ok(content)
     }
-    Ok(content)
+
+    async fn config_map(
+        self,
+        name: &str,
+        items: Option<&Vec<KeyToPath>>,
+        default_mode: Option<i32>,
+        may_miss: Option<bool>,
+    ) -> Result<Vec<VolumeFile>, String> {
+        let may_miss = may_miss == Some(true);
+        let map = optional(self.cluster.config_map(names::namespace(self.pod), name).await, may_miss)?;
+        let missing = "configmap references non-existent config key";
+        project(map_data(map), items, default_mode, may_miss, missing)
+    }
+
+    async fn secret(
+        self,
+        name: &str,
+        items: Option<&Vec<KeyToPath>>,
+        default_mode: Option<i32>,
+        may_miss: Option<bool>,
+    ) -> Result<Vec<VolumeFile>, String> {
+        let may_miss = may_miss == Some(true);
+        let secret = optional(self.cluster.secret(names::namespace(self.pod), name).await, may_miss)?;
+        let missing = "references non-existent secret key";
+        project(secret_data(secret), items, default_mode, may_miss, missing)
+    }
+
+    /// One source of a projected volume, and the token that was asked for anew for it.
+    async fn part(
+        self,
+        part: &VolumeProjection,
+        default_mode: Option<i32>,
+    ) -> Result<(Vec<VolumeFile>, Option<(String, Token)>), String> {
+        let mut fresh = None;
+        let files = if let Some(p) = &part.config_map {
+            self.config_map(&p.name, p.items.as_ref(), default_mode, p.optional).await?
+        } else if let Some(p) = &part.secret {
+            self.secret(&p.name, p.items.as_ref(), default_mode, p.optional).await?
+        } else if let Some(p) = &part.downward_api {
+            downward(self.pod, self.facts, p.items.as_ref(), default_mode)?
+        } else if let Some(p) = &part.service_account_token {
+            let (file, new) = self.token(p, default_mode).await?;
+            fresh = new;
+            vec![file]
+        } else {
+            Vec::new()
+        };
+        Ok((files, fresh))
+    }
+
+    /// A token as a file: the one that is known until it is due, then a new one, which comes along with its place.
+    async fn token(
+        self,
+        source: &ServiceAccountTokenProjection,
+        default_mode: Option<i32>,
+    ) -> Result<(VolumeFile, Option<(String, Token)>), String> {
+        let place = format!("{}/{}", self.volume.name, source.path);
+        let now = jiff::Timestamp::now();
+        let known = self.tokens.get(&place);
+        let (token, fresh) = match known.filter(|t| !is_due(t, now)) {
+            Some(token) => (token.clone(), None),
+            None => {
+                let seconds = Some(source.expiration_seconds.unwrap_or(TOKEN_SECONDS));
+                match self.cluster.token(self.pod, source.audience.as_deref(), seconds).await {
+                    Ok(token) => (token.clone(), Some((place, token))),
+                    // An old one that still holds is better than none.
+                    Err(e) => match known.filter(|t| t.expires > now) {
+                        Some(token) => (token.clone(), None),
+                        None => return Err(format!("failed to fetch token: {}", crate::error::chain(&e))),
+                    },
+                }
+            }
+        };
+        let context = self.pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
+        let private = context.is_some_and(|c| c.fs_group.is_some());
+        let mode = if private { 0o600 } else { mode(None, default_mode) };
+        Ok((VolumeFile { path: source.path.clone(), data: token.value.into_bytes(), mode }, fresh))
+    }
+}
+
+/// What an emptyDir is made as, and its limit in bytes; 0: none.
+fn empty_dir(dir: &EmptyDirVolumeSource) -> (VolumeKind, u64) {
+    let kind = match dir.medium.as_deref() {
+        Some("Memory") => VolumeKind::EmptyDirMemory,
+        _ => VolumeKind::EmptyDir,
+    };
+    let limit = dir.size_limit.as_ref().and_then(|q| resources::units(&q.0));
+    (kind, limit.and_then(|n| u64::try_from(n).ok()).unwrap_or(0))
 }
