@@ -206,16 +206,38 @@ mod tests {
         assert!(error.contains("/nonexistent/t") && error.contains("pveum user token add"), "{error}");
     }
 
+    const UNIT: &str = include_str!("../../../manifests/systemd/moxlet.service");
+
+    fn unit() -> impl Iterator<Item = &'static str> {
+        UNIT.lines().filter(|l| !l.starts_with('#'))
+    }
+
     #[test]
-    fn the_agents_unit_stops_before_the_hosts_guests_and_has_no_mounts_of_its_own() {
-        let unit = include_str!("../../../manifests/systemd/moxlet-agent.service");
-        let lines = || unit.lines().filter(|l| !l.starts_with('#'));
-        let after = lines().find_map(|l| l.strip_prefix("After=")).unwrap();
+    fn the_unit_stops_before_the_hosts_guests_and_has_no_mounts_of_its_own() {
+        let after = unit().find_map(|l| l.strip_prefix("After=")).unwrap();
         assert!(after.split(' ').any(|u| u == "pve-guests.service"), "{after}");
         for word in ["Private", "Protect", "Paths=", "RootDirectory", "DynamicUser"] {
-            assert!(lines().all(|l| !l.contains(word)), "{word}");
+            assert!(unit().all(|l| !l.contains(word)), "{word}");
         }
-        assert!(lines().any(|l| l == "KillMode=process"), "pods outlive the agent");
+        assert!(unit().any(|l| l == "KillMode=process"), "pods outlive the agent");
+    }
+
+    #[test]
+    fn the_unit_runs_a_node_and_outlives_the_clusters_file_system() {
+        use clap::Parser as _;
+
+        let command = unit().find_map(|l| l.strip_prefix("ExecStart=")).unwrap();
+        let cli = crate::cli::Cli::try_parse_from(command.split(' ')).unwrap();
+        assert!(matches!(cli.command, crate::cli::Command::Up(_)), "an agent alone makes no Node: {command}");
+        for bond in ["Requires=", "Requisite=", "BindsTo=", "PartOf="] {
+            assert!(
+                unit().all(|l| !l.starts_with(bond)),
+                "a stop of what it names would stop Moxlet: {bond}"
+            );
+        }
+        let (head, _) = UNIT.split_once("[Service]").unwrap();
+        assert!(head.lines().any(|l| l == "StartLimitIntervalSec=0"), "a host's /etc/pve may come late");
+        assert!(unit().any(|l| l == "Restart=on-failure"));
     }
 
     #[test]
