@@ -7,7 +7,7 @@ use reqwest::{
     header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER, USER_AGENT},
 };
 
-use super::{Endpoint, Session};
+use super::{Endpoint, Session, authority};
 use crate::{Error, Result, error::chain};
 
 const MAX_REDIRECTS: usize = 5;
@@ -52,6 +52,8 @@ impl Call {
 
 /// What a request ended in that was answered with no success.
 pub(super) enum Refusal {
+    /// The host that was asked wants a login, or another one. One that it has redirected to is no host for which we have
+    /// a login: what that one wants is [`Self::Other`].
     Unauthorized(HeaderMap, String),
     /// The host does not take the request as it is.
     Rejected(String),
@@ -89,10 +91,11 @@ impl Session<'_> {
                 }
                 Ok(response) => {
                     let (status, headers) = (response.status(), response.headers().clone());
+                    let by = response.url().clone();
                     let reason = self.describe(response).await;
                     match status {
                         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                            return Err(Refusal::Unauthorized(headers, reason));
+                            return Err(self.not_let_in(call, &by, headers, reason));
                         }
                         StatusCode::NOT_FOUND => {
                             return Err(Refusal::Other(Error::NotFound { reference: self.name(), reason }));
@@ -121,6 +124,16 @@ impl Session<'_> {
             }
         }
         Err(Refusal::Other(self.unreachable(&format!("{}: {last}", endpoint.name()))))
+    }
+
+    /// What it means that `by` lets us not in. Its challenge names a place that gets a secret, so nobody's counts but that
+    /// of the host for which the secret is.
+    fn not_let_in(&self, call: &Call, by: &Url, headers: HeaderMap, reason: String) -> Refusal {
+        if by.origin() == call.url.origin() {
+            return Refusal::Unauthorized(headers, reason);
+        }
+        let (from, to) = (authority(&call.url), authority(by));
+        Refusal::Other(self.denied(format!("{to}, to which {from} redirects, answers {reason}")))
     }
 
     /// One request and its redirects. Login and headers of a host go to nobody but that host. The inner error says whether
