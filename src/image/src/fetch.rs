@@ -3,13 +3,16 @@
 //! A layer begins after those below it have begun, so that whoever waits waits for something further down. On a driver
 //! with [`WhiteoutStyle::Overlay`] layers are extracted side by side; what one needs of those below is looked up at its
 //! end. With [`WhiteoutStyle::Apply`] a layer is extracted when the one below is there, and fetched ahead before.
+//!
+//! An extraction blocks a thread, and may wait there for those below. It has one of the store's [`WORKERS`], and has it before
+//! the layers above begin: so the lowest layer that is not there yet always goes on, and enough threads are left for all else.
 
 use std::{path::PathBuf, sync::Arc};
 
 use futures::{StreamExt, stream::FuturesUnordered};
 use moxlet_ids::ChainId;
 use moxlet_storage::{Driver, LayerDraft, WhiteoutStyle};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -21,6 +24,9 @@ use crate::{
     registry::{Served, Session, manifest::Descriptor},
     store::{Store, TapeDraft},
 };
+
+/// Extractions at once, of all pulls of a store. There are more threads for what blocks than this.
+pub(crate) const WORKERS: usize = 32;
 
 /// A layer of the image, with all that its extraction needs to know.
 pub(crate) struct Job {
@@ -73,6 +79,8 @@ pub(crate) async fn layers(
         ahead: Arc::new(layer::room(store.settings.prefetch_max_bytes)),
     };
     let pull = &pull;
+    // Whoever gives the pull up gives its extractions up.
+    let _stopped = pull.stop.clone().drop_guard();
     let mut fetches: FuturesUnordered<_> = jobs
         .into_iter()
         .zip(counters)
@@ -99,6 +107,12 @@ pub(crate) async fn layers(
     }
 }
 
+/// What a layer holds while it comes.
+struct Seat<'a> {
+    slot: Option<SemaphorePermit<'a>>,
+    _worker: Option<SemaphorePermit<'a>>,
+}
+
 impl Pull<'_> {
     /// Makes sure that the layer is in the store; how many bytes that took.
     async fn layer(&self, n: usize, job: Job, counter: Arc<Counter>) -> Result<u64> {
@@ -112,9 +126,10 @@ impl Pull<'_> {
             self.finished(n);
             return Ok(0);
         }
+        let mut seat = self.seat(n).await?;
         let (draft, unpacked) = loop {
             let mut served = Served::default();
-            match self.bring(n, &job, &counter, &mut served).await {
+            match self.bring(n, &job, &counter, &mut served, &mut seat).await {
                 // Another host may have the right one.
                 Err(_) if self.session.distrust(&served) => counter.restart(),
                 brought => break brought?,
@@ -126,6 +141,22 @@ impl Pull<'_> {
         Ok(job.blob.size)
     }
 
+    /// What a layer needs to begin, which it keeps however often it is tried: those above it wait for it with theirs.
+    async fn seat(&self, n: usize) -> Result<Seat<'_>> {
+        let slot = self.unless_stopped(self.slots.acquire()).await?.map_err(|_| Error::Stopped)?;
+        // Applied one after the other, layers wait for their turn without a thread.
+        let worker = match self.store.driver.whiteouts() {
+            WhiteoutStyle::Overlay => Some(self.worker().await?),
+            WhiteoutStyle::Apply => None,
+        };
+        self.begun.send_modify(|begun| *begun = (*begun).max(n + 1));
+        Ok(Seat { slot: Some(slot), _worker: worker })
+    }
+
+    async fn worker(&self) -> Result<SemaphorePermit<'_>> {
+        self.unless_stopped(self.store.workers.acquire()).await?.map_err(|_| Error::Stopped)
+    }
+
     /// Downloads and extracts a layer.
     async fn bring(
         &self,
@@ -133,19 +164,21 @@ impl Pull<'_> {
         job: &Job,
         counter: &Arc<Counter>,
         served: &mut Served,
+        seat: &mut Seat<'_>,
     ) -> Result<(LayerDraft, Unpacked)> {
-        let slot = self.unless_stopped(self.slots.acquire()).await?.map_err(|_| Error::Stopped)?;
-        self.begun.send_modify(|begun| *begun = (*begun).max(n + 1));
         counter.set(LayerState::Downloading);
         let (out, pieces) = mpsc::channel(layer::WAITING);
         let downloading = async {
             let got =
                 self.unless_stopped(download(self.session, &job.blob, &job.part, out, &mut *served)).await;
-            drop(slot);
+            // The next one is fetched ahead. Where several are extracted at once it comes when one of them has gone.
+            if self.store.driver.whiteouts() == WhiteoutStyle::Apply {
+                seat.slot = None;
+            }
             counter.set(LayerState::Extracting);
             got?
         };
-        let source = Source::new(pieces, Some(Arc::clone(counter)));
+        let source = Source::new(pieces, Some(Arc::clone(counter))).until(self.stop.clone());
         let (downloaded, extracted) = futures::join!(downloading, self.extract(n, job, source));
         // Why nothing more came is known better by who fetched it.
         downloaded?;
@@ -183,6 +216,10 @@ impl Pull<'_> {
             });
             turn??.map_err(|_| Error::Stopped)?;
         }
+        let _worker = match style {
+            WhiteoutStyle::Apply => Some(self.worker().await?),
+            WhiteoutStyle::Overlay => None,
+        };
         let draft = self.store.driver.begin_layer(job.parent.as_ref()).await?;
         let tape = TapeDraft::new(&self.store.records);
         let (store, chain) = (Arc::clone(self.store), job.chain.clone());

@@ -78,7 +78,13 @@ impl<'a> Leaving<'a> {
             let file = rustix::fs::openat(dir, name, flags, Mode::empty())?;
             tape.keep(&path, file.into())
         };
-        keep(tape).map_err(|source| Fault::System { what: "keep", path: tape.path().to_owned(), source })
+        keep(tape).map_err(|source| match source.kind() {
+            io::ErrorKind::FileTooLarge => Fault::Bad(format!(
+                "it replaces too many or too large files of its own, such as {}",
+                shown(&path)
+            )),
+            _ => Fault::System { what: "keep", path: tape.path().to_owned(), source },
+        })
     }
 }
 

@@ -16,6 +16,8 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use tokio_util::sync::CancellationToken;
+
 use super::Piece;
 use crate::progress::Counter;
 
@@ -40,6 +42,7 @@ pub(crate) struct Source {
     ended: bool,
     pieces: mpsc::Receiver<Piece>,
     counter: Option<Arc<Counter>>,
+    stop: CancellationToken,
 }
 
 /// What was fetched ahead into a file.
@@ -53,7 +56,13 @@ struct Ahead {
 impl Source {
     /// The pieces as they come.
     pub(crate) fn new(pieces: mpsc::Receiver<Piece>, counter: Option<Arc<Counter>>) -> Self {
-        Self { ahead: None, tail: Bytes::new(), piece: Bytes::new(), ended: false, pieces, counter }
+        let stop = CancellationToken::new();
+        Self { ahead: None, tail: Bytes::new(), piece: Bytes::new(), ended: false, pieces, counter, stop }
+    }
+
+    /// Ends as if cut when this is cancelled, whatever is at hand still.
+    pub(crate) fn until(self, stop: CancellationToken) -> Self {
+        Self { stop, ..self }
     }
 
     /// Takes in what comes until `turn`, into the new file `path` as long as there is room for it; the outcome of `turn`.
@@ -116,6 +125,9 @@ impl Source {
     fn next(&mut self) -> io::Result<()> {
         if !self.piece.is_empty() {
             return Ok(());
+        }
+        if self.stop.is_cancelled() {
+            return Err(gone());
         }
         if let Some(ahead) = &mut self.ahead {
             let want = usize::try_from(ahead.end - ahead.at).unwrap_or(usize::MAX).min(BATCH);

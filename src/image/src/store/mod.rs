@@ -23,6 +23,7 @@ use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::Driver;
 use oci_spec::image::ImageConfiguration;
+use tokio::sync::Semaphore;
 
 use crate::{Config, Error, ImageRecord, Reference, Result, registry::Registry};
 pub(crate) use adopt::{Adopted, SourceRecords};
@@ -54,6 +55,8 @@ pub(crate) struct Store {
     held: Mutex<HashMap<Digest, usize>>,
     gate: tokio::sync::Mutex<()>,
     turns: Mutex<HashMap<ChainId, Weak<Turn>>>,
+    /// Extractions at once.
+    pub(crate) workers: Semaphore,
 }
 
 /// Keeps layers from being collected.
@@ -154,6 +157,7 @@ impl Store {
             held: Mutex::default(),
             gate: tokio::sync::Mutex::default(),
             turns: Mutex::default(),
+            workers: Semaphore::new(crate::fetch::WORKERS),
         });
         let pins = store.pin(keep).await;
         // Left by a crash, or in use when its image was removed. What cannot go now does not keep images from running.

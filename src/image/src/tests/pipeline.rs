@@ -165,3 +165,45 @@ async fn who_joins_a_pull_sees_how_far_it_is() {
     pull.await.unwrap().unwrap();
     assert_eq!(registry.requests(&image.digest(0)).len(), 1);
 }
+
+#[test]
+fn layers_that_wait_for_those_below_leave_threads_for_these() {
+    let threads = crate::fetch::WORKERS + 4;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(threads)
+        .enable_all()
+        .build()
+        .unwrap();
+    let pulled = runtime.block_on(async {
+        let registry = Registry::start().await;
+        let place = Place::with(|config| config.max_parallel_downloads = 2 * threads).await;
+        let layer = |n: u32| Tar::default().dir("d").file(&format!("d/{n}"), &n.to_string());
+        let image = (0..100).fold(Image::new(), |image, n| image.layer(layer(n)));
+        registry.push("a:1", &image);
+        let gate = Arc::new(Semaphore::new(0));
+        registry.fault(&image.digest(0), Fault::Held(Arc::clone(&gate)));
+        let (mut progress, pull) = place.store.pull_with_progress(&registry.name("a:1"), &[]).unwrap();
+        let pull = tokio::spawn(pull);
+        // As many as may, and the one below all of them.
+        let waiting = |p: &crate::PullProgress| {
+            p.layers.iter().filter(|l| l.state == LayerState::Extracting).count() >= crate::fetch::WORKERS - 1
+        };
+        progress.wait_for(waiting).await.unwrap();
+        gate.add_permits(1);
+        let limit = std::time::Duration::from_secs(600);
+        tokio::time::timeout(limit, pull).await.expect("no pull waits for its own layers").unwrap()
+    });
+    assert_eq!(pulled.unwrap().layers.len(), 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_extraction_ends_with_its_pull_whatever_is_at_hand() {
+    let (out, pieces) = tokio::sync::mpsc::channel(4);
+    out.send(crate::layer::Piece::Bytes("abc".into())).await.unwrap();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let mut source = crate::layer::Source::new(pieces, None).until(stop.clone());
+    stop.cancel();
+    let read = tokio::task::spawn_blocking(move || std::io::read_to_string(&mut source)).await.unwrap();
+    assert!(crate::layer::is_cut(&read.unwrap_err()));
+}

@@ -16,6 +16,10 @@ use crate::layer::Fault;
 
 /// Headers are mostly zeros: more effort makes the tape hardly smaller and a pull slower.
 const LEVEL: i32 = 1;
+/// Bytes of the files that a layer replaces itself, holes and all: as many as it may unpack to.
+const MAX_KEPT_BYTES: u64 = 64 << 30;
+/// Bytes of their names, which are in memory until the end.
+const MAX_KEPT_INDEX: usize = 64 << 20;
 
 /// A tape in the making.
 pub(crate) struct Recorder {
@@ -28,6 +32,8 @@ pub(crate) struct Recorder {
     /// Files that were recorded.
     files: u64,
     kept: Option<Kept>,
+    /// The sizes of what was kept.
+    kept_bytes: u64,
     /// Where entries went that went elsewhere than to their names.
     places: Vec<u8>,
     placed: u64,
@@ -58,6 +64,7 @@ impl Recorder {
             records: Vec::with_capacity(2 * MAX_LITERAL),
             files: 0,
             kept: None,
+            kept_bytes: 0,
             places: Vec::new(),
             placed: 0,
             links: HashSet::new(),
@@ -122,7 +129,17 @@ impl Recorder {
     }
 
     /// Keeps the content of a file that is about to go.
+    ///
+    /// # Errors
+    /// It cannot be written, or the layer replaces more of its own files than any that is not made for it
+    /// ([`io::ErrorKind::FileTooLarge`]): a sparse file has many bytes and costs its layer none, and may be replaced again and again.
     pub(crate) fn keep(&mut self, path: &[u8], mut content: File) -> io::Result<()> {
+        let size = content.metadata()?.len();
+        self.kept_bytes = self.kept_bytes.saturating_add(size);
+        let index = self.kept.as_ref().map_or(0, |k| k.index.len()) + self.places.len() + path.len();
+        if self.kept_bytes > MAX_KEPT_BYTES || index > MAX_KEPT_INDEX {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         if self.kept.is_none() {
             let name = self.path.with_extension("kept");
             let options = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&name);

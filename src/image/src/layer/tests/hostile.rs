@@ -196,6 +196,14 @@ fn whiteouts_without_a_proper_name_are_refused() {
 }
 
 #[test]
+fn a_huge_sparse_file_that_the_layer_replaces_is_not_read_through() {
+    let size = (8_u64 << 40).to_string();
+    let huge = [("GNU.sparse.size", size.as_bytes()), ("GNU.sparse.map", &b"0,1"[..])];
+    let reason = refused(Tar::default().pax(&huge).file("d", "x").file("d", "y"));
+    assert!(reason.contains("replaces too many or too large files") && reason.contains('d'), "{reason}");
+}
+
+#[test]
 fn marks_of_overlayfs_are_refused() {
     assert!(refused(Tar::default().raw(EntryType::Char, b"c", b"", b"")).contains("0/0"));
     for name in ["trusted.overlay.opaque", "trusted.overlay.redirect", "user.overlay.opaque"] {
