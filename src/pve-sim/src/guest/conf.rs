@@ -32,14 +32,30 @@ pub(crate) struct CtConf {
     pub(crate) snapshots: BTreeMap<String, Keys>,
 }
 
+/// The raw key that the key `env` is written as, a line for each variable.
+const RUNTIME_ENV: &str = "lxc.environment.runtime";
+
 enum Place {
     Main,
     Pending,
     Snapshot(String),
 }
 
+/// The section that a line opens. What has brackets and no section's name is no line at all.
+fn section(line: &str) -> Option<Place> {
+    let name = line.trim_end().strip_prefix('[')?.strip_suffix(']')?;
+    if name.eq_ignore_ascii_case("pve:pending") {
+        return Some(Place::Pending);
+    }
+    let well = name.len() > 1
+        && name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    well.then(|| Place::Snapshot(name.to_owned()))
+}
+
 impl CtConf {
-    /// Reads a file's text. Lines that Proxmox VE would not take are left out, with a warning in the log.
+    /// Reads a file's text, each line as `parse_pct_config` does. Those that it would not take are left out, with a warning in
+    /// the log.
     pub(crate) fn parse(text: &str) -> Self {
         let mut conf = Self { digest: digest(text), ..Self::default() };
         let mut place = Place::Main;
@@ -47,16 +63,17 @@ impl CtConf {
             if line.trim().is_empty() {
                 continue;
             }
-            if let Some(name) = line.trim().strip_prefix('[').and_then(|l| l.strip_suffix(']')) {
-                place = if name == "pve:pending" { Place::Pending } else { Place::Snapshot(name.to_owned()) };
+            if let Some(section) = section(line) {
+                place = section;
                 continue;
             }
+            let pending = matches!(place, Place::Pending);
             let keys = match &place {
                 Place::Main => &mut conf.main,
                 Place::Pending => &mut conf.pending,
                 Place::Snapshot(name) => conf.snapshots.entry(name.clone()).or_default(),
             };
-            if !keys.read_line(line) {
+            if keys.read_line(line, pending).is_none() {
                 tracing::warn!(line, "unable to parse config");
             }
         }
@@ -131,32 +148,37 @@ impl CtConf {
 }
 
 impl Keys {
-    fn read_line(&mut self, line: &str) -> bool {
+    /// Takes a line; none if Proxmox VE warns of it and goes on.
+    fn read_line(&mut self, line: &str, pending: bool) -> Option<()> {
         if let Some(comment) = line.strip_prefix('#') {
-            self.description.push_str(&decode_text(comment.trim_end()));
+            self.description.push_str(&decode_text(comment));
             self.description.push('\n');
-            return true;
+            return Some(());
         }
-        let split = line.find([':', '=']);
-        let Some((key, value)) = split.map(|at| (line[..at].trim(), line[at + 1..].trim())) else {
-            return false;
-        };
-        if key.starts_with("lxc.") {
-            if !raw::is_allowed(key) {
-                return false;
+        if let Some((key, value)) = raw::line(line) {
+            if key == RUNTIME_ENV {
+                let env = self.values.entry("env".to_owned()).or_default();
+                if !env.is_empty() {
+                    env.push('\0');
+                }
+                env.push_str(value);
+                return Some(());
             }
-            self.raw.push((key.to_owned(), value.to_owned()));
-            return true;
+            return raw::is_allowed(key).then(|| self.raw.push((key.to_owned(), value.to_owned())));
         }
-        if !line[split.unwrap_or(0)..].starts_with(':') || key.is_empty() {
-            return false;
+        let (key, value) = line.split_once(':').map(|(key, value)| (key, value.trim()))?;
+        let stem = key.trim_end_matches(|c: char| c.is_ascii_digit());
+        let well = stem.starts_with(|c: char| c.is_ascii_lowercase())
+            && stem.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        if !well || value.is_empty() || (key == "delete" && !pending) {
+            return None;
         }
         if key == "description" {
             self.description.push_str(&decode_text(value));
-            return true;
+        } else {
+            self.values.insert(key.to_owned(), value.to_owned());
         }
-        self.values.insert(key.to_owned(), value.to_owned());
-        true
+        Some(())
     }
 
     fn format(&self) -> String {
@@ -164,8 +186,12 @@ impl Keys {
         for line in self.description.lines() {
             text.push_str(&format!("#{}\n", encode_text(line)));
         }
-        for (key, value) in &self.values {
+        for (key, value) in self.values.iter().filter(|(key, _)| *key != "env") {
             text.push_str(&format!("{key}: {value}\n"));
+        }
+        let env = self.values.get("env").map_or("", String::as_str);
+        for variable in env.split('\0').filter(|v| !v.is_empty()) {
+            text.push_str(&format!("{RUNTIME_ENV}: {variable}\n"));
         }
         for (key, value) in &self.raw {
             text.push_str(&format!("{key}: {value}\n"));
@@ -255,6 +281,26 @@ mod tests {
         assert_eq!(conf.main.description, " first: line\n");
         assert_eq!(CtConf::parse(&conf.format()).main.description, " first: line\n");
         assert_eq!(conf.main.to_json()["lxc"][0][0], "lxc.idmap");
+    }
+
+    #[test]
+    fn a_line_that_is_none_is_passed_over_and_an_empty_raw_value_is_one() {
+        let conf = CtConf::parse(
+            "memory: 1\nlxc.cap.drop:\nnonsense\nfoo-bar: 1\nMemory: 2\nswap:\ndelete: memory\nlxc.Cap.keep: x\n\
+             lxc.cap.keep : x\n[no section]\nlxc.utsname = web\ncores = 2\n[Snap-1]\nmemory: 3\n[PVE:pending]\ndelete: memory\n",
+        );
+        assert_eq!(
+            conf.format(),
+            "memory: 1\nlxc.cap.drop: \nlxc.utsname: web\n\n[pve:pending]\ndelete: memory\n\n[Snap-1]\nmemory: 3\n"
+        );
+    }
+
+    #[test]
+    fn the_environment_is_a_raw_line_for_each_variable() {
+        let text = "memory: 1\nlxc.environment.runtime: A=1\nlxc.environment.runtime: B=2\nlxc.cap.drop: \n";
+        let conf = CtConf::parse(text);
+        assert_eq!(conf.get("env"), Some("A=1\0B=2"));
+        assert_eq!(conf.format(), text);
     }
 
     #[test]

@@ -3,8 +3,11 @@
 //!
 //! Comments at the top are the description, `lxc.*` lines come last, and after the main section there may be others:
 //! `[pve:pending]` and one for each snapshot, which repeat the keys. Only the main section is read.
+//!
+//! Proxmox VE takes every file: of a line that it cannot read it warns, and uses the rest. So no line makes a file
+//! unreadable here either; such a line is kept as it is, where Proxmox VE's next write drops it.
 
-use std::fmt::Write;
+use std::{borrow::Cow, fmt::Write};
 
 use percent_encoding::percent_decode_str;
 
@@ -28,63 +31,53 @@ pub enum InvalidConfig {
     /// Too long.
     #[error("the configuration has {0} bytes, a file of the cluster file system has at most {MAX_FILE}")]
     TooLong(usize),
-    /// A line that is none.
-    #[error("line {line} of the configuration is none: {text:?}")]
-    Line {
-        /// Which, from 1.
-        line: usize,
-        /// The line, cut to 120 characters.
-        text: String,
-    },
     /// A key or value that would become more than its own line, or another line.
     #[error(
-        "{key:?} cannot be written: its key or value is empty, begins or ends with a blank, or has a control character"
+        "{key:?} cannot be written: its key is none or its value is empty, begins or ends with a blank, or has a line break"
     )]
     Value {
-        /// The key, cut to 120 characters.
+        /// The key, or the whole line, cut to 120 characters.
         key: String,
     },
 }
 
 impl LxcConfig {
-    /// Reads a configuration file's main section.
+    /// Reads a configuration file's main section. A line of no known form is kept in `unread`.
     ///
     /// # Errors
-    /// The file is too long, or has a line of no known form.
+    /// The file is too long.
     pub fn from_file(text: &str) -> Result<ConfigFile, InvalidConfig> {
         if text.len() > MAX_FILE {
             return Err(InvalidConfig::TooLong(text.len()));
         }
         let mut file = ConfigFile { config: Self::default(), sections: Vec::new() };
         let mut description: Option<String> = None;
-        for (i, line) in text.lines().enumerate() {
-            if let Some(name) = line.trim_end().strip_prefix('[').and_then(|l| l.strip_suffix(']')) {
+        for line in text.lines() {
+            let line = Line::read(line);
+            if let Line::Section(name) = line {
                 file.sections.push(name.to_owned());
             }
-            if !file.sections.is_empty() || line.trim().is_empty() {
+            if !file.sections.is_empty() {
                 continue;
             }
-            if let Some(comment) = line.strip_prefix('#') {
-                let notes = description.get_or_insert_default();
-                notes.push_str(&percent_decode_str(comment).decode_utf8_lossy());
-                notes.push('\n');
-                continue;
-            }
-            let (key, value) = split(line)
-                .ok_or_else(|| InvalidConfig::Line { line: i + 1, text: line.chars().take(120).collect() })?;
-            if key.starts_with("lxc.") {
-                file.config.lxc.push((key.to_owned(), value.to_owned()));
-            } else {
-                file.config.put(key, value);
+            match line {
+                Line::Blank | Line::Section(_) => {}
+                Line::Comment(text) => {
+                    let notes = description.get_or_insert_default();
+                    notes.push_str(&decode(text));
+                    notes.push('\n');
+                }
+                Line::Key("description", text) => description.get_or_insert_default().push_str(&decode(text)),
+                Line::Key(key, value) => file.config.put(key, value),
+                Line::Raw(key, value) => file.config.lxc.push((key.to_owned(), value.to_owned())),
+                Line::Unread(line) => file.config.unread.push(line.to_owned()),
             }
         }
-        if description.is_some() {
-            file.config.description = description;
-        }
+        file.config.description = description;
         Ok(file)
     }
 
-    /// Writes a configuration file: description, keys in their order, raw lines.
+    /// Writes a configuration file: description, keys in their order, raw lines, then those that could not be read.
     ///
     /// # Errors
     /// A key or value would not stay on its line, or the whole is too long.
@@ -95,27 +88,88 @@ impl LxcConfig {
             encode(line, &mut out);
             out.push('\n');
         }
+        let cannot = |text: &str| InvalidConfig::Value { key: text.chars().take(120).collect() };
         let pairs = self.pairs().into_iter().filter(|(key, _)| key != "description");
         for (key, value) in pairs.chain(self.lxc.iter().cloned()) {
-            let well = split(&format!("{key}: {value}")).is_some_and(|(k, v)| k == key && v == value);
-            if !well || value.chars().any(char::is_control) {
-                return Err(InvalidConfig::Value { key: key.chars().take(120).collect() });
+            let line = format!("{key}: {value}");
+            let well =
+                matches!(Line::read(&line), Line::Key(k, v) | Line::Raw(k, v) if k == key && v == value);
+            if !well || line.contains(BREAKS) {
+                return Err(cannot(&key));
             }
-            // Writing to a String does not fail.
-            let _ = writeln!(out, "{key}: {value}");
+            out.push_str(&line);
+            out.push('\n');
+        }
+        for line in &self.unread {
+            if !matches!(Line::read(line), Line::Unread(_)) || line.contains('\n') {
+                return Err(cannot(line));
+            }
+            out.push_str(line);
+            out.push('\n');
         }
         if out.len() > MAX_FILE { Err(InvalidConfig::TooLong(out.len())) } else { Ok(out) }
     }
 }
 
-/// `key: value`; raw keys may have `=` in place of the colon.
-fn split(line: &str) -> Option<(&str, &str)> {
-    let raw = line.starts_with("lxc.");
-    let at = line.find(|c| c == ':' || (raw && c == '='))?;
-    let (key, value) = (line.get(..at)?.trim_end(), line.get(at + 1..)?.trim());
-    let ok = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-' || (raw && b == b'.');
-    let begins = key.starts_with(|c: char| c.is_ascii_lowercase());
-    (begins && key.bytes().all(ok) && !value.is_empty()).then_some((key, value))
+/// What a value must not have to stay on its line in every reader's eyes.
+const BREAKS: &[char] = &['\n', '\r', '\0'];
+
+/// What a line is to `parse_pct_config`.
+enum Line<'a> {
+    Blank,
+    Section(&'a str),
+    Comment(&'a str),
+    /// A key of Proxmox VE's; its value is not empty.
+    Key(&'a str, &'a str),
+    /// A key of LXC's; an empty value is one, such as that which clears a list.
+    Raw(&'a str, &'a str),
+    /// Proxmox VE warns of it and goes on.
+    Unread(&'a str),
+}
+
+impl<'a> Line<'a> {
+    fn read(line: &'a str) -> Self {
+        let bare = line.trim_matches(BLANKS);
+        if bare.is_empty() {
+            return Self::Blank;
+        }
+        if let Some(name) = line.trim_end_matches(BLANKS).strip_prefix('[').and_then(|l| l.strip_suffix(']'))
+        {
+            return Self::Section(name);
+        }
+        if let Some(comment) = line.strip_prefix('#') {
+            return Self::Comment(comment);
+        }
+        let read = if line.starts_with("lxc.") { raw(line) } else { key(line) };
+        read.unwrap_or(Self::Unread(line))
+    }
+}
+
+/// What Perl's `\s` is in a text of bytes.
+const BLANKS: &[char] = &[' ', '\t', '\r', '\x0b', '\x0c'];
+
+/// `lxc.key: value` or `lxc.key = value`; only the equals sign may have blanks before it.
+fn raw(line: &str) -> Option<Line<'_>> {
+    let (before, value) = line.split_at_checked(line.find([':', '='])?)?;
+    let key = if value.starts_with('=') { before.trim_end_matches(BLANKS) } else { before };
+    let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-.".contains(&b);
+    let well = key.len() > "lxc.".len() && key.bytes().all(ok);
+    well.then_some(Line::Raw(key, value.get(1..)?.trim_matches(BLANKS)))
+}
+
+/// `key: value`, where the key is lowercase letters and underscores, then digits.
+fn key(line: &str) -> Option<Line<'_>> {
+    let (key, value) = line.split_once(':')?;
+    let stem = key.trim_end_matches(|c: char| c.is_ascii_digit());
+    let well = stem.starts_with(|c: char| c.is_ascii_lowercase())
+        && stem.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    let value = value.trim_matches(BLANKS);
+    (well && !value.is_empty()).then_some(Line::Key(key, value))
+}
+
+/// `PVE::Tools::decode_text`.
+fn decode(text: &str) -> Cow<'_, str> {
+    percent_decode_str(text).decode_utf8_lossy()
 }
 
 /// As `PVE::Tools::encode_text`, and `%` besides, which that leaves alone although its counterpart decodes it.

@@ -1,7 +1,7 @@
 //! The configuration of a CT, typed: as the API answers it, as the API takes it, and as it lies in `/etc/pve/lxc/ID.conf`.
 //!
 //! Nothing is lost on the way through: keys that this version does not know, and values that it cannot read, are kept
-//! as text in [`LxcConfig::unknown`].
+//! as text in [`LxcConfig::unknown`], lines that are none in [`LxcConfig::unread`].
 
 mod file;
 mod mount;
@@ -93,6 +93,8 @@ pub struct LxcConfig {
     pub lxc: Vec<(String, String)>,
     /// All else, as text.
     pub unknown: BTreeMap<String, String>,
+    /// Lines of a file that are none to Proxmox VE either, in their order. Only in what was read from a file.
+    pub unread: Vec<String>,
     /// What a change is guarded with: SHA-1 of the file. Only in answers of the API.
     pub digest: Option<String>,
 }
@@ -122,9 +124,11 @@ impl LxcConfig {
 
     /// Sets a key from its text. What cannot be read as what it should be goes to `unknown`.
     pub fn put(&mut self, key: &str, text: &str) {
-        if self.try_put(key, text).is_none() {
-            self.unknown.insert(key.to_owned(), text.to_owned());
-        }
+        // Of a key that stands there twice the last holds.
+        match self.try_put(key, text) {
+            Some(()) => self.unknown.remove(key),
+            None => self.unknown.insert(key.to_owned(), text.to_owned()),
+        };
     }
 
     fn try_put(&mut self, key: &str, text: &str) -> Option<()> {

@@ -84,11 +84,46 @@ fn a_value_that_would_make_another_line_is_not_written() {
 }
 
 #[test]
-fn what_is_no_configuration_is_refused_with_its_line() {
-    assert_eq!(
-        LxcConfig::from_file("memory: 1\nnonsense\n").unwrap_err(),
-        InvalidConfig::Line { line: 2, text: "nonsense".into() }
-    );
+fn a_line_that_proxmox_ve_only_warns_of_leaves_the_rest_readable_and_stays() {
+    let odd =
+        ["nonsense", "Memory: 2", "foo-bar: 1", "swap:", "lxc.Foo: x", "lxc.include : /x", "\u{1b}[31m\tx"];
+    let text = format!("memory: 1\n{}\nlxc.include: /y\n", odd.join("\n"));
+    let mut config = LxcConfig::from_file(&text).unwrap().config;
+    assert_eq!((config.memory, config.unread.as_slice()), (Some(1), &odd.map(str::to_owned)[..]));
+    assert_eq!(config.lxc, [("lxc.include".to_owned(), "/y".to_owned())]);
+    config.memory = Some(2);
+    let written = config.to_file().unwrap();
+    assert_eq!(written, format!("memory: 2\nlxc.include: /y\n{}\n", odd.join("\n")));
+    assert_eq!(LxcConfig::from_file(&written).unwrap().config, config);
+    // What is kept must not become another line.
+    for bad in ["a\nmemory: 9", "memory: 9", "[x]", "#x", ""] {
+        let config = LxcConfig { unread: vec![bad.into()], ..LxcConfig::default() };
+        assert!(config.to_file().is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn an_empty_raw_value_is_one_and_is_written_back() {
+    let text = "lxc.cap.drop: \nlxc.mount.entry: /a\tb none bind 0 0\n";
+    for same in [
+        text,
+        "lxc.cap.drop:\nlxc.mount.entry = /a\tb none bind 0 0",
+        "lxc.cap.drop =\nlxc.mount.entry:/a\tb none bind 0 0\r\n",
+    ] {
+        let config = LxcConfig::from_file(same).unwrap().config;
+        assert_eq!(config.lxc[0], ("lxc.cap.drop".to_owned(), String::new()), "{same}");
+        assert_eq!(config.to_file().unwrap(), text);
+    }
+}
+
+#[test]
+fn of_a_key_that_stands_there_twice_the_last_holds() {
+    let config = LxcConfig::from_file("memory: much\nmemory: 5\n").unwrap().config;
+    assert_eq!((config.memory, config.to_file().unwrap().as_str()), (Some(5), "memory: 5\n"));
+}
+
+#[test]
+fn a_file_that_is_too_long_is_refused() {
     assert!(matches!(LxcConfig::from_file(&"#x\n".repeat(1 << 19)), Err(InvalidConfig::TooLong(_))));
 }
 
