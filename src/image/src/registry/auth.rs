@@ -82,20 +82,34 @@ struct Token {
 impl Session<'_> {
     /// Sends a request, logged in where the host wants it. A token that has expired is replaced by a new one.
     pub(super) async fn authorized(&self, endpoint: &Endpoint, call: &Call) -> Result<Response> {
+        self.try_authorized(endpoint, call).await.map_err(|refusal| match refusal {
+            Refusal::Unauthorized(_, reason) => self.denied(reason),
+            Refusal::Rejected(reason) => self.unreachable(&reason),
+            Refusal::Other(error) => error,
+        })
+    }
+
+    /// As [`Self::authorized`], for whom a request that the host does not take is another thing than a host in trouble. An
+    /// address outside of the host gets no login.
+    pub(super) async fn try_authorized(
+        &self,
+        endpoint: &Endpoint,
+        call: &Call,
+    ) -> std::result::Result<Response, Refusal> {
         if call.url.origin() != endpoint.base.origin() {
-            return self.unauthorized(endpoint, call).await;
+            return self.send(endpoint, call, None).await;
         }
         let used = endpoint.login.header().await;
         let (mut headers, mut reason) = match self.send(endpoint, call, used.as_ref()).await {
             Ok(response) => return Ok(response),
-            Err(refusal) => self.challenged(refusal)?,
+            Err(refusal) => refusal.challenge()?,
         };
         // One logs in for all who wait.
         let mut login = endpoint.login.0.lock().await;
         if login.header.is_some() && login.header != used {
             match self.send(endpoint, call, login.header.as_ref()).await {
                 Ok(response) => return Ok(response),
-                Err(refusal) => (headers, reason) = self.challenged(refusal)?,
+                Err(refusal) => (headers, reason) = refusal.challenge()?,
             }
         }
         let challenges = challenges(&headers);
@@ -107,7 +121,7 @@ impl Session<'_> {
                     reason = r;
                     continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(Refusal::Other(error)),
             };
             match self.send(endpoint, call, Some(&header)).await {
                 Ok(response) => {
@@ -115,7 +129,7 @@ impl Session<'_> {
                     return Ok(response);
                 }
                 Err(refusal) => {
-                    let (_, r) = self.challenged(refusal)?;
+                    let (_, r) = refusal.challenge()?;
                     // That nobody is let in says less than that somebody is not.
                     if !credentials.is_empty() {
                         reason = r;
@@ -123,7 +137,7 @@ impl Session<'_> {
                 }
             }
         }
-        Err(self.denied(format!("{}: {reason}", endpoint.name())))
+        Err(Refusal::Other(self.denied(format!("{}: {reason}", endpoint.name()))))
     }
 
     /// The credentials for a host in the order in which they are tried: those that have worked, those of the caller where

@@ -28,11 +28,13 @@ pub(super) struct Call {
     pub(super) body: Vec<u8>,
     /// Whether it is given up after one attempt.
     pub(super) once: bool,
+    /// How long the head of the answer may take, in times of the usual wait.
+    pub(super) patience: u32,
 }
 
 impl Call {
     pub(super) fn new(method: Method, url: Url) -> Self {
-        Self { method, url, headers: HeaderMap::new(), body: Vec::new(), once: false }
+        Self { method, url, headers: HeaderMap::new(), body: Vec::new(), once: false, patience: 1 }
     }
 
     pub(super) fn header(mut self, name: reqwest::header::HeaderName, value: HeaderValue) -> Self {
@@ -58,6 +60,16 @@ pub(super) enum Refusal {
     /// The host does not take the request as it is.
     Rejected(String),
     Other(Error),
+}
+
+impl Refusal {
+    /// What a refusal means for a request whose login may be changed: the challenge.
+    pub(super) fn challenge(self) -> std::result::Result<(HeaderMap, String), Self> {
+        match self {
+            Self::Unauthorized(headers, reason) => Ok((headers, reason)),
+            other => Err(other),
+        }
+    }
 }
 
 /// Why a body was not read to its end.
@@ -188,22 +200,14 @@ impl Session<'_> {
         }
         let request = endpoint.clients.of(at).request(call.method.clone(), at.clone()).headers(headers);
         let request = if call.body.is_empty() { request } else { request.body(call.body.clone()) };
-        match tokio::time::timeout(self.registry.timing.stall, request.send()).await {
+        let patience = self.registry.timing.stall.saturating_mul(call.patience);
+        match tokio::time::timeout(patience, request.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => {
                 let fatal = error.is_builder() || (error.is_connect() && !is_passing(&error));
                 Err((fatal, chain(&error.without_url())))
             }
             Err(_) => Err((false, self.registry.timing.silence())),
-        }
-    }
-
-    /// What a refusal means for a request whose login may be changed: the challenge.
-    pub(super) fn challenged(&self, refusal: Refusal) -> Result<(HeaderMap, String)> {
-        match refusal {
-            Refusal::Unauthorized(headers, reason) => Ok((headers, reason)),
-            Refusal::Rejected(reason) => Err(self.unreachable(&reason)),
-            Refusal::Other(error) => Err(error),
         }
     }
 

@@ -22,7 +22,10 @@ use reqwest::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{ATTEMPTS, Endpoint, Purpose, Session, request::Call};
+use super::{
+    ATTEMPTS, Endpoint, Purpose, Session,
+    request::{Call, Refusal},
+};
 use crate::{Error, Result, error::chain};
 
 /// How long a registry may take to put a blob away that has come whole, in times of the wait for an answer: it may read
@@ -142,9 +145,25 @@ impl Session<'_> {
         let digest = format!("sha256:{hex}").parse::<Digest>();
         let digest = digest.map_err(|e| Failed::Fatal(self.not_pushed(&e.to_string())))?;
         url.query_pairs_mut().append_pair("digest", digest.as_str());
-        let nothing = futures::stream::empty().boxed();
-        self.stream(endpoint, Method::PUT, url, Some(0), nothing).await?;
+        self.commit(endpoint, url).await?;
         Ok((digest, size))
+    }
+
+    /// Ends an upload whose bytes are all there. The login may have expired while they were sent, and is then renewed: the
+    /// bytes would be sent anew for nothing, since the next time takes as long.
+    async fn commit(&self, endpoint: &Endpoint, url: Url) -> std::result::Result<(), Failed> {
+        let mut call = Call::new(Method::PUT, url).header(CONTENT_LENGTH, HeaderValue::from(0));
+        call = call.header(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        // An upload that has ended although we did not hear of it is none any more: it begins anew.
+        call.once = true;
+        call.patience = COMMIT;
+        match self.try_authorized(endpoint, &call).await {
+            Ok(_) => Ok(()),
+            Err(Refusal::Other(Error::Unreachable { reason, .. })) => Err(Failed::Again(reason)),
+            Err(Refusal::Other(error)) => Err(Failed::Fatal(error)),
+            Err(Refusal::Rejected(reason)) => Err(Failed::Fatal(self.not_pushed(&reason))),
+            Err(Refusal::Unauthorized(_, reason)) => Err(Failed::Fatal(self.denied(reason))),
+        }
     }
 
     /// Puts a manifest under a tag or its digest; its digest.
@@ -224,7 +243,7 @@ impl Session<'_> {
         Ok(url)
     }
 
-    /// Sends a stream, which cannot be done twice; the login is that of the request before.
+    /// Sends a stream, which cannot be done twice; the login is that of the request before, which has just been let in.
     async fn stream(
         &self,
         endpoint: &Endpoint,
@@ -264,16 +283,6 @@ impl Session<'_> {
             StatusCode::FORBIDDEN => Failed::Fatal(self.denied(reason)),
             _ => Failed::Fatal(self.not_pushed(&reason)),
         })
-    }
-
-    /// As [`Session::authorized`], for an address outside of the host: without its login.
-    pub(super) async fn unauthorized(&self, endpoint: &Endpoint, call: &Call) -> Result<Response> {
-        match self.send(endpoint, call, None).await {
-            Ok(response) => Ok(response),
-            Err(refusal) => {
-                Err(self.challenged(refusal).map_or_else(|e| e, |(_, reason)| self.denied(reason)))
-            }
-        }
     }
 }
 

@@ -10,7 +10,7 @@ use axum::{
     Router,
     body::Body,
     extract::State,
-    http::{Response, StatusCode, header},
+    http::{HeaderMap, Response, StatusCode, header},
     routing::{patch, post},
 };
 use bytes::Bytes;
@@ -174,6 +174,78 @@ async fn an_upload_that_breaks_off_begins_anew() {
     let bytes = vec![7; 40 << 20];
     session.upload(&Digest::of(&bytes), bytes.len() as u64, "layer 1", &opener(&bytes)).await.unwrap();
     assert_eq!(begun.load(Ordering::SeqCst), 4);
+}
+
+/// Tells how many uploads began; a token is good until bytes have come.
+#[derive(Default)]
+struct Forgetful {
+    address: String,
+    begun: AtomicUsize,
+    token: AtomicUsize,
+    ended: std::sync::Mutex<Vec<HeaderMap>>,
+}
+
+impl Forgetful {
+    async fn start() -> Arc<Self> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let registry = Arc::new(Self { address, ..Self::default() });
+        let token = |State(registry): State<Arc<Self>>| async move {
+            format!(r#"{{"token":"t{}"}}"#, registry.token.load(Ordering::SeqCst))
+        };
+        let begin = |State(registry): State<Arc<Self>>, headers: HeaderMap| async move {
+            registry.refuse(&headers).unwrap_or_else(|| {
+                registry.begun.fetch_add(1, Ordering::SeqCst);
+                let response = Response::builder().status(StatusCode::ACCEPTED);
+                response.header(header::LOCATION, "/upload").body(Body::empty()).unwrap()
+            })
+        };
+        let bytes = |State(registry): State<Arc<Self>>, headers: HeaderMap, body: Bytes| async move {
+            registry.refuse(&headers).unwrap_or_else(|| {
+                assert!(!body.is_empty());
+                registry.token.fetch_add(1, Ordering::SeqCst);
+                let response = Response::builder().status(StatusCode::ACCEPTED);
+                response.header(header::LOCATION, "/upload?state=1").body(Body::empty()).unwrap()
+            })
+        };
+        let end = |State(registry): State<Arc<Self>>, headers: HeaderMap| async move {
+            registry.refuse(&headers).unwrap_or_else(|| {
+                registry.ended.lock().unwrap().push(headers);
+                Response::builder().status(StatusCode::CREATED).body(Body::empty()).unwrap()
+            })
+        };
+        let app = Router::new()
+            .route("/token", axum::routing::get(token))
+            .route("/v2/app/blobs/uploads/", post(begin))
+            .route("/upload", patch(bytes).put(end))
+            .with_state(Arc::clone(&registry));
+        tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        registry
+    }
+
+    fn refuse(&self, headers: &HeaderMap) -> Option<Response<Body>> {
+        let wanted = format!("Bearer t{}", self.token.load(Ordering::SeqCst));
+        if headers.get(header::AUTHORIZATION).is_some_and(|h| *h == wanted) {
+            return None;
+        }
+        let challenge = format!(r#"Bearer realm="http://{}/token""#, self.address);
+        let response = Response::builder().status(StatusCode::UNAUTHORIZED);
+        Some(response.header(header::WWW_AUTHENTICATE, challenge).body(Body::empty()).unwrap())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_outlives_its_token_is_ended_with_a_new_one() {
+    let registry = Forgetful::start().await;
+    let (client, reference) = (client(), Reference::parse(&format!("{}/app", registry.address)).unwrap());
+    let login = [super::pulls::user("me", "secret")];
+    let session = client.session(&reference, &login).await.unwrap();
+    let (digest, size) = session.upload_unknown("layer 1", &opener(&[7; 100_000])).await.unwrap();
+    assert_eq!((digest, size), (Digest::of(&[7; 100_000]), 100_000));
+    assert_eq!(registry.begun.load(Ordering::SeqCst), 1, "nothing is sent twice");
+    let ended = registry.ended.lock().unwrap();
+    assert_eq!(ended.len(), 1);
+    assert_eq!(ended[0][header::CONTENT_LENGTH], "0");
 }
 
 #[tokio::test(flavor = "multi_thread")]
