@@ -15,7 +15,7 @@ use std::{
 
 use moxlet_cri::{annotations, v1};
 use moxlet_ids::ContainerId;
-use moxlet_image::{ImageConfiguration, ImageHold, ImageRecord};
+use moxlet_image::{ImageConfig, ImageHold, ImageRecord};
 use moxlet_init_proto::CreateRequest;
 use moxlet_sandbox::{Limits, POD_DIR_IN_CT, cgroup::ContainerCgroups};
 use moxlet_storage::{IdMap, RootOptions};
@@ -104,14 +104,14 @@ pub(crate) async fn record(
 }
 
 /// The request's stop signal, else the image's, else SIGTERM.
-fn stop_signal(config: &v1::ContainerConfig, image: &ImageConfiguration) -> Result<i32> {
+fn stop_signal(config: &v1::ContainerConfig, image: &ImageConfig) -> Result<i32> {
     let asked = config.stop_signal();
     if asked != v1::Signal::RuntimeDefault {
         return signal_number(asked.as_str_name());
     }
-    match image.config().as_ref().and_then(|c| c.stop_signal().clone()) {
-        Some(text) if !text.is_empty() => signal_number(&text),
-        _ => Ok(15),
+    match image.stop_signal.as_str() {
+        "" => Ok(15),
+        text => signal_number(text),
     }
 }
 
@@ -214,7 +214,7 @@ fn pending(
     place: &Place<'_>,
     config: &v1::ContainerConfig,
     of_pod: &v1::PodSandboxConfig,
-    image: &ImageConfiguration,
+    image: &ImageConfig,
     record: &ContainerRecord,
 ) -> Result<Pending> {
     let Place { core, sandbox, id, rootfs, .. } = place;

@@ -101,7 +101,7 @@ async fn plan(store: &Arc<Store>, holds: &[(ImageHold, Vec<String>)]) -> Result<
         let manifest = manifest.to_string().into_bytes();
         let digest = Digest::of(&manifest);
         manifests.extend(descriptors(image, names, &digest, manifest.len()));
-        let paths: Vec<String> = diff_ids(image).flatten().map(|d| path(&d)).collect();
+        let paths: Vec<String> = image.config.diff_ids.iter().map(path).collect();
         docker.push(json!({ "Config": path(&image.id), "RepoTags": names, "Layers": paths }));
         plan.blobs.insert(image.id.clone(), config);
         plan.blobs.insert(digest, manifest);
@@ -111,15 +111,10 @@ async fn plan(store: &Arc<Store>, holds: &[(ImageHold, Vec<String>)]) -> Result<
     Ok(plan)
 }
 
-/// The DiffIDs that an image's config names.
-fn diff_ids(image: &ImageRecord) -> impl Iterator<Item = Option<Digest>> + '_ {
-    image.config.rootfs().diff_ids().iter().map(|d| d.parse().ok())
-}
-
 /// An image's entries in the index: one for each name, or one without.
 fn descriptors(image: &ImageRecord, names: &[String], manifest: &Digest, size: usize) -> Vec<Value> {
     let platform = json!({
-        "architecture": image.config.architecture().to_string(), "os": image.config.os().to_string(),
+        "architecture": image.config.architecture, "os": image.config.os,
     });
     let plain = json!({ "mediaType": MANIFEST, "digest": manifest, "size": size, "platform": platform });
     if names.is_empty() {
@@ -151,7 +146,7 @@ impl Plan {
                 (digest, size)
             }
         };
-        if diff_ids(image).nth(n).flatten().as_ref() != Some(&digest) {
+        if image.config.diff_ids.get(n) != Some(&digest) {
             return Err(damaged(format!("layer {} has digest {digest}, not the one of the config", n + 1)));
         }
         Ok((digest, size))

@@ -197,7 +197,7 @@ mod tests {
             size_bytes: 0,
             layers: Vec::new(),
             pinned: false,
-            config: crate::ImageConfiguration::default(),
+            config: std::sync::Arc::default(),
         };
         Candidate { image, added_at: at(added), last_used: at(used) }
     }

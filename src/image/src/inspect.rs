@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::{Error, ImageRecord, ImageStore, LayerBlob, Origin, Result, store::blocking};
 
@@ -43,8 +43,8 @@ pub struct Inspection {
     pub manifest: Option<InspectedManifest>,
     /// Its layers, the bottom one first.
     pub layers: Vec<InspectedLayer>,
-    /// The config, as it came.
-    pub config: Value,
+    /// The config, as it came: made into values it can be a hundred times as large.
+    pub config: Box<RawValue>,
 }
 
 /// A manifest of an image.
@@ -95,12 +95,12 @@ impl ImageStore {
         let (store, reference) = (self.store.clone(), reference.to_owned());
         blocking(move || {
             let Some((image, details)) = store.look_up(&reference)? else { return Ok(None) };
-            let config: Value =
+            let config: Box<RawValue> =
                 serde_json::from_slice(&store.records.config_blob(&image.id)?).map_err(|e| {
                     Error::Damaged { image: image.id.to_string(), reason: format!("its config: {e}") }
                 })?;
             let layer = |(n, chain): (usize, &ChainId)| InspectedLayer {
-                diff_id: image.config.rootfs().diff_ids().get(n).cloned().unwrap_or_default(),
+                diff_id: image.config.diff_ids.get(n).map(ToString::to_string).unwrap_or_default(),
                 chain_id: chain.to_string(),
                 blob: details.blobs.get(n).cloned(),
                 restorable: store.records.tape_path(chain).exists(),
@@ -113,9 +113,9 @@ impl ImageStore {
             }
             Ok(Some(Inspection {
                 layers: image.layers.iter().enumerate().map(layer).collect(),
-                architecture: image.config.architecture().to_string(),
-                os: image.config.os().to_string(),
-                created: image.config.created().clone(),
+                architecture: image.config.architecture.clone(),
+                os: image.config.os.clone(),
+                created: image.config.created.clone(),
                 added_at: details.added_at,
                 last_used_at: store.last_used(&image.id),
                 origin: details.origin,

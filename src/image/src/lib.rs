@@ -14,6 +14,7 @@ mod fetch;
 #[doc(hidden)]
 pub mod fuzzing;
 mod garbage;
+mod image_config;
 mod import;
 mod inspect;
 mod layer;
@@ -51,11 +52,11 @@ pub use ensure::PullPolicy;
 use ensure::Taker;
 pub use error::{Error, Result};
 pub use garbage::{Garbage, GarbagePolicy};
+pub use image_config::ImageConfig;
 pub use import::{Feed, Imported, RootfsOptions, Source, feed};
 pub use inspect::{InspectedLayer, InspectedManifest, Inspection, ListedImage};
 pub use migrate::{LeftOut, MigratedImage, MigrationOutcome, migrate};
 pub use moxlet_storage::ZfsConfig;
-pub use oci_spec::image::ImageConfiguration;
 pub use place::{OpenPlace, Place, dataset_dir};
 pub use progress::{LayerProgress, LayerState, PullProgress};
 pub use reference::Reference;
@@ -123,8 +124,8 @@ pub struct ImageRecord {
     pub layers: Vec<ChainId>,
     /// Whether garbage collection passes it by.
     pub pinned: bool,
-    /// Its config.
-    pub config: ImageConfiguration,
+    /// What its config says.
+    pub config: Arc<ImageConfig>,
 }
 
 /// A layer as it lies in a registry.

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use moxlet_ids::{ChainId, Digest};
-use oci_spec::image::ImageConfiguration;
 use tokio::sync::mpsc;
 
 use crate::{
-    Credentials, Error, ImageRecord, Origin, Reference, Result,
+    Credentials, Error, ImageConfig, ImageRecord, Origin, Reference, Result,
     download::download,
     ensure::Taker,
     fetch::{self, Job},
@@ -60,7 +59,7 @@ async fn pull_from(
         Some(config) => (config, None),
         None => {
             let blob = small_blob(session, &manifest.config, "config").await?;
-            (read_config(session, &blob)?, Some(blob))
+            (Arc::new(read_config(session, &blob)?), Some(blob))
         }
     };
     let jobs = jobs(session, &manifest, &config)?;
@@ -197,10 +196,9 @@ pub(crate) fn mismatch(session: &Session<'_>, part: &str, expected: String, actu
     Error::DigestMismatch { reference: session.name(), part: part.to_owned(), expected, actual }
 }
 
-fn read_config(session: &Session<'_>, blob: &[u8]) -> Result<ImageConfiguration> {
-    let config: ImageConfiguration =
-        serde_json::from_slice(blob).map_err(|e| session.bad("config", format!("it cannot be read: {e}")))?;
-    let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
+fn read_config(session: &Session<'_>, blob: &[u8]) -> Result<ImageConfig> {
+    let config = ImageConfig::read(blob).map_err(|reason| session.bad("config", reason))?;
+    let (os, architecture) = (config.os.as_str(), config.architecture.as_str());
     let host = manifest::host_architecture();
     if os != "linux" || architecture != host {
         let reason = format!("it is for {os}/{architecture}, this host is linux/{host}");
@@ -210,19 +208,21 @@ fn read_config(session: &Session<'_>, blob: &[u8]) -> Result<ImageConfiguration>
 }
 
 /// The layers with their chain IDs, from what manifest and config say of them.
-fn jobs(session: &Session<'_>, manifest: &Manifest, config: &ImageConfiguration) -> Result<Vec<Job>> {
-    let diff_ids = config.rootfs().diff_ids();
+fn jobs(session: &Session<'_>, manifest: &Manifest, config: &ImageConfig) -> Result<Vec<Job>> {
+    let diff_ids = &config.diff_ids;
     if diff_ids.len() != manifest.layers.len() {
         let (said, there) = (diff_ids.len(), manifest.layers.len());
         return Err(session.bad("config", format!("it names {said} layers, the manifest {there}")));
     }
     let mut jobs: Vec<Job> = Vec::with_capacity(diff_ids.len());
     for (n, (blob, diff_id)) in manifest.layers.iter().zip(diff_ids).enumerate() {
-        let diff_id: Digest = diff_id.parse().map_err(|e| session.bad("config", format!("{e}")))?;
         let parent = jobs.last().map(|j| j.chain.clone());
-        let chain = parent.as_ref().map_or_else(|| ChainId::base(&diff_id), |p| p.push(&diff_id));
-        let claim =
-            Claim { digest: Some(blob.digest.clone()), size: Some(blob.size), diff_id: Some(diff_id) };
+        let chain = parent.as_ref().map_or_else(|| ChainId::base(diff_id), |p| p.push(diff_id));
+        let claim = Claim {
+            digest: Some(blob.digest.clone()),
+            size: Some(blob.size),
+            diff_id: Some(diff_id.clone()),
+        };
         jobs.push(Job { part: part(n, blob), blob: blob.clone(), claim, chain, parent });
     }
     Ok(jobs)

@@ -75,7 +75,7 @@ impl Verification {
         // Who noted either kept tapes.
         let has_tapes = details.manifest.is_some() || details.origin != Origin::Unknown;
         for (n, chain) in image.layers.iter().enumerate() {
-            let diff_id = image.config.rootfs().diff_ids().get(n).cloned().unwrap_or_default();
+            let diff_id = image.config.diff_ids.get(n).map(ToString::to_string).unwrap_or_default();
             let found = match self.known.get(chain) {
                 Some(found) => found.clone(),
                 None => {

@@ -3,9 +3,13 @@
 use std::collections::HashMap;
 
 use base64::Engine as _;
+use jiff::Timestamp;
 use moxlet_cri::v1::{self, image_service_server::ImageService};
-use moxlet_image::{Credentials, ImageRecord};
+use moxlet_ids::ChainId;
+use moxlet_image::{Credentials, ImageRecord, InspectedLayer, InspectedManifest, Origin};
 use moxlet_storage::Usage;
+use serde::Serialize;
+use serde_json::value::RawValue;
 use tonic::{Request, Response, Status};
 
 use super::{Parts, Service, in_chunks};
@@ -19,10 +23,25 @@ const REGISTRY_UNAVAILABLE: &str = "RegistryUnavailable";
 
 type Answer<T> = std::result::Result<Response<T>, Status>;
 
+/// What is told of an image at length. It is written as it is: a config that is made into values can be a hundred times as
+/// large.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Info<'a> {
+    #[serde(rename = "chainID")]
+    chain_id: Option<&'a ChainId>,
+    image_spec: &'a RawValue,
+    origin: Origin,
+    added_at: Option<Timestamp>,
+    last_used_at: Option<Timestamp>,
+    in_use_by: &'a [String],
+    layers: &'a [InspectedLayer],
+    manifest: Option<&'a InspectedManifest>,
+}
+
 /// An image as CRI shows it; the user is a number where the image's is.
 fn shown(image: ImageRecord) -> v1::Image {
-    let user = image.config.config().as_ref().and_then(|c| c.user().clone()).unwrap_or_default();
-    let name = user.split(':').next().unwrap_or_default();
+    let name = image.config.user.split(':').next().unwrap_or_default();
     let uid = if name.is_empty() { Some(0) } else { name.parse::<i64>().ok() };
     let username = if uid.is_some() { String::new() } else { name.to_owned() };
     v1::Image {
@@ -83,17 +102,19 @@ impl Service {
         let Some(inspection) = self.core.images.inspect(image.id.as_str()).await? else {
             return Ok(HashMap::new());
         };
-        let info = serde_json::json!({
-            "chainID": image.layers.last().map(ToString::to_string),
-            "imageSpec": inspection.config,
-            "origin": inspection.origin,
-            "addedAt": inspection.added_at,
-            "lastUsedAt": inspection.last_used_at,
-            "inUseBy": inspection.in_use_by,
-            "layers": inspection.layers,
-            "manifest": inspection.manifest,
-        });
-        Ok(HashMap::from([("info".to_owned(), info.to_string())]))
+        let info = Info {
+            chain_id: image.layers.last(),
+            image_spec: &inspection.config,
+            origin: inspection.origin,
+            added_at: inspection.added_at,
+            last_used_at: inspection.last_used_at,
+            in_use_by: &inspection.in_use_by,
+            layers: &inspection.layers,
+            manifest: inspection.manifest.as_ref(),
+        };
+        let info = serde_json::to_string(&info)
+            .map_err(|e| Error::io("making a text of what is known of an image", e))?;
+        Ok(HashMap::from([("info".to_owned(), info)]))
     }
 }
 

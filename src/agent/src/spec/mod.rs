@@ -15,8 +15,8 @@ use std::path::Path;
 
 use moxlet_cri::v1::{self, NamespaceMode, security_profile::ProfileType};
 use moxlet_ids::ContainerId;
+use moxlet_image::ImageConfig;
 use moxlet_storage::IdMap;
-use oci_spec::image::ImageConfiguration;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ pub(crate) struct SpecInput<'a> {
     /// Its sandbox's request.
     pub(crate) sandbox: &'a v1::PodSandboxConfig,
     /// The image's configuration.
-    pub(crate) image: &'a ImageConfiguration,
+    pub(crate) image: &'a ImageConfig,
     /// The mounted root on the host, to read `etc/passwd` and `etc/group` in it.
     pub(crate) rootfs_host: &'a Path,
     /// The root as seen in the CT.
@@ -93,9 +93,7 @@ pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
         ));
     }
     mounts::refuse(config)?;
-    let image = input.image.config();
-    let image_user = image.as_ref().and_then(|c| c.user().as_deref());
-    let user = user::resolve(config, image_user, input.rootfs_host, input.map)?;
+    let user = user::resolve(config, &input.image.user, input.rootfs_host, input.map)?;
     let capabilities = capabilities::of(security.capabilities.as_ref())?;
     let process = json!({
         "terminal": config.tty,
@@ -154,14 +152,14 @@ pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
 
 /// The request's command replaces the image's entry point and its arguments; its args only the latter.
 fn args(input: &SpecInput<'_>) -> Result<Vec<String>> {
-    let image = input.image.config().as_ref();
+    let image = input.image;
     let mut command = input.config.command.clone();
     let mut args = input.config.args.clone();
     if command.is_empty() {
         if args.is_empty() {
-            args = image.and_then(|c| c.cmd().clone()).unwrap_or_default();
+            args.clone_from(&image.cmd);
         }
-        command = image.and_then(|c| c.entrypoint().clone()).unwrap_or_default();
+        command.clone_from(&image.entrypoint);
         // So images take back the entry point of the image that they build on.
         if command == [""] {
             command.clear();
@@ -192,7 +190,7 @@ fn env(input: &SpecInput<'_>) -> Result<Vec<String>> {
         set("TERM", "xterm".to_owned());
     }
     set("HOSTNAME", input.hostname.to_owned());
-    for pair in input.image.config().iter().flat_map(|c| c.env().iter().flatten()) {
+    for pair in &input.image.env {
         match pair.split_once('=') {
             Some((key, value)) if !key.is_empty() => set(key, value.to_owned()),
             _ => {}
@@ -226,9 +224,11 @@ fn plain<'a>(what: &str, texts: impl Iterator<Item = &'a str>) -> Result<()> {
 }
 
 fn cwd(input: &SpecInput<'_>) -> Result<String> {
-    let image = input.image.config().as_ref().and_then(|c| c.working_dir().clone());
-    let dir = Some(input.config.working_dir.clone()).filter(|d| !d.is_empty()).or(image).unwrap_or_default();
-    if dir.is_empty() { Ok("/".to_owned()) } else { mounts::target(&dir) }
+    let asked = [&input.config.working_dir, &input.image.working_dir];
+    asked
+        .into_iter()
+        .find(|dir| !dir.is_empty())
+        .map_or_else(|| Ok("/".to_owned()), |dir| mounts::target(dir))
 }
 
 fn namespaces(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {

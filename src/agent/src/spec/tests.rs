@@ -53,7 +53,7 @@ impl Case {
     }
 
     fn build(&self) -> Result<Value> {
-        let image: ImageConfiguration = serde_json::from_value(json!({
+        let image: ImageConfig = serde_json::from_value(json!({
             "architecture": "amd64", "os": "linux", "config": self.image,
             "rootfs": {"type": "layers", "diff_ids": []},
         }))

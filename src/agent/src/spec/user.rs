@@ -89,13 +89,13 @@ fn read_in_root(root: &Path, path: &str) -> Result<String> {
 /// Finds out who a container runs as.
 pub(super) fn resolve(
     config: &v1::ContainerConfig,
-    image_user: Option<&str>,
+    image_user: &str,
     root: &Path,
     map: IdMap,
 ) -> Result<User> {
     let none = v1::LinuxContainerSecurityContext::default();
     let context = config.linux.as_ref().and_then(|l| l.security_context.as_ref()).unwrap_or(&none);
-    let wanted = Wanted::of(context, image_user.unwrap_or_default())?;
+    let wanted = Wanted::of(context, image_user)?;
     if config.annotations.get(RUN_AS_NON_ROOT).is_some_and(|v| v == "true") {
         wanted.check_non_root()?;
     }

@@ -3,7 +3,6 @@
 use std::{io::Read, sync::Arc};
 
 use moxlet_ids::{ChainId, Digest};
-use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
 
 use super::{
@@ -12,7 +11,7 @@ use super::{
     bring_layer, refused,
 };
 use crate::{
-    ImageRecord, ImageStore, LayerBlob, Origin, Reference, Result,
+    ImageConfig, ImageRecord, ImageStore, LayerBlob, Origin, Reference, Result,
     layer::Claim,
     registry::manifest::{self, Found, host_architecture},
     store::{NewImage, RawManifest, blocking},
@@ -151,8 +150,7 @@ impl ImageStore {
     }
 
     async fn import_entry(&self, members: &Arc<Members>, entry: Entry) -> Result<ImageRecord> {
-        let parsed: ImageConfiguration = serde_json::from_slice(&entry.config)
-            .map_err(|e| refused("the config", format!("it cannot be read: {e}")))?;
+        let parsed = Arc::new(config_of(&entry.config)?);
         let (mut layers, mut pins, mut size): (Vec<ChainId>, Vec<_>, u64) =
             (Vec::new(), Vec::new(), entry.config.len() as u64);
         let blobs: Option<Vec<LayerBlob>> = entry.layers.iter().map(|l| l.blob.clone()).collect();
@@ -343,25 +341,24 @@ fn full_name(name: &str) -> Option<String> {
     Reference::parse(name).ok()?.repo_tag()
 }
 
-fn config_of(config: &[u8]) -> Result<ImageConfiguration> {
-    serde_json::from_slice(config).map_err(|e| refused("the config", format!("it cannot be read: {e}")))
+fn config_of(config: &[u8]) -> Result<ImageConfig> {
+    ImageConfig::read(config).map_err(|reason| refused("the config", reason))
 }
 
 fn diff_ids(config: &[u8], layers: usize) -> Result<Vec<Digest>> {
-    let config = config_of(config)?;
-    let said = config.rootfs().diff_ids();
+    let said = config_of(config)?.diff_ids;
     if layers > MAX_LAYERS || said.len() != layers {
         let reason =
             format!("it names {} layers, the manifest {layers} (of {MAX_LAYERS} at most)", said.len());
         return Err(refused("the config", reason));
     }
-    said.iter().map(|d| d.parse().map_err(|e| refused("the config", format!("{e}")))).collect()
+    Ok(said)
 }
 
 /// What an image is for, if not for this host.
 fn foreign(config: &[u8]) -> Result<Option<String>> {
     let config = config_of(config)?;
-    let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
+    let (os, architecture) = (config.os, config.architecture);
     let ours = os == "linux" && architecture == host_architecture();
     Ok((!ours).then(|| format!("{os}/{architecture}")))
 }

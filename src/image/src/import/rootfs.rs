@@ -1,14 +1,14 @@
 //! A root file system as an image of one layer. LXC templates as Proxmox VE names them say what they are by their names.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use moxlet_ids::Digest;
 use serde_json::{Map, Value, json};
 
 use super::{Source, bring_layer, decompressed, refused};
 use crate::{
-    ImageRecord, ImageStore, Origin, Reference, Result, layer::Claim, registry::manifest::host_architecture,
-    store::NewImage,
+    ImageConfig, ImageRecord, ImageStore, Origin, Reference, Result, layer::Claim,
+    registry::manifest::host_architecture, store::NewImage,
 };
 
 /// What an image that is made of a root file system shall say.
@@ -156,15 +156,15 @@ impl ImageStore {
         let (chain, unpacked, pins) = bring_layer(&self.store, &[], Claim::default(), part, open).await?;
         let unpacked = unpacked.ok_or(crate::Error::Stopped)?;
         let blob = config(options, template, architecture, &unpacked.diff_id).to_string().into_bytes();
-        let parsed =
-            serde_json::from_slice(&blob).map_err(|e| refused("the options", format!("no config: {e}")))?;
+        let parsed = ImageConfig::read(&blob)
+            .map_err(|reason| refused("the options", format!("the config: {reason}")))?;
         let image = NewImage {
             id: Digest::of(&blob),
             tags: tag.into_iter().collect(),
             digests: Vec::new(),
             size_bytes: unpacked.unpacked_size.saturating_add(blob.len() as u64),
             layers: vec![chain],
-            config: parsed,
+            config: Arc::new(parsed),
             blob: Some(blob),
             manifest: None,
             blobs: Vec::new(),
@@ -203,6 +203,6 @@ mod tests {
         assert_eq!(made, config(&options, template.as_ref(), "amd64", &diff_id));
         assert_eq!(made["config"]["Labels"]["org.opencontainers.image.version"], "1");
         assert_eq!(made["config"]["Cmd"][0], "/sbin/init");
-        assert!(serde_json::from_value::<crate::ImageConfiguration>(made).is_ok());
+        assert!(serde_json::from_value::<ImageConfig>(made).is_ok());
     }
 }

@@ -226,7 +226,7 @@ mod tests {
             size_bytes: 1,
             layers: Vec::new(),
             pinned: name == "one",
-            config: serde_json::from_slice(&blob).unwrap(),
+            config: Arc::new(crate::ImageConfig::read(&blob).unwrap()),
         };
         store.records.write_config(&id, &blob).unwrap();
         store.put(Stored { record, serial, details }).unwrap();

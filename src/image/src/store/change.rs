@@ -6,7 +6,6 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
-use oci_spec::image::ImageConfiguration;
 
 use super::{
     Access, Pins, Store,
@@ -15,7 +14,7 @@ use super::{
     names::{self, Named},
     records::Images,
 };
-use crate::{Error, ImageRecord, LayerBlob, Origin, Reference, Removed, Result};
+use crate::{Error, ImageConfig, ImageRecord, LayerBlob, Origin, Reference, Removed, Result};
 
 /// The manifest of an image, byte by byte as it came.
 #[derive(Debug, Clone)]
@@ -33,7 +32,7 @@ pub(crate) struct NewImage {
     pub(crate) digests: Vec<String>,
     pub(crate) size_bytes: u64,
     pub(crate) layers: Vec<ChainId>,
-    pub(crate) config: ImageConfiguration,
+    pub(crate) config: Arc<ImageConfig>,
     /// The bytes of the config, where they are not here yet.
     pub(crate) blob: Option<Vec<u8>>,
     pub(crate) manifest: Option<RawManifest>,

@@ -22,10 +22,9 @@ use std::{
 use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::Driver;
-use oci_spec::image::ImageConfiguration;
 use tokio::sync::Semaphore;
 
-use crate::{Config, Error, ImageRecord, Reference, Result, registry::Registry};
+use crate::{Config, Error, ImageConfig, ImageRecord, Reference, Result, registry::Registry};
 pub(crate) use adopt::{Adopted, SourceRecords};
 pub(crate) use change::{NewImage, RawManifest};
 use details::Stored;
@@ -167,9 +166,9 @@ impl Store {
         Ok((store, pins))
     }
 
-    /// The config of an image that is here.
-    pub(crate) fn config(&self, id: &Digest) -> Option<ImageConfiguration> {
-        lock(&self.images).get(id).map(|s| s.record.config.clone())
+    /// What the config of an image says that is here.
+    pub(crate) fn config(&self, id: &Digest) -> Option<Arc<ImageConfig>> {
+        lock(&self.images).get(id).map(|s| Arc::clone(&s.record.config))
     }
 
     /// All images, in the order of their ids.

@@ -95,6 +95,8 @@ fn is_nameless(record: &ImageRecord) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+    use std::sync::Arc;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -113,7 +115,7 @@ mod tests {
                 size_bytes: 0,
                 layers: Vec::new(),
                 pinned: false,
-                config: crate::ImageConfiguration::default(),
+                config: Arc::default(),
             };
             (id(start), Stored { record, serial: 1, details: Details::default() })
         };

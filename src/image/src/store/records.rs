@@ -20,7 +20,10 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::SystemTime,
 };
 
@@ -34,7 +37,7 @@ use super::{
     lock::DirLock,
 };
 use crate::{
-    Error, ImageRecord, Result,
+    Error, ImageConfig, ImageRecord, Result,
     error::{Attempt, chain},
 };
 
@@ -187,10 +190,11 @@ impl Records {
         if Digest::of(&blob) != written.id {
             return Ok(Err("its config has another digest".into()));
         }
-        let config = match serde_json::from_slice(&blob) {
-            Ok(config) => config,
-            Err(error) => return Ok(Err(format!("its config cannot be read: {error}"))),
+        let config = match ImageConfig::read(&blob) {
+            Ok(config) => Arc::new(config),
+            Err(reason) => return Ok(Err(format!("its config: {reason}"))),
         };
+        drop(blob);
         let record = ImageRecord {
             id: written.id,
             repo_tags: written.repo_tags,

@@ -112,7 +112,8 @@ async fn a_root_file_system_becomes_an_image_however_it_is_compressed() {
     let place = place.reopen().await;
     let inspected = place.store.inspect("mine:1").await.unwrap().unwrap();
     assert_eq!(inspected.origin, Origin::Imported);
-    assert_eq!(inspected.config["config"]["Cmd"][0], "/bin/sh");
+    let config: serde_json::Value = serde_json::from_str(inspected.config.get()).unwrap();
+    assert_eq!(config["config"]["Cmd"][0], "/bin/sh");
     assert!(inspected.layers[0].restorable);
 }
 

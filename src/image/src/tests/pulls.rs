@@ -50,7 +50,7 @@ async fn an_image_is_pulled_and_a_container_sees_its_layers() {
     assert_eq!(record.repo_tags, [&*name]);
     assert_eq!(record.repo_digests, [registry.name(&format!("app@{digest}"))]);
     assert_eq!(record.size_bytes, image.size());
-    assert_eq!(record.config.config().as_ref().unwrap().cmd().as_ref().unwrap(), &["/bin/sh"]);
+    assert_eq!(record.config.cmd, ["/bin/sh"]);
     let seen = place.read(&record.layers, &["etc/a", "etc/b", "gone", "old/x"]).await;
     assert_eq!(seen, [Some("top".into()), Some("base".into()), None, None]);
 
@@ -200,6 +200,11 @@ async fn images_that_cannot_be_right_are_refused() {
         ("a:4", two_layers().with("rootfs", json!({ "type": "layers", "diff_ids": ["x", "y"] })), "digest"),
         ("a:5", two_layers().with("rootfs", json!(7)), "cannot be read"),
         ("a:6", Image::new().layer(Tar::default().file("../x", "")), "`..`"),
+        (
+            "a:8",
+            two_layers().with("config", json!({ "Env": vec![""; 5000] })),
+            "Env has more than 4096 entries",
+        ),
         ("a:7", Image::new().layer(base()).layer(Tar::default().link("l", "etc/z")), "etc/z"),
     ];
     for (name, image, reason) in cases {
@@ -213,6 +218,49 @@ async fn images_that_cannot_be_right_are_refused() {
     }
     place.no_drafts().await;
     assert_eq!(place.layers().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_config_there_is_one_in_memory_without_its_history_and_its_bytes_stay_on_disk() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = two_layers().with("history", json!(vec![json!({}); 100_000]));
+    registry.push("a:1", &image);
+    let name = registry.name("a:1");
+    let pulled = place.store.pull(&name, &[]).await.unwrap();
+    // Nothing else is known of it than what is known of one without.
+    let plain = two_layers();
+    registry.push("b:1", &plain);
+    assert_eq!(place.store.pull(&registry.name("b:1"), &[]).await.unwrap().config, pulled.config);
+    let place = place.reopen().await;
+    let resolved = place.store.resolve(&name).await.unwrap().unwrap();
+    let listed = place.store.list().await.unwrap().into_iter().find(|r| r.id == pulled.id).unwrap();
+    let held = place.store.hold(&name).await.unwrap().unwrap();
+    for other in [&listed.config, &held.record().config] {
+        assert!(Arc::ptr_eq(other, &resolved.config), "a list of images is no second copy of their configs");
+    }
+    let inspected = place.store.inspect(&name).await.unwrap().unwrap();
+    assert_eq!(moxlet_ids::Digest::of(inspected.config.get().as_bytes()), pulled.id, "as it came");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_a_store_has_and_that_is_beyond_reason_does_not_come_into_memory() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    registry.push("a:1", &two_layers());
+    let record = place.store.pull(&registry.name("a:1"), &[]).await.unwrap();
+    let images = place.dir.path().join("images");
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "rootfs": { "diff_ids": record.config.diff_ids },
+        "config": { "Env": vec![""; 5000] },
+    });
+    let config = config.to_string().into_bytes();
+    let id = moxlet_ids::Digest::of(&config);
+    let read =
+        std::fs::read_to_string(images.join("images").join(format!("{}.json", record.id.hex()))).unwrap();
+    let written = read.replace(record.id.as_str(), id.as_str());
+    std::fs::write(images.join("images").join(format!("{}.json", id.hex())), written).unwrap();
+    std::fs::write(images.join("configs").join(id.hex()), config).unwrap();
+    let place = place.reopen().await;
+    assert_eq!(place.store.list().await.unwrap(), [record]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
