@@ -260,26 +260,31 @@ impl Store {
     /// Removes the layers that no image names, no mount shows and no pull needs; how many bytes that gave back. One that
     /// a container's root stands on stays until the next time.
     pub(crate) async fn collect(self: &Arc<Self>) -> Result<u64> {
-        let mut outcome = Ok(());
-        let (mut left, mut freed) = (Vec::new(), 0_u64);
+        let (mut outcome, mut freed) = (Ok(()), 0_u64);
         for layer in self.driver.layers().await? {
             match self.remove_unneeded(&layer).await {
-                Ok(Some(bytes)) => freed = freed.saturating_add(bytes),
-                Ok(None) => left.push(layer),
+                Ok(bytes) => freed = freed.saturating_add(bytes.unwrap_or_default()),
                 Err(error) if outcome.is_ok() => outcome = Err(error),
                 Err(error) => tracing::warn!(%layer, %error, "a layer could not be removed"),
             }
         }
         let store = Arc::clone(self);
-        let tapes = self.writing(move || {
-            for layer in store.records.tapes()? {
-                if !left.contains(&layer) && !lock(&store.pinned).contains_key(&layer) {
-                    store.records.remove_tape(&layer)?;
-                }
-            }
-            Ok(())
-        });
-        outcome.and(tapes.await).map(|()| freed)
+        for layer in self.writing(move || store.records.tapes()).await? {
+            let removed = self.remove_tape_without_layer(&layer).await;
+            outcome = outcome.and(removed);
+        }
+        outcome.map(|()| freed)
+    }
+
+    /// Removes a tape whose layer is neither here nor on its way. That is asked under the gate, at this moment: while layers
+    /// were removed, pulls have brought others, and what could not be removed needs its tape still.
+    async fn remove_tape_without_layer(self: &Arc<Self>, layer: &ChainId) -> Result<()> {
+        let _gate = self.gate.lock().await;
+        if lock(&self.pinned).contains_key(layer) || self.driver.has_layer(layer).await? {
+            return Ok(());
+        }
+        let (store, layer) = (Arc::clone(self), layer.clone());
+        self.writing(move || store.records.remove_tape(&layer)).await
     }
 
     /// What a layer gave back that is gone now. The gate is held for one at a time, so that a large store keeps nobody

@@ -6,6 +6,7 @@ mod access;
 mod archives;
 mod bad_registry;
 mod full;
+mod held;
 mod logins;
 mod mirrors;
 mod operations;
