@@ -41,6 +41,16 @@ impl NodeCredentials {
         Self { path, helpers: Helpers::default(), loaded: Mutex::default() }
     }
 
+    /// Those of a helper that is such a script, in a directory of its own.
+    #[cfg(test)]
+    pub(crate) fn of_helper(dir: &Path, script: &str) -> Self {
+        let path = dir.join("config.json");
+        let written = std::fs::write(&path, r#"{"credsStore":"test"}"#);
+        assert!(written.is_ok(), "{written:?}");
+        let helpers = super::helper::tests::helper(dir, "test", script);
+        Self { helpers, ..Self::new(Some(path)) }
+    }
+
     /// What there is for a repository of a registry (`docker.io` for Docker Hub). A file or helper that fails is told in
     /// the log: the pull may go without.
     pub(crate) async fn lookup(&self, registry: &str, repository: &str) -> Vec<Credentials> {

@@ -31,6 +31,8 @@ struct State {
     header: Option<HeaderValue>,
     /// The credentials that it came from.
     with: Option<Credentials>,
+    /// What the machine has for the host, once it was asked.
+    node: Option<Vec<Credentials>>,
 }
 
 /// How a registry wants to be logged in at.
@@ -113,7 +115,9 @@ impl Session<'_> {
             }
         }
         let challenges = challenges(&headers);
-        for credentials in self.candidates(endpoint, login.with.take()).await {
+        let mut tried = Vec::new();
+        while let Some(credentials) = self.candidate(endpoint, &mut login, &tried).await {
+            tried.push(credentials.clone());
             let header = match self.log_in(endpoint, call, &challenges, &credentials).await {
                 Ok(Some(header)) => header,
                 Ok(None) => continue,
@@ -140,28 +144,48 @@ impl Session<'_> {
         Err(Refusal::Other(self.denied(format!("{}: {reason}", endpoint.name()))))
     }
 
-    /// The credentials for a host in the order in which they are tried: those that have worked, those of the caller where
-    /// they are for this host, those that the machine has, nobody's.
-    async fn candidates(&self, endpoint: &Endpoint, worked: Option<Credentials>) -> Vec<Credentials> {
+    /// The credentials for a host that are tried after some others: those that have worked, those of the caller where they
+    /// are for this host, those that the machine has, nobody's. The machine, which may have to start a helper for that and
+    /// disturb its user, is asked when all others were refused.
+    async fn candidate(
+        &self,
+        endpoint: &Endpoint,
+        login: &mut State,
+        tried: &[Credentials],
+    ) -> Option<Credentials> {
+        if let Some(worked) = login.with.take() {
+            // What a helper gives may expire: once that is refused, it may have something else.
+            if login.node.as_ref().is_some_and(|known| known.contains(&worked)) {
+                login.node = None;
+            }
+            return Some(worked);
+        }
+        let fresh = |c: &&Credentials| !c.is_empty() && !tried.contains(c);
+        let own = if endpoint.is_registry { self.auths } else { &[] };
+        if let Some(own) = own.iter().find(fresh) {
+            return Some(own.clone());
+        }
+        let node = match &mut login.node {
+            Some(known) => known,
+            unasked => unasked.insert(self.of_node(endpoint).await),
+        };
+        let node = node.iter().find(fresh).cloned();
+        node.or_else(|| Some(Credentials::default()).filter(|nobody| !tried.contains(nobody)))
+    }
+
+    /// What the machine has for a host.
+    async fn of_node(&self, endpoint: &Endpoint) -> Vec<Credentials> {
         let repository = self.reference.repository();
-        let mut named = Vec::new();
+        let mut found = Vec::new();
         if endpoint.is_registry {
-            named.extend_from_slice(self.auths);
-            named.extend(self.registry.node.lookup(self.reference.registry(), repository).await);
+            found.extend(self.registry.node.lookup(self.reference.registry(), repository).await);
         }
         if endpoint.namespace.is_some() {
             let host = authority(&endpoint.base);
             let host = if host == "registry-1.docker.io" { "docker.io" } else { &host };
-            named.extend(self.registry.node.lookup(host, repository).await);
+            found.extend(self.registry.node.lookup(host, repository).await);
         }
-        named.retain(|c| !c.is_empty());
-        let mut all: Vec<Credentials> = worked.into_iter().collect();
-        for credentials in named.into_iter().chain([Credentials::default()]) {
-            if !all.contains(&credentials) {
-                all.push(credentials);
-            }
-        }
-        all
+        found
     }
 
     /// The header for some credentials (empty ones are nobody's); none where these do not fit the challenges.

@@ -125,6 +125,12 @@ impl Registry {
         })
     }
 
+    /// One that has the credentials of a node of its own.
+    #[cfg(test)]
+    pub(crate) fn with_node(self, node: NodeCredentials) -> Self {
+        Self { node, ..self }
+    }
+
     /// Finds out where an image is served from.
     ///
     /// # Errors
