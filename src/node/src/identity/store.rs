@@ -69,10 +69,14 @@ impl Store {
         let path = self.dir.join(name);
         let mut text = String::new();
         match File::open(&path) {
-            Ok(f) => f.take(MAX_FILE).read_to_string(&mut text).map_err(file("read", &path))?,
+            Ok(f) => f.take(MAX_FILE + 1).read_to_string(&mut text).map_err(file("read", &path))?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(file("read", &path)(e)),
         };
+        // Cut, a chain would read as a shorter one.
+        if text.len() as u64 > MAX_FILE {
+            return Err(file("read", &path)(std::io::ErrorKind::FileTooLarge.into()));
+        }
         Ok(Some(text))
     }
 
@@ -119,5 +123,17 @@ mod tests {
         assert_eq!(store.pair("x").unwrap().unwrap().leaf, pair.leaf);
         fs::write(&path, "nonsense").unwrap();
         assert!(store.pair("x").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_file_that_is_too_large_is_refused_and_not_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let most = usize::try_from(MAX_FILE).unwrap();
+        store.keep_pending("x", &"k".repeat(most)).unwrap();
+        assert_eq!(store.pending("x").unwrap().unwrap().len(), most);
+        store.keep_pending("x", &"k".repeat(most + 1)).unwrap();
+        let error = store.pending("x").unwrap_err();
+        assert!(error.to_string().contains("x-pending.key"), "{error}");
     }
 }
