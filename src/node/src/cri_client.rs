@@ -1,4 +1,5 @@
 //! The agent behind its unix socket: CRI's two services and `moxlet.host.v1`, one method a call, errors with the call's name.
+//! Each call is counted, but streams that last: in `calls!` the second name of one is that of its metrics, the kubelet's where it has one.
 //!
 //! [`Runtime`] is what pod workers see of it, so that tests put a fake in its place.
 
@@ -13,7 +14,10 @@ use moxlet_cri::{
 };
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    metrics::{RuntimeOperation, runtime_operation},
+};
 
 /// The largest answer that is read from the agent.
 const MAX_ANSWER: usize = 32 << 20;
@@ -37,7 +41,7 @@ fn timed<T>(message: T, timeout: Duration) -> tonic::Request<T> {
 }
 
 macro_rules! calls {
-    ($($(#[$doc:meta])* $client:ident.$name:ident($request:ty) -> $response:ty, $call:literal;)*) => {
+    ($($(#[$doc:meta])* $client:ident.$name:ident($request:ty) -> $response:ty, $call:literal as $operation:literal;)*) => {
         /// What a node asks of an agent.
         #[async_trait]
         pub(crate) trait Runtime: Send + Sync {
@@ -63,28 +67,38 @@ macro_rules! calls {
         #[async_trait]
         impl Runtime for Agent {
             $(async fn $name(&self, request: $request) -> Result<$response> {
-                let answer = self.$client().$name(timed(request, CALL_TIMEOUT)).await.map_err(Error::agent($call))?;
-                Ok(answer.into_inner())
+                runtime_operation($operation, async {
+                    let answer = self.$client().$name(timed(request, CALL_TIMEOUT)).await;
+                    Ok(answer.map_err(Error::agent($call))?.into_inner())
+                }).await
             })*
 
             async fn stop_container(&self, id: &str, seconds: i64) -> Result<()> {
                 let request = v1::StopContainerRequest { container_id: id.to_owned(), timeout: seconds };
                 let patience = CALL_TIMEOUT + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-                self.runtime().stop_container(timed(request, patience)).await.map_err(Error::agent("StopContainer"))?;
-                Ok(())
+                runtime_operation("stop_container", async {
+                    self.runtime().stop_container(timed(request, patience)).await.map_err(Error::agent("StopContainer"))?;
+                    Ok(())
+                }).await
             }
 
             async fn ensure_image(
                 &self,
                 request: host::ImageEnsureRequest,
             ) -> Result<BoxStream<'static, Result<host::ImagePullUpdate>>> {
-                let answer = self.store().ensure(request).await.map_err(Error::agent("Ensure"))?;
-                Ok(answer.into_inner().map(|u| u.map_err(Error::agent("Ensure"))).boxed())
+                let mut operation = RuntimeOperation::begin("ensure_image");
+                let answer = self.store().ensure(request).await.map_err(Error::agent("Ensure"));
+                operation.came(answer.is_err());
+                let updates = answer?.into_inner().map(|u| u.map_err(Error::agent("Ensure")));
+                // It has ended when the stream has.
+                Ok(updates.inspect(move |update| operation.came(update.is_err())).boxed())
             }
 
             async fn collect_garbage(&self, request: host::ImageGarbageRequest) -> Result<host::ImageGarbageResponse> {
-                let answer = self.store().collect_garbage(timed(request, GARBAGE_TIMEOUT)).await;
-                Ok(answer.map_err(Error::agent("CollectGarbage"))?.into_inner())
+                runtime_operation("collect_garbage", async {
+                    let answer = self.store().collect_garbage(timed(request, GARBAGE_TIMEOUT)).await;
+                    Ok(answer.map_err(Error::agent("CollectGarbage"))?.into_inner())
+                }).await
             }
 
             async fn container_events(&self) -> Result<BoxStream<'static, Result<v1::ContainerEventResponse>>> {
@@ -248,39 +262,63 @@ impl Agent {
 
 calls! {
     /// Whether runtime and network are ready.
-    runtime.status(v1::StatusRequest) -> v1::StatusResponse, "Status";
+    runtime.status(v1::StatusRequest) -> v1::StatusResponse, "Status" as "status";
     /// Tells the agent the node's pod CIDR.
-    runtime.update_runtime_config(v1::UpdateRuntimeConfigRequest) -> v1::UpdateRuntimeConfigResponse, "UpdateRuntimeConfig";
+    runtime.update_runtime_config(v1::UpdateRuntimeConfigRequest) -> v1::UpdateRuntimeConfigResponse, "UpdateRuntimeConfig" as "update_runtime_config";
     /// Sandboxes by label.
-    runtime.list_pod_sandbox(v1::ListPodSandboxRequest) -> v1::ListPodSandboxResponse, "ListPodSandbox";
+    runtime.list_pod_sandbox(v1::ListPodSandboxRequest) -> v1::ListPodSandboxResponse, "ListPodSandbox" as "list_podsandbox";
     /// One sandbox, with its addresses.
-    runtime.pod_sandbox_status(v1::PodSandboxStatusRequest) -> v1::PodSandboxStatusResponse, "PodSandboxStatus";
+    runtime.pod_sandbox_status(v1::PodSandboxStatusRequest) -> v1::PodSandboxStatusResponse, "PodSandboxStatus" as "podsandbox_status";
     /// Makes and starts a sandbox.
-    runtime.run_pod_sandbox(v1::RunPodSandboxRequest) -> v1::RunPodSandboxResponse, "RunPodSandbox";
+    runtime.run_pod_sandbox(v1::RunPodSandboxRequest) -> v1::RunPodSandboxResponse, "RunPodSandbox" as "run_podsandbox";
     /// Stops a sandbox with all that is in it.
-    runtime.stop_pod_sandbox(v1::StopPodSandboxRequest) -> v1::StopPodSandboxResponse, "StopPodSandbox";
+    runtime.stop_pod_sandbox(v1::StopPodSandboxRequest) -> v1::StopPodSandboxResponse, "StopPodSandbox" as "stop_podsandbox";
     /// Removes a sandbox with all that is in it.
-    runtime.remove_pod_sandbox(v1::RemovePodSandboxRequest) -> v1::RemovePodSandboxResponse, "RemovePodSandbox";
+    runtime.remove_pod_sandbox(v1::RemovePodSandboxRequest) -> v1::RemovePodSandboxResponse, "RemovePodSandbox" as "remove_podsandbox";
     /// Containers by label.
-    runtime.list_containers(v1::ListContainersRequest) -> v1::ListContainersResponse, "ListContainers";
+    runtime.list_containers(v1::ListContainersRequest) -> v1::ListContainersResponse, "ListContainers" as "list_containers";
     /// One container.
-    runtime.container_status(v1::ContainerStatusRequest) -> v1::ContainerStatusResponse, "ContainerStatus";
+    runtime.container_status(v1::ContainerStatusRequest) -> v1::ContainerStatusResponse, "ContainerStatus" as "container_status";
     /// Makes a container.
-    runtime.create_container(v1::CreateContainerRequest) -> v1::CreateContainerResponse, "CreateContainer";
+    runtime.create_container(v1::CreateContainerRequest) -> v1::CreateContainerResponse, "CreateContainer" as "create_container";
     /// Starts a container.
-    runtime.start_container(v1::StartContainerRequest) -> v1::StartContainerResponse, "StartContainer";
+    runtime.start_container(v1::StartContainerRequest) -> v1::StartContainerResponse, "StartContainer" as "start_container";
     /// Removes a container and its log.
-    runtime.remove_container(v1::RemoveContainerRequest) -> v1::RemoveContainerResponse, "RemoveContainer";
+    runtime.remove_container(v1::RemoveContainerRequest) -> v1::RemoveContainerResponse, "RemoveContainer" as "remove_container";
     /// Whether an image is there.
-    images.image_status(v1::ImageStatusRequest) -> v1::ImageStatusResponse, "ImageStatus";
+    images.image_status(v1::ImageStatusRequest) -> v1::ImageStatusResponse, "ImageStatus" as "image_status";
     /// Facts of the host.
-    host.info(host::InfoRequest) -> host::InfoResponse, "Info";
+    host.info(host::InfoRequest) -> host::InfoResponse, "Info" as "info";
     /// Makes a volume or brings it up to date.
-    host.apply_volume(host::ApplyVolumeRequest) -> host::ApplyVolumeResponse, "ApplyVolume";
+    host.apply_volume(host::ApplyVolumeRequest) -> host::ApplyVolumeResponse, "ApplyVolume" as "apply_volume";
     /// Removes a pod's volumes.
-    host.remove_pod_volumes(host::RemovePodVolumesRequest) -> host::RemovePodVolumesResponse, "RemovePodVolumes";
+    host.remove_pod_volumes(host::RemovePodVolumesRequest) -> host::RemovePodVolumesResponse, "RemovePodVolumes" as "remove_pod_volumes";
     /// Pods that left something on the host.
-    host.list_pods(host::ListPodsRequest) -> host::ListPodsResponse, "ListPods";
+    host.list_pods(host::ListPodsRequest) -> host::ListPodsResponse, "ListPods" as "list_pods";
     /// What a container wrote to its termination message file.
-    host.termination_message(host::TerminationMessageRequest) -> host::TerminationMessageResponse, "TerminationMessage";
+    host.termination_message(host::TerminationMessageRequest) -> host::TerminationMessageResponse, "TerminationMessage" as "termination_message";
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::{metrics, pods::registry::PodRegistry};
+
+    #[tokio::test]
+    async fn each_call_is_counted_under_the_kubelets_name() {
+        metrics::install();
+        let dir = tempfile::tempdir().unwrap();
+        let agent = Agent::new(&format!("unix://{}", dir.path().join("nobody.sock").display())).unwrap();
+        agent.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap_err();
+        agent.stop_container("c", 0).await.unwrap_err();
+        assert!(agent.ensure_image(host::ImageEnsureRequest::default()).await.is_err());
+        let text = metrics::render("n", "v1", &PodRegistry::default());
+        for operation in ["list_podsandbox", "stop_container", "ensure_image"] {
+            for name in ["total", "errors_total", "duration_seconds_count"] {
+                let line = format!("kubelet_runtime_operations_{name}{{operation_type=\"{operation}\"}} 1");
+                assert!(text.contains(&line), "{line} is not in\n{text}");
+            }
+        }
+    }
 }

@@ -20,7 +20,7 @@ use super::{
     Api, Failure, container,
     query::{self, Streams},
 };
-use crate::Error;
+use crate::{Error, metrics::runtime_operation};
 
 /// How long the agent may take to answer the upgrade.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -74,7 +74,8 @@ pub(super) async fn exec(
         stdout: wanted.stdout,
         stderr: wanted.stderr,
     };
-    let url = api.runtime().exec(ask).await.map_err(Error::agent("Exec"))?.into_inner().url;
+    let answer = runtime_operation("exec", api.runtime().exec(ask)).await;
+    let url = answer.map_err(Error::agent("Exec"))?.into_inner().url;
     forward(&api, request, &url).await
 }
 
@@ -92,7 +93,8 @@ pub(super) async fn attach(
         stdout: wanted.stdout,
         stderr: wanted.stderr,
     };
-    let url = api.runtime().attach(ask).await.map_err(Error::agent("Attach"))?.into_inner().url;
+    let answer = runtime_operation("attach", api.runtime().attach(ask)).await;
+    let url = answer.map_err(Error::agent("Attach"))?.into_inner().url;
     forward(&api, request, &url).await
 }
 
@@ -107,7 +109,8 @@ pub(super) async fn port_forward(
     let sandbox = sandbox.ok_or_else(|| Failure::not_found(format!("pod \"{pod}\" has no sandbox yet")))?;
     let port = query::ports(request.uri().query()).map_err(|e| Failure::new(StatusCode::BAD_REQUEST, e))?;
     let ask = v1::PortForwardRequest { pod_sandbox_id: sandbox, port };
-    let url = api.runtime().port_forward(ask).await.map_err(Error::agent("PortForward"))?.into_inner().url;
+    let answer = runtime_operation("port_forward", api.runtime().port_forward(ask)).await;
+    let url = answer.map_err(Error::agent("PortForward"))?.into_inner().url;
     forward(&api, request, &url).await
 }
 

@@ -6,7 +6,10 @@ mod process;
 pub(crate) mod resource;
 pub(crate) mod text;
 
-use std::{sync::OnceLock, time::Duration};
+use std::{
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
 
 use ::metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -74,16 +77,7 @@ fn describe() {
         "kubelet_runtime_operations_duration_seconds",
         "Duration in seconds of runtime operations by operation type"
     );
-    describe_gauge!("workqueue_depth", "Current depth of the work queue");
-    describe_counter!("workqueue_retries_total", "Items put back into the work queue after a failure");
-    describe_histogram!(
-        "workqueue_queue_duration_seconds",
-        "How long in seconds an item stays in the work queue"
-    );
-    describe_histogram!(
-        "workqueue_work_duration_seconds",
-        "How long in seconds an item of the work queue is worked on"
-    );
+    describe_gauge!("workqueue_depth", "Changes of pods that wait to be given to their workers");
     describe_counter!(
         "kubelet_http_requests_total",
         "Number of the http requests received since the server started"
@@ -109,7 +103,7 @@ pub fn pod_started(since_seen: Duration) {
     histogram!("kubelet_pod_start_duration_seconds").record(since_seen);
 }
 
-/// A worker finished one pass over a pod: `create`, `update`, `sync` or `kill`.
+/// A worker finished one pass over a pod: `sync`, or `kill` where the pod is to end.
 pub fn pod_synced(operation: &'static str, took: Duration, failed: bool) {
     histogram!("kubelet_pod_worker_duration_seconds", "operation_type" => operation).record(took);
     if failed {
@@ -117,13 +111,47 @@ pub fn pod_synced(operation: &'static str, took: Duration, failed: bool) {
     }
 }
 
-/// A call to the agent ended; `call` is CRI's name of it (`RunPodSandbox`).
-pub fn runtime_operation(call: &'static str, took: Duration, failed: bool) {
-    counter!("kubelet_runtime_operations_total", "operation_type" => call).increment(1);
-    histogram!("kubelet_runtime_operations_duration_seconds", "operation_type" => call).record(took);
-    if failed {
-        counter!("kubelet_runtime_operations_errors_total", "operation_type" => call).increment(1);
+/// A call to the agent under way; it counts when this is dropped.
+pub(crate) struct RuntimeOperation {
+    operation: &'static str,
+    begun: Instant,
+    failed: bool,
+}
+
+impl RuntimeOperation {
+    /// A call begins; `operation` is the kubelet's name of it (`run_podsandbox`).
+    pub(crate) fn begin(operation: &'static str) -> Self {
+        Self { operation, begun: Instant::now(), failed: false }
     }
+
+    /// What came of it so far; one failure is enough.
+    pub(crate) fn came(&mut self, failed: bool) {
+        self.failed |= failed;
+    }
+}
+
+impl Drop for RuntimeOperation {
+    fn drop(&mut self) {
+        let operation = self.operation;
+        counter!("kubelet_runtime_operations_total", "operation_type" => operation).increment(1);
+        histogram!("kubelet_runtime_operations_duration_seconds", "operation_type" => operation)
+            .record(self.begun.elapsed());
+        if self.failed {
+            counter!("kubelet_runtime_operations_errors_total", "operation_type" => operation).increment(1);
+        }
+    }
+}
+
+/// Waits for a call to the agent and counts it; one that is given up counts as failed.
+pub(crate) async fn runtime_operation<T, E>(
+    operation: &'static str,
+    call: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    let mut operation = RuntimeOperation::begin(operation);
+    operation.failed = true;
+    let outcome = call.await;
+    operation.failed = outcome.is_err();
+    outcome
 }
 
 /// How many items wait in a queue.
@@ -131,25 +159,12 @@ pub fn queue_depth(queue: &'static str, depth: usize) {
     gauge!("workqueue_depth", "name" => queue).set(depth as f64);
 }
 
-/// An item left a queue after this wait.
-pub fn queue_waited(queue: &'static str, waited: Duration) {
-    histogram!("workqueue_queue_duration_seconds", "name" => queue).record(waited);
-}
-
-/// Work on an item of a queue took this long; `retried` when it goes back in.
-pub fn queue_worked(queue: &'static str, took: Duration, retried: bool) {
-    histogram!("workqueue_work_duration_seconds", "name" => queue).record(took);
-    if retried {
-        counter!("workqueue_retries_total", "name" => queue).increment(1);
-    }
-}
-
-/// A request of the kubelet API has come; `path` is its first part.
+/// A request of the kubelet API has come.
 pub(crate) fn request_begun() {
     gauge!("kubelet_http_inflight_requests").increment(1.0);
 }
 
-/// It has been answered (a stream: its answer has begun).
+/// It has been answered (a stream: its answer has begun); `path` is the first part of its path.
 pub(crate) fn request_done(method: &'static str, path: &'static str, code: u16, took: Duration) {
     gauge!("kubelet_http_inflight_requests").decrement(1.0);
     counter!("kubelet_http_requests_total", "method" => method, "path" => path, "code" => code.to_string())
@@ -209,14 +224,17 @@ mod tests {
         install();
         install();
         pod_started(Duration::from_millis(150));
-        runtime_operation("RunPodSandbox", Duration::from_millis(3), true);
+        let mut operation = RuntimeOperation::begin("run_podsandbox");
+        operation.came(true);
+        operation.came(false);
+        drop(operation);
         queue_depth("pods", 2);
-        queue_worked("pods", Duration::from_millis(1), true);
         let text = render("n1", "v1.36.0", &PodRegistry::default());
         for part in [
             "kubelet_pod_start_duration_seconds_bucket{le=\"0.2\"}",
             "moxlet_pod_start_duration_seconds_count",
-            "kubelet_runtime_operations_errors_total{operation_type=\"RunPodSandbox\"} ",
+            "kubelet_runtime_operations_errors_total{operation_type=\"run_podsandbox\"} ",
+            "kubelet_runtime_operations_duration_seconds_bucket{operation_type=\"run_podsandbox\",le=\"60\"} 1",
             "workqueue_depth{name=\"pods\"} 2",
             "kubelet_running_pods 0",
             "kubelet_node_name{node=\"n1\"} 1",
