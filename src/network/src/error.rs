@@ -69,6 +69,22 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// A program of the system could not be started or talked to.
+    #[error("could not run the program {program}")]
+    Program {
+        /// Which.
+        program: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A program of the system took too long and was killed.
+    #[error("the program {program} did not end within {seconds} s; it was killed")]
+    ProgramTimeout {
+        /// Which.
+        program: &'static str,
+        /// How long was waited.
+        seconds: u64,
+    },
     /// A plugin's answer is not a result.
     #[error("CNI plugin {plugin} answered something that is no result: {reason}")]
     BadResult {
@@ -94,18 +110,24 @@ pub enum Error {
     #[error("the network is still in use by sandbox {0}")]
     Attached(String),
     /// The bridge could not be made or removed.
-    #[error("could not {what} the bridge {bridge}: see `ip link show dev {bridge}`")]
+    #[error("could not {what} the bridge {bridge} ({said}): see `ip link show dev {bridge}`")]
     Bridge {
         /// Which.
         bridge: String,
         /// What was attempted, a verb.
         what: &'static str,
+        /// What `ip` said.
+        said: String,
     },
     /// The pods' traffic cannot leave the host.
-    #[error("could not masquerade {cidr}: install nftables or iptables, or look whether the kernel has NAT")]
+    #[error(
+        "could not masquerade {cidr} ({said}): install nftables or iptables, or look whether the kernel has NAT"
+    )]
     Masquerade {
         /// Which range.
         cidr: String,
+        /// What the program said.
+        said: String,
     },
     /// A slice of addresses that is none.
     #[error("the addresses {0}")]

@@ -3,7 +3,7 @@
 
 use std::{fs, io::ErrorKind, path::Path};
 
-use crate::{Result, error::io};
+use crate::{Result, durable, error::io};
 
 const SWITCH: &str = "/proc/sys/net/ipv4/ip_forward";
 
@@ -22,9 +22,8 @@ fn record_from(switch: &Path, record: &Path) -> Result<()> {
         return Ok(());
     }
     let value = fs::read_to_string(switch).map_err(io("read", switch))?;
-    let new = record.with_extension("new");
-    fs::write(&new, value).map_err(io("write", &new))?;
-    fs::rename(&new, record).map_err(io("write", record))
+    // Lost in a power cut, it would be recorded anew as 1, which by then is ours.
+    durable::write(record, value.as_bytes())
 }
 
 fn restore_to(switch: &Path, record: &Path) -> Result<()> {

@@ -7,14 +7,16 @@
 //! * [`forwarding`]: records and restores the host's `ip_forward`, which CNI's bridge switches on.
 
 mod cni;
+mod durable;
 mod error;
 pub mod files;
 pub mod forwarding;
+mod program;
 mod slice;
 
 use std::net::IpAddr;
 
-pub use cni::{Cni, CniConfig};
+pub use cni::{Cni, CniConfig, take_down};
 pub use error::{Error, Result};
 pub use slice::{Slice, SliceConfig};
 

@@ -17,7 +17,7 @@ use std::{
 
 use moxlet_ids::SandboxId;
 
-use crate::{Error, Result, error::io};
+use crate::{Error, Result, durable, error::io};
 
 const MAX: u64 = 128;
 
@@ -154,7 +154,7 @@ impl Slice {
                     given.owners.insert(ip, sandbox.clone());
                     given.last = number;
                     let path = self.dir.join(ip.to_string());
-                    File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(io("write", &path))?;
+                    durable::sync_dir(&self.dir).map_err(io("write", &path))?;
                     return Ok(ip);
                 }
             }

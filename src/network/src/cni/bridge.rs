@@ -3,11 +3,13 @@
 //! CNI's bridge plugin knows one gateway for a bridge. A cluster that registers a node anew allots it another range while pods
 //! of the old one run on: so the bridge carries a gateway for each range in use, and the plugin is told to leave it alone.
 
-use std::{fs, net::Ipv4Addr, process::Stdio};
+use std::{fs, net::Ipv4Addr};
 
-use tokio::process::Command;
-
-use crate::{Error, Result, error::io};
+use crate::{
+    Error, Result,
+    error::io,
+    program::{self, Ended},
+};
 
 const FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
@@ -63,7 +65,6 @@ pub(super) async fn ensure(bridge: &str, range: Range) -> Result<()> {
     if addresses(bridge).iter().any(|(address, own)| *own == range && *address == range.gateway()) {
         return Ok(());
     }
-    let failed = || Error::Bridge { bridge: bridge.to_owned(), what: "make" };
     if !std::path::Path::new("/sys/class/net").join(bridge).exists() {
         // Without an address of its own a bridge takes that of its first port, and another when that goes.
         let mac = format!("0a:58:{}", range.gateway().octets().map(|o| format!("{o:02x}")).join(":"));
@@ -71,8 +72,9 @@ pub(super) async fn ensure(bridge: &str, range: Range) -> Result<()> {
     }
     let address = format!("{}/{}", range.gateway(), range.length);
     ip(&["address", "replace", &address, "dev", bridge]).await?;
-    if !ip(&["link", "set", "dev", bridge, "up"]).await? || addresses(bridge).is_empty() {
-        return Err(failed());
+    let up = ip(&["link", "set", "dev", bridge, "up"]).await?;
+    if !up.status.success() || addresses(bridge).is_empty() {
+        return Err(Error::Bridge { bridge: bridge.to_owned(), what: "make", said: up.said() });
     }
     fs::write(FORWARD, "1").map_err(io("write", FORWARD))
 }
@@ -87,25 +89,16 @@ pub(super) async fn remove(bridge: &str) -> Result<()> {
     if !std::path::Path::new("/sys/class/net").join(bridge).join("bridge").exists() {
         return Ok(());
     }
-    match ip(&["link", "delete", "dev", bridge]).await? {
-        true => Ok(()),
-        false => Err(Error::Bridge { bridge: bridge.to_owned(), what: "remove" }),
+    let ended = ip(&["link", "delete", "dev", bridge]).await?;
+    if ended.status.success() {
+        return Ok(());
     }
+    Err(Error::Bridge { bridge: bridge.to_owned(), what: "remove", said: ended.said() })
 }
 
-/// Runs `ip`; whether it succeeded.
-async fn ip(args: &[&str]) -> Result<bool> {
-    let status = Command::new("ip")
-        .args(args)
-        .env_clear()
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .await
-        .map_err(|source| Error::Spawn { plugin: "ip".into(), source })?;
-    Ok(status.success())
+/// Runs `ip`.
+async fn ip(args: &[&str]) -> Result<Ended> {
+    program::run("ip", args, "").await
 }
 
 #[cfg(test)]

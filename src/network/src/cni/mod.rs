@@ -11,7 +11,6 @@ use std::{
     io::ErrorKind,
     net::IpAddr,
     path::{Path, PathBuf},
-    process::{ExitStatus, Stdio},
     sync::{PoisonError, RwLock},
     time::Duration,
 };
@@ -19,16 +18,15 @@ use std::{
 use moxlet_ids::SandboxId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    process::Command,
-};
 
-use crate::{Attachment, Error, Result, error::io};
+use crate::{
+    Attachment, Error, Result, durable,
+    error::io,
+    program::{self, Ended},
+};
 
 const INTERFACE: &str = "eth0";
 const OWN_FILE: &str = "10-moxlet.conflist";
-const OUTPUT_MAX: u64 = 1 << 20;
 const TRY_AGAIN: u64 = 11;
 
 /// Where plugins, configuration and memory lie, and what our own network is like.
@@ -175,7 +173,10 @@ impl Cni {
         }
         self.find("loopback")?;
         if self.config.write_default && self.config.ip_masq && !masquerade::is_possible() {
-            return Err(Error::Masquerade { cidr: "the pods' range".into() });
+            return Err(Error::Masquerade {
+                cidr: "the pods' range".into(),
+                said: "there is neither nft nor iptables".into(),
+            });
         }
         Ok(())
     }
@@ -203,29 +204,14 @@ impl Cni {
                 },
             }],
         });
-        write_atomically(&self.config.conf_dir.join(OWN_FILE), &conflist)?;
+        write_json(&self.config.conf_dir.join(OWN_FILE), &conflist)?;
         *self.pod_cidr.write().unwrap_or_else(PoisonError::into_inner) = Some(cidr.to_owned());
         Ok(())
     }
 
     /// What was attached and not detached yet, from disk: our own records and host-local's allotments.
     pub async fn attached(&self) -> Result<Vec<SandboxId>> {
-        let mut ids: Vec<SandboxId> = Vec::new();
-        let cached = fs::read_dir(&self.config.cache_dir).map_err(io("list", &self.config.cache_dir))?;
-        ids.extend(
-            cached.flatten().filter_map(|e| e.file_name().to_str()?.strip_suffix(".json")?.parse().ok()),
-        );
-        if let Ok(allotted) = fs::read_dir(self.config.ipam_dir.join(&self.config.network_name)) {
-            let named = allotted
-                .flatten()
-                .filter(|e| e.file_name().to_str().is_some_and(|name| name.parse::<IpAddr>().is_ok()));
-            ids.extend(
-                named.filter_map(|e| fs::read_to_string(e.path()).ok()?.lines().next()?.trim().parse().ok()),
-            );
-        }
-        ids.sort();
-        ids.dedup();
-        Ok(ids)
+        attached(&self.config)
     }
 
     /// What a sandbox was attached with, from disk.
@@ -234,12 +220,11 @@ impl Cni {
     }
 
     /// Removes the bridge and masquerading of our own network. Refused while a sandbox is attached.
+    ///
+    /// # Errors
+    /// [`Error::Attached`], or a program failed.
     pub async fn remove_bridge(&self) -> Result<()> {
-        if let Some(id) = self.attached().await?.first() {
-            return Err(Error::Attached(id.to_string()));
-        }
-        masquerade::clear(&self.config.bridge_name, self.pod_cidr().as_deref()).await?;
-        bridge::remove(&self.config.bridge_name).await
+        take_down(&self.config).await
     }
 
     /// Brings bridge and masquerading in line with the present range and those that attached pods still have.
@@ -284,7 +269,7 @@ impl Cni {
     }
 
     fn keep(&self, sandbox: &SandboxId, kept: &Kept) -> Result<()> {
-        write_atomically(&self.file(sandbox), kept)
+        write_json(&self.file(sandbox), kept)
     }
 
     /// The record of an attachment; where only host-local knows of one, a record that releases it.
@@ -361,41 +346,23 @@ impl Cni {
         let program = self.find(&name)?;
         let path = self.config.bin_dirs.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(":");
         let spawned = |source| Error::Spawn { plugin: name.clone(), source };
-        let mut child = Command::new(program)
-            .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        let mut plugin = program::command(&program);
+        plugin
             .env("CNI_COMMAND", command)
             .env("CNI_CONTAINERID", sandbox.as_str())
             .env("CNI_NETNS", netns.unwrap_or(Path::new("")))
             .env("CNI_IFNAME", interface)
             .env("CNI_ARGS", args)
-            .env("CNI_PATH", path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(spawned)?;
-        let talk = async {
-            if let Some(mut stdin) = child.stdin.take() {
-                stdin.write_all(conf.to_string().as_bytes()).await?;
-            }
-            let mut out = Vec::new();
-            if let Some(stdout) = child.stdout.take() {
-                stdout.take(OUTPUT_MAX).read_to_end(&mut out).await?;
-            }
-            Ok::<_, std::io::Error>((child.wait().await?, out))
+            .env("CNI_PATH", path);
+        let limit = self.config.timeout;
+        let ended = program::talk(plugin, conf.to_string().as_bytes(), limit).await.map_err(spawned)?;
+        let Some(ended) = ended else {
+            let (sandbox, seconds) = (sandbox.to_string(), limit.as_secs());
+            return Err(Error::Timeout { plugin: name, command, sandbox, seconds });
         };
-        let (status, out) = match tokio::time::timeout(self.config.timeout, talk).await {
-            Ok(done) => done.map_err(spawned)?,
-            Err(_) => {
-                let seconds = self.config.timeout.as_secs();
-                return Err(Error::Timeout { plugin: name, command, sandbox: sandbox.to_string(), seconds });
-            }
-        };
-        let answer: Option<Value> = serde_json::from_slice(&out).ok();
-        if !status.success() {
-            let (code, message) = failure(answer.as_ref(), status);
+        let answer: Option<Value> = serde_json::from_slice(&ended.stdout).ok();
+        if !ended.status.success() {
+            let (code, message) = failure(answer.as_ref(), &ended);
             return Err(Error::Plugin { plugin: name, command, sandbox: sandbox.to_string(), code, message });
         }
         match (command, answer) {
@@ -403,6 +370,38 @@ impl Cni {
             (_, answer) => Ok(answer.unwrap_or(Value::Null)),
         }
     }
+}
+
+fn attached(config: &CniConfig) -> Result<Vec<SandboxId>> {
+    let mut ids: Vec<SandboxId> = Vec::new();
+    let cached = fs::read_dir(&config.cache_dir).map_err(io("list", &config.cache_dir))?;
+    ids.extend(cached.flatten().filter_map(|e| e.file_name().to_str()?.strip_suffix(".json")?.parse().ok()));
+    if let Ok(allotted) = fs::read_dir(config.ipam_dir.join(&config.network_name)) {
+        let named = allotted
+            .flatten()
+            .filter(|e| e.file_name().to_str().is_some_and(|name| name.parse::<IpAddr>().is_ok()));
+        ids.extend(
+            named.filter_map(|e| fs::read_to_string(e.path()).ok()?.lines().next()?.trim().parse().ok()),
+        );
+    }
+    ids.sort();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// Takes our own network from the host, bridge and masquerading, without a runner of plugins. Idempotent.
+///
+/// # Errors
+/// [`Error::Attached`] while a sandbox is attached, or a program failed.
+pub async fn take_down(config: &CniConfig) -> Result<()> {
+    // Without its directory nobody was ever attached.
+    if config.cache_dir.exists()
+        && let Some(id) = attached(config)?.first()
+    {
+        return Err(Error::Attached(id.to_string()));
+    }
+    masquerade::clear(&config.bridge_name).await?;
+    bridge::remove(&config.bridge_name).await
 }
 
 /// What a plugin is given: its own configuration and what it is part of.
@@ -417,13 +416,13 @@ fn configured(plugin: &Map<String, Value>, list: &Conflist, previous: Option<&Va
 }
 
 /// The code and the words of a plugin that failed.
-fn failure(answer: Option<&Value>, status: ExitStatus) -> (u64, String) {
+fn failure(answer: Option<&Value>, ended: &Ended) -> (u64, String) {
     let code = answer.and_then(|a| a.get("code")).and_then(Value::as_u64).unwrap_or(0);
     let said = |key| answer.and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default();
     let text = format!("{} {}", said("msg"), said("details"));
     let mut message: String = text.trim().chars().take(1000).collect();
     if message.is_empty() {
-        message = status.to_string();
+        message = ended.said();
     }
     if code == TRY_AGAIN {
         message.push_str(" (try again later)");
@@ -439,16 +438,8 @@ fn loopback() -> Map<String, Value> {
     Map::from_iter([("type".to_owned(), Value::from("loopback"))])
 }
 
-fn write_atomically(path: &Path, value: &impl Serialize) -> Result<()> {
-    let new = path.with_extension("new");
-    let bytes = serde_json::to_vec(value).map_err(|e| io("write", path)(e.into()))?;
-    let write = || {
-        let mut file = fs::File::create(&new)?;
-        std::io::Write::write_all(&mut file, &bytes)?;
-        file.sync_data()
-    };
-    write().map_err(io("write", &new))?;
-    fs::rename(&new, path).map_err(io("write", path))
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    durable::write(path, &serde_json::to_vec(value).map_err(|e| io("write", path)(e.into()))?)
 }
 
 fn check_name(what: &'static str, value: &str, max: usize) -> Result<()> {
