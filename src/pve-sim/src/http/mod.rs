@@ -17,8 +17,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{Error, Result, sim::Sim, tls::HostTls};
 
-/// How long a connection may take for its TLS handshake and for the head of a request.
+/// How long a connection may take for its TLS handshake.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a connection may be without a request, as pveproxy has it (`PVE::APIServer::AnyEvent`).
+const IDLE: Duration = Duration::from_secs(5);
 
 /// One host's server.
 #[derive(Debug, Clone)]
@@ -84,7 +86,7 @@ impl Server {
         let service = service_fn(|request| answering::answer(self.clone(), request));
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(PATIENCE)
+            .header_read_timeout(IDLE)
             .title_case_headers(true)
             .serve_connection(TokioIo::new(stream), service)
             .await;

@@ -2,7 +2,7 @@
 
 use std::{
     path::PathBuf,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -12,6 +12,7 @@ use moxlet_pve_sim::{
 };
 use moxlet_tests_pve::schema::Schema;
 use reqwest::{Client, Method};
+use rustls_pki_types::pem::PemObject;
 use serde_json::{Value, json};
 
 /// Longer than anything here takes, even on a busy machine.
@@ -130,6 +131,18 @@ impl Cluster {
 
     pub fn url(&self, host: usize) -> &str {
         &self.simulator.hosts()[host].url
+    }
+
+    /// A bare TLS connection to a host.
+    pub async fn connect(&self, host: usize) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+        let ca = std::fs::read(self.simulator.ca_file()).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(rustls_pki_types::CertificateDer::from_pem_slice(&ca).unwrap()).unwrap();
+        let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        let address = self.url(host).strip_prefix("https://").unwrap().to_owned();
+        let stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+        let name = std::net::IpAddr::from([127, 0, 0, 1]).into();
+        tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
     }
 
     /// A call by a token at a host; an answer 200 is held against the schema.

@@ -1,6 +1,9 @@
 //! What a client meets at the HTTP level.
 
+use std::time::Duration;
+
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::cluster::{ADMIN, Cluster, read};
 
@@ -11,6 +14,19 @@ async fn a_missing_ct_is_500_with_the_reason_in_the_status_line_and_the_connecti
     assert_eq!(answer.refused(500), "Configuration file 'nodes/pve1/lxc/100.conf' does not exist");
     assert!(answer.closes);
     assert!(!cluster.call("GET", "/version", &[]).await.closes);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_idle_is_closed_within_seconds() {
+    let cluster = Cluster::start(1).await;
+    let mut stream = cluster.connect(0).await;
+    let request = "GET /api2/json/version HTTP/1.1\r\nHost: x\r\nAuthorization: PVEAPIToken=";
+    stream.write_all(format!("{request}{ADMIN}=secret-of-moxlet-pve-sim\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    let end = stream.read_to_end(&mut answer);
+    // Far below the half minute that a slow handshake may take: this is another bound.
+    let ended = tokio::time::timeout(Duration::from_secs(20), end).await;
+    assert!(ended.is_ok() && answer.starts_with(b"HTTP/1.1 200 OK"), "{ended:?}");
 }
 
 #[tokio::test]

@@ -22,6 +22,10 @@ use crate::{
 /// How long a server that could not be reached is passed over while there are others.
 const REST: Duration = Duration::from_secs(15);
 
+/// How long a connection is kept for the next call. pveproxy closes one that was idle for 5 s (`PVE::APIServer::AnyEvent`), and
+/// a change that meets the close may have arrived, so that it is not sent again: a connection must be given up before.
+const IDLE: Duration = Duration::from_secs(4);
+
 /// Where a server is and how it proves who it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
@@ -91,7 +95,7 @@ impl Server {
         let mut builder = Client::builder()
             .user_agent(concat!("moxlet-pve/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(connect)
-            .pool_idle_timeout(Duration::from_secs(20))
+            .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(8)
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy();

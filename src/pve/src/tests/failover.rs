@@ -1,9 +1,6 @@
 //! Several servers, retries, places.
 
-use std::{
-    sync::atomic::{AtomicUsize, Ordering},
-    time::Duration,
-};
+use std::time::Duration;
 
 use axum::Json;
 
@@ -26,6 +23,20 @@ async fn a_write_goes_to_the_next_server_when_nobody_listens_at_the_first() {
     // The first is passed over from now on: this call has no other try.
     client.ct(&node, vmid()).start().await.unwrap();
     assert_eq!(server.asked().len(), 2);
+}
+
+#[tokio::test]
+async fn a_connection_that_the_server_is_about_to_close_is_not_used_again() {
+    let (url, connections, task) = counting().await;
+    let client = builder(&[&url]).build().unwrap();
+    client.pools().await.unwrap();
+    client.pools().await.unwrap();
+    assert_eq!(connections.load(Ordering::Relaxed), 1);
+    // pveproxy closes after 5 s. However long this sleep takes, it is never shorter.
+    tokio::time::sleep(Duration::from_millis(4_200)).await;
+    client.pools().await.unwrap();
+    assert_eq!(connections.load(Ordering::Relaxed), 2);
+    task.abort();
 }
 
 #[tokio::test]

@@ -9,7 +9,10 @@ mod tls;
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use axum::{
@@ -131,6 +134,28 @@ pub(crate) async fn raw(bytes: &'static [u8]) -> (String, JoinHandle<()>) {
         }
     });
     (url, task)
+}
+
+/// A server that answers every request with `{"data":null}`, keeps its connections, and counts them.
+pub(crate) async fn counting() -> (String, Arc<AtomicUsize>, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
+    let task = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            count.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                while stream.read(&mut buffer).await.is_ok_and(|n| n > 0) {
+                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{\"data\":null}";
+                    let _ = stream.write_all(answer).await;
+                }
+            });
+        }
+    });
+    (url, connections, task)
 }
 
 /// An address where nobody listens.
