@@ -84,22 +84,26 @@ pub(crate) fn sentence(call: &CallName, text: &str) -> Option<Error> {
         Error::NotRunning { call, message }
     } else if has(&["already exists", "file exists", "already used", "already defined"]) {
         Error::AlreadyExists { call, message }
-    } else if is_gone(&lower) {
+    } else if is_gone(&call, &lower) {
         Error::Gone { call, message }
     } else {
         return None;
     })
 }
 
-/// Only sentences that are about the thing asked for: that a template, a bridge or a volume does not exist says nothing on
-/// the guest, and what is believed gone may be cleaned up.
-fn is_gone(lower: &str) -> bool {
-    const NO_SUCH: &[&str] = &["vm ", "task", "pool", "resource", "storage", "rule", "snapshot"];
-    const DOES_NOT_EXIST: &[&str] = &["configuration file 'nodes/", "storage '", "pool '", "snapshot '"];
+/// Only sentences that are about the thing asked for: that a template, a bridge, a volume or a storage does not exist says
+/// nothing on the guest, and what is believed gone may be cleaned up. A pool or a snapshot is what was asked for in the calls on
+/// pools and snapshots alone.
+fn is_gone(call: &CallName, lower: &str) -> bool {
+    const NO_SUCH: &[&str] = &["vm ", "task", "pool", "resource", "rule", "snapshot"];
     let line = lower.trim();
-    let no_such =
-        line.strip_prefix("no such ").is_some_and(|rest| NO_SUCH.iter().any(|n| rest.starts_with(n)));
-    no_such || (line.contains("does not exist") && DOES_NOT_EXIST.iter().any(|p| line.starts_with(p)))
+    if let Some(rest) = line.strip_prefix("no such ") {
+        return NO_SUCH.iter().any(|n| rest.starts_with(n));
+    }
+    let asked_for = line.starts_with("configuration file 'nodes/")
+        || (line.starts_with("pool '") && call.path.starts_with("/pools"))
+        || (line.starts_with("snapshot '") && call.path.contains("snapshot"));
+    asked_for && line.contains("does not exist")
 }
 
 /// `Permission check failed (/vms/100, VM.Allocate|VM.Clone)`, or a sentence.
@@ -155,7 +159,11 @@ mod tests {
     use super::*;
 
     fn failure(status: u16, message: &str) -> Error {
-        let call = CallName { method: "POST", path: "/nodes/a/lxc".into() };
+        failure_of("/nodes/a/lxc", status, message)
+    }
+
+    fn failure_of(path: &str, status: u16, message: &str) -> Error {
+        let call = CallName { method: "POST", path: path.into() };
         let errors = Vec::new();
         let (endpoint, node, token) = ("https://h:8006", Some("a"), "u@pve!tk");
         answer(Failure { call, status, message, errors, endpoint, node, token })
@@ -167,7 +175,6 @@ mod tests {
         let cases: &[(u16, &str, Is)] = &[
             (500, "Configuration file 'nodes/a/lxc/100.conf' does not exist", Error::is_gone),
             (500, "no such VM ('100')", Error::is_gone),
-            (500, "storage 'x' does not exist", Error::is_gone),
             (500, "CT is locked (backup)", |e| e.lock() == Some("backup")),
             (500, "cluster not ready - no quorum?", |e| matches!(e, Error::NoQuorum { .. })),
             (500, "can't lock file '/run/lock/lxc/pve-config-100.lock' - got timeout", |e| {
@@ -205,9 +212,24 @@ mod tests {
             "volume 'local:vztmpl/x.tar' does not exist",
             "unable to create CT 100 - template 'x' does not exist",
             "no such logical volume pve/x",
+            "no such storage 'x'",
+            "pool 'x' does not exist",
+            "snapshot 'x' does not exist",
         ] {
             assert!(!failure(500, text).is_gone(), "{text}");
         }
+        assert!(failure_of("/pools", 500, "pool 'x' does not exist").is_gone());
+        assert!(failure_of("/nodes/a/lxc/1/snapshot/x", 500, "snapshot 'x' does not exist").is_gone());
+    }
+
+    #[test]
+    fn a_guest_whose_storage_is_gone_is_not_gone_and_the_storage_is_named() {
+        let call = CallName { method: "task", path: "vzdestroy 100".into() };
+        let text = "storage 'x' does not exist";
+        let reason = sentence(&call, text);
+        assert!(reason.is_none(), "{reason:?}");
+        let error = failure_of("/nodes/a/lxc/100", 500, text);
+        assert!(matches!(error, Error::Server { .. }) && error.to_string().contains(text), "{error}");
     }
 
     #[test]
