@@ -87,6 +87,11 @@ pub(crate) fn parse_bool(text: &str) -> Option<bool> {
     }
 }
 
+/// Whether a value in an answer without a fixed form is true; what is no boolean is not.
+pub(crate) fn is_true(value: &Value) -> bool {
+    scalar(value.clone()).ok().flatten().and_then(|t| parse_bool(&t)).unwrap_or_default()
+}
+
 /// A text, if there is one; a number is taken as its digits.
 pub(crate) fn opt_string<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     text(deserializer)

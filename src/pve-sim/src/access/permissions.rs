@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 use super::{Caller, UserCfg};
 use crate::answer::{Answered, Refusal};
 
+/// The role that takes away what others give.
+const NO_ACCESS: &str = "NoAccess";
+
 /// A caller's privileges.
 #[derive(Debug, Clone)]
 pub(crate) struct Rights<'a> {
@@ -58,22 +61,22 @@ impl<'a> Rights<'a> {
         self.of_subject(user, &groups, path)
     }
 
-    /// Roles of a path, and of the pool that the path's guest or storage is in.
+    /// Roles of a path, and of the pool that the path's guest or storage is in. Those of a pool are never passed down, and
+    /// `NoAccess` of either leaves nothing.
     fn of_subject(&self, who: &str, groups: &BTreeSet<String>, path: &str) -> BTreeMap<String, bool> {
-        let mut all = self.privileges(&self.roles(who, groups, path));
+        let mut roles = self.roles(who, groups, path);
         for (pool, of) in &self.cfg.pools {
             let is_member = match path.strip_prefix("/vms/") {
                 Some(vmid) => vmid.parse().is_ok_and(|v: u32| of.vms.contains(&v)),
                 None => path.strip_prefix("/storage/").is_some_and(|s| of.storages.contains(s)),
             };
             if is_member {
-                let roles = self.roles(who, groups, &format!("/pool/{pool}"));
-                for (privilege, propagate) in self.privileges(&roles) {
-                    all.entry(privilege).or_insert(propagate);
+                for (role, _) in self.roles(who, groups, &format!("/pool/{pool}")) {
+                    roles.entry(role).or_insert(false);
                 }
             }
         }
-        all
+        if roles.contains_key(NO_ACCESS) { BTreeMap::new() } else { self.privileges(&roles) }
     }
 
     fn privileges(&self, roles: &BTreeMap<String, bool>) -> BTreeMap<String, bool> {
@@ -106,7 +109,7 @@ impl<'a> Rights<'a> {
                 roles = found;
             }
         }
-        if roles.contains_key("NoAccess") { BTreeMap::new() } else { roles }
+        roles
     }
 
     /// Whether all privileges are there.
@@ -273,6 +276,17 @@ mod tests {
         assert!(has("a@pve", "/nodes", "Sys.Audit"));
         assert!(!has("a@pve", "/nodes/x", "Sys.Audit"));
         assert!(has("a@pve", "/vms/200", "VM.Allocate"));
+    }
+
+    #[test]
+    fn each_privilege_has_whether_it_is_passed_down() {
+        let cfg = UserCfg::parse(&format!("{CFG}pool:q::7::\nacl:1:/pool/q:b@pve:PVEVMAdmin:\n"));
+        let on = |who: &str, path: &str| Rights::of(&cfg, &Caller::parse(who)).on(path);
+        assert_eq!(on("a@pve", "/vms/100").get("VM.Audit"), Some(&true));
+        assert_eq!(on("a@pve", "/nodes").get("Sys.Audit"), Some(&false));
+        // A pool passes nothing on from its members, and gives nothing where there is no access.
+        assert_eq!(on("a@pve", "/vms/200").get("VM.Allocate"), Some(&false));
+        assert!(on("b@pve", "/vms/7").is_empty());
     }
 
     #[test]

@@ -57,19 +57,13 @@ fn permissions(call: &Call) -> Answered {
     let paths: BTreeSet<String> = match call.text("path") {
         Some(path) => BTreeSet::from([path.to_owned()]),
         None => {
-            let fixed = [
-                "/",
-                "/access",
-                "/access/groups",
-                "/access/realm",
-                "/mapping",
-                "/nodes",
-                "/pool",
-                "/sdn",
-                "/storage",
-                "/vms",
-            ];
-            fixed.into_iter().map(str::to_owned).chain(users.acl.iter().map(|a| a.path.clone())).collect()
+            let fixed = ["/", "/access", "/access/groups", "/nodes", "/pool", "/sdn", "/storage", "/vms"]
+                .map(str::to_owned);
+            let members = users.pools.values().flat_map(|pool| {
+                let vms = pool.vms.iter().map(|vmid| format!("/vms/{vmid}"));
+                vms.chain(pool.storages.iter().map(|storage| format!("/storage/{storage}")))
+            });
+            fixed.into_iter().chain(users.acl.iter().map(|a| a.path.clone())).chain(members).collect()
         }
     };
     let mut all = json!({});

@@ -31,6 +31,27 @@ async fn with_privilege_separation_rights_are_the_intersection_of_user_and_token
 }
 
 #[tokio::test]
+async fn what_is_not_passed_down_is_told_so_and_does_not_hold_below() {
+    let cluster = Cluster::with(1, |config| {
+        config.acl.push(moxlet_pve_sim::config::Acl {
+            path: "/nodes".into(),
+            who: "auditor@pve".into(),
+            role: "PVEAuditor".into(),
+            propagate: false,
+        });
+    })
+    .await;
+    let auditor = "auditor@pve!tok";
+    let permissions = cluster.call_as(auditor, "GET", "/access/permissions", &[]).await.data();
+    assert_eq!(
+        (&permissions["/nodes"]["Sys.Audit"], &permissions["/vms"]["VM.Audit"]),
+        (&0.into(), &1.into())
+    );
+    let below = cluster.call_as(auditor, "GET", "/access/permissions", &[("path", "/nodes/pve1")]).await;
+    assert!(below.data()["/nodes/pve1"].as_object().is_none_or(serde_json::Map::is_empty));
+}
+
+#[tokio::test]
 async fn a_token_of_root_is_not_root() {
     let cluster = Cluster::start(1).await;
     cluster.write_conf("pve1", 100, CONF);

@@ -1,31 +1,38 @@
 //! What our token may do.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
 use crate::{
     Client, Result,
     http::{Request, unexpected},
+    lenient,
 };
 
 /// Privileges by path, as they are in effect: those that the token and its user both have.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Permissions {
-    /// The privileges on each path that has some of its own.
-    pub paths: BTreeMap<String, BTreeSet<String>>,
+    /// The privileges on each path that has some, and whether each is passed down to the paths below.
+    pub paths: BTreeMap<String, BTreeMap<String, bool>>,
 }
 
 impl Permissions {
-    /// Whether a privilege is held on a path. A path without an entry has those of the nearest above it that were passed
-    /// down; the server lists what is in effect for the paths that it knows, so this is a forecast for any other.
+    /// Whether a privilege is held on a path. The server lists what is in effect for the paths that it knows; for any other this
+    /// is a forecast: a path has what the nearest above it passes down, and one that passes nothing down leaves it to those
+    /// above.
     #[must_use]
     pub fn has(&self, path: &str, privilege: &str) -> bool {
-        let mut path = path.trim_end_matches('/');
+        let asked = path.trim_end_matches('/');
+        let mut path = asked;
         loop {
             let here = if path.is_empty() { "/" } else { path };
-            if let Some(privileges) = self.paths.get(here) {
-                return privileges.contains(privilege);
+            match self.paths.get(here) {
+                Some(held) if path == asked => return held.contains_key(privilege),
+                Some(held) if held.values().any(|passed_down| *passed_down) => {
+                    return held.get(privilege).is_some_and(|passed_down| *passed_down);
+                }
+                _ => {}
             }
             match path.rfind('/') {
                 Some(at) => path = path.get(..at).unwrap_or_default(),
@@ -52,13 +59,43 @@ impl Client {
                 answer.data.to_string().as_bytes(),
             ));
         };
+        // That a privilege is listed says that it is held, the value whether it is passed down.
         let held = |privileges: &Value| {
             let all = privileges.as_object().into_iter().flatten();
-            // The value says whether it is passed down; that it is listed says that it is held.
-            all.map(|(name, _)| name.clone()).collect()
+            all.map(|(name, passed_down)| (name.clone(), lenient::is_true(passed_down))).collect()
         };
         Ok(Permissions {
             paths: paths.iter().map(|(path, privileges)| (path.clone(), held(privileges))).collect(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(paths: &[(&str, &[(&str, bool)])]) -> Permissions {
+        let held =
+            |all: &[(&str, bool)]| all.iter().map(|(name, down)| ((*name).to_owned(), *down)).collect();
+        Permissions { paths: paths.iter().map(|(path, all)| ((*path).to_owned(), held(all))).collect() }
+    }
+
+    #[test]
+    fn a_privilege_that_is_not_passed_down_holds_on_its_own_path_alone() {
+        let mine = of(&[("/vms", &[("VM.Audit", false), ("VM.Config.Options", true)])]);
+        assert!(mine.has("/vms", "VM.Audit") && mine.has("/vms/", "VM.Audit"));
+        assert!(!mine.has("/vms/1000000", "VM.Audit"));
+        assert!(mine.has("/vms/1000000", "VM.Config.Options"));
+        assert!(!mine.has("/nodes", "VM.Audit"));
+    }
+
+    #[test]
+    fn a_path_that_passes_nothing_down_hides_nothing_of_those_above_it() {
+        let mine = of(&[("/", &[("VM.Audit", true)]), ("/vms", &[("VM.Allocate", false)])]);
+        assert!(mine.has("/vms/100", "VM.Audit") && !mine.has("/vms/100", "VM.Allocate"));
+        let replaced = of(&[("/", &[("VM.Audit", true)]), ("/vms", &[("VM.Allocate", true)])]);
+        assert!(!replaced.has("/vms/100", "VM.Audit") && replaced.has("/vms/100", "VM.Allocate"));
+        let none = of(&[("/", &[("VM.Audit", false)])]);
+        assert!(none.has("/", "VM.Audit") && !none.has("/vms", "VM.Audit"));
     }
 }

@@ -77,6 +77,11 @@ async fn answers_are_read_as_loosely_as_they_are_written() {
             && !mine.has("/vms/101", "Sys.Audit")
     );
 
+    let server = Server::with(json!({"/vms": {"VM.Audit": "1", "VM.Allocate": 0}})).await;
+    let mine = server.client().permissions(None).await.unwrap();
+    assert!(mine.has("/vms/101", "VM.Audit") && mine.has("/vms", "VM.Allocate"));
+    assert!(!mine.has("/vms/101", "VM.Allocate"));
+
     let server = Server::with(json!({"next-id": {"lower": "1000", "upper": 2000}})).await;
     assert_eq!(server.client().options().await.unwrap().next_id_range(), (1000, 2000));
     let server = Server::with(json!({"next-id": "upper=2000"})).await;
