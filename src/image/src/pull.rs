@@ -15,6 +15,7 @@ use crate::{
     registry::{
         Served, Session,
         manifest::{self, Descriptor, Manifest},
+        platform,
     },
     store::{NewImage, Store},
 };
@@ -198,11 +199,9 @@ pub(crate) fn mismatch(session: &Session<'_>, part: &str, expected: String, actu
 
 fn read_config(session: &Session<'_>, blob: &[u8]) -> Result<ImageConfig> {
     let config = ImageConfig::read(blob).map_err(|reason| session.bad("config", reason))?;
-    let (os, architecture) = (config.os.as_str(), config.architecture.as_str());
-    let host = manifest::host_architecture();
-    if os != "linux" || architecture != host {
-        let reason = format!("it is for {os}/{architecture}, this host is linux/{host}");
-        return Err(session.bad("config", reason));
+    if let Some(other) = platform::foreign(&config.os, &config.architecture) {
+        let host = platform::host_architecture();
+        return Err(session.bad("config", format!("it is for {other}, this host is linux/{host}")));
     }
     Ok(config)
 }

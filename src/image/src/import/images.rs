@@ -13,7 +13,10 @@ use super::{
 use crate::{
     ImageConfig, ImageRecord, ImageStore, LayerBlob, Origin, Reference, Result,
     layer::Claim,
-    registry::manifest::{self, Found, host_architecture},
+    registry::{
+        manifest::{self, Found},
+        platform,
+    },
     store::{NewImage, RawManifest, blocking},
 };
 
@@ -199,7 +202,7 @@ impl Entries {
     /// Adds an image, unless it is for another host.
     fn add(&mut self, entry: Entry) -> Result<()> {
         if let Some(other) = foreign(&entry.config)? {
-            let ours = host_architecture();
+            let ours = platform::host_architecture();
             self.skipped.push(format!("{}: it is for {other}, this host is linux/{ours}", entry.called()));
             return Ok(());
         }
@@ -358,7 +361,5 @@ fn diff_ids(config: &[u8], layers: usize) -> Result<Vec<Digest>> {
 /// What an image is for, if not for this host.
 fn foreign(config: &[u8]) -> Result<Option<String>> {
     let config = config_of(config)?;
-    let (os, architecture) = (config.os, config.architecture);
-    let ours = os == "linux" && architecture == host_architecture();
-    Ok((!ours).then(|| format!("{os}/{architecture}")))
+    Ok(platform::foreign(&config.os, &config.architecture))
 }

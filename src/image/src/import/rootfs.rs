@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{Source, bring_layer, decompressed, refused};
 use crate::{
     ImageConfig, ImageRecord, ImageStore, Origin, Reference, Result, layer::Claim,
-    registry::manifest::host_architecture, store::NewImage,
+    registry::platform::host_architecture, store::NewImage,
 };
 
 /// What an image that is made of a root file system shall say.

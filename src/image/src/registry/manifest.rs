@@ -5,7 +5,10 @@ use std::collections::HashMap;
 use moxlet_ids::Digest;
 use serde::Deserialize;
 
-use super::Session;
+use super::{
+    Session,
+    platform::{Platform, host_architecture, host_variant},
+};
 use crate::{LayerBlob, Result, store::RawManifest};
 
 /// What we can read.
@@ -46,16 +49,6 @@ struct IndexEntry {
 }
 
 #[derive(Debug, Deserialize)]
-struct Platform {
-    #[serde(default)]
-    architecture: String,
-    #[serde(default)]
-    os: String,
-    #[serde(default)]
-    variant: String,
-}
-
-#[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Document {
     #[serde(default)]
@@ -75,16 +68,6 @@ pub(crate) struct Manifest {
     pub(crate) layers: Vec<Descriptor>,
     /// What it was read from.
     pub(crate) raw: RawManifest,
-}
-
-/// Go's name of the host's architecture.
-pub(crate) fn host_architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "powerpc64" => "ppc64le",
-        other => other,
-    }
 }
 
 /// Fetches the manifest of the host's platform.
@@ -196,27 +179,6 @@ fn short(text: &str) -> String {
     text.chars().take(200).collect()
 }
 
-/// The newest variant of its architecture that a host can run, of those that Go numbers; none where there is one only.
-fn host_variant() -> Option<u8> {
-    match std::env::consts::ARCH {
-        // What Rust calls arm is hard-float, v7 on all that run a kernel of these days.
-        "arm" => Some(7),
-        "aarch64" => Some(8),
-        "x86_64" => Some(1),
-        _ => None,
-    }
-}
-
-/// The number of a variant. What says none is the one that its architecture means without (containerd's normalisation).
-fn variant(architecture: &str, said: &str) -> Option<u8> {
-    match (architecture, said) {
-        ("arm", "") => Some(7),
-        ("arm64", "") => Some(8),
-        ("amd64", "") => Some(1),
-        (_, said) => said.strip_prefix('v').unwrap_or(said).parse().ok(),
-    }
-}
-
 /// The entry for a platform: the newest variant that is not too new; else one that says nothing of its platform.
 fn choose(
     entries: &[IndexEntry],
@@ -227,16 +189,14 @@ fn choose(
         let kind = entry.annotations.as_ref().and_then(|a| a.get("vnd.docker.reference.type"));
         kind.is_some_and(|k| k == "attestation-manifest")
     };
-    let rank = |entry: &&IndexEntry| match &entry.platform {
+    let rank = |entry: &&IndexEntry| match entry.platform.as_ref().map(Platform::normalized) {
         _ if attestation(entry) => None,
-        Some(p) if p.os == "linux" && p.architecture == architecture => {
-            match (newest, variant(architecture, &p.variant)) {
-                (Some(newest), Some(this)) => newest.checked_sub(this),
-                (None, _) if p.variant.is_empty() => Some(0),
-                (None, _) => Some(1),
-                (Some(_), None) => None,
-            }
-        }
+        Some(p) if p.is_linux_on(architecture) => match (newest, p.variant_number()) {
+            (Some(newest), Some(this)) => newest.checked_sub(this),
+            (None, _) if p.variant.is_empty() => Some(0),
+            (None, _) => Some(1),
+            (Some(_), None) => None,
+        },
         Some(_) => None,
         None => Some(u8::MAX),
     };
@@ -299,6 +259,25 @@ mod tests {
         assert_eq!(choose(&[unsaid], "amd64", Some(1)).unwrap().as_str(), digest('b'));
         let newer_only = [entry('b', "amd64", "v3")];
         assert!(choose(&newer_only, "amd64", Some(1)).is_err(), "the host may not have its instructions");
+    }
+
+    #[test]
+    fn a_platform_is_the_same_by_each_of_its_names() {
+        let all = [
+            entry('a', "aarch64", ""),
+            entry('b', "X86_64", ""),
+            entry('c', "armhf", ""),
+            entry('d', "armel", ""),
+        ];
+        for (architecture, newest, want) in
+            [("arm64", Some(8), 'a'), ("amd64", Some(1), 'b'), ("arm", Some(7), 'c'), ("arm", Some(6), 'd')]
+        {
+            let chosen = choose(&all, architecture, newest).unwrap();
+            assert_eq!(chosen.as_str(), digest(want), "{architecture} {newest:?}");
+        }
+        let mut windows = entry('a', "amd64", "");
+        windows.platform.as_mut().unwrap().os = "Windows".into();
+        assert!(choose(&[windows], "amd64", Some(1)).is_err());
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod blob;
 mod document;
 mod hosts;
 pub(crate) mod manifest;
+pub(crate) mod platform;
 mod request;
 mod slots;
 mod tls;

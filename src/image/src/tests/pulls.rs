@@ -264,6 +264,14 @@ async fn an_image_that_a_store_has_and_that_is_beyond_reason_does_not_come_into_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_calls_the_platform_as_the_kernel_does_is_pulled() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = two_layers().with("architecture", json!(std::env::consts::ARCH)).with("os", json!("Linux"));
+    registry.push("app:v1", &image);
+    assert_eq!(place.store.pull(&registry.name("app:v1"), &[]).await.unwrap().id, image.id());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_download_goes_on_where_it_broke_off() {
     let (registry, place) = (Registry::start().await, Place::new().await);
     let (ranges, plain, busy) = (large(1), large(2), large(3));

@@ -70,7 +70,7 @@ pub(crate) struct Image {
 impl Image {
     pub(crate) fn new() -> Self {
         let config = json!({
-            "architecture": crate::registry::manifest::host_architecture(),
+            "architecture": crate::registry::platform::host_architecture(),
             "os": "linux",
             "config": { "Cmd": ["/bin/sh"], "Labels": null, "ExposedPorts": null, "Env": ["A=b"] },
             "history": null,
@@ -200,7 +200,7 @@ impl Registry {
             .collect();
         let manifest = json!({ "schemaVersion": 2, "config": add(&config), "layers": layers });
         let manifest = serde_json::to_vec(&manifest).unwrap();
-        let architecture = crate::registry::manifest::host_architecture();
+        let architecture = crate::registry::platform::host_architecture();
         let index = json!({
             "schemaVersion": 2,
             "manifests": [{
