@@ -18,6 +18,18 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 need_root() { [ "$(id -u)" = 0 ] || fail "$1 must run as root (try: sudo $1)"; }
 
+# need_tool NAME WHAT: is the program in PATH? Under sudo it may be there for the user and not for root.
+need_tool() {
+  command -v "$1" >/dev/null && return
+  [ -z "${SUDO_USER:-}" ] || fail "$1 is not in root's PATH; if $SUDO_USER has it: sudo env \"PATH=\$PATH\" $0 …; else install $2"
+  fail "$1 is not in PATH: install $2"
+}
+
+kubernetes_present() {
+  local tool
+  for tool in kube-apiserver kube-controller-manager kube-scheduler kubectl; do [ -x "$KUBERNETES_BIN/$tool" ] || return 1; done
+}
+
 # step TEXT COMMAND…: runs a command with its output in a log; shows TEXT and the seconds so far, and the log's end on failure.
 step() {
   local text=$1 start=$SECONDS log pid rc=0; shift
