@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use moxlet_ids::{ChainId, ContainerId};
 
 use crate::{
-    Driver, FsUsage, LayerDraft, LayerView, OverlayDriver, Result, RootOptions, Usage, WhiteoutStyle,
-    error::Attempt,
+    Driver, FsUsage, LayerDraft, LayerView, OverlayDriver, Result, RootOptions, TakenLayer, Usage,
+    WhiteoutStyle, error::Attempt,
 };
 
 /// A driver whose drafts begin as copies of the layer below, as they do on ZFS. A root is to be made on the uppermost layer
@@ -42,8 +42,8 @@ impl Driver for ApplyingDriver {
     async fn open_layer(&self, chain: &ChainId) -> Result<LayerView> {
         self.0.open_layer(chain).await
     }
-    async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
-        self.0.remove_layer(chain).await
+    async fn take_layer(&self, chain: &ChainId) -> Result<TakenLayer> {
+        self.0.take_layer(chain).await
     }
     async fn layers(&self) -> Result<Vec<ChainId>> {
         self.0.layers().await

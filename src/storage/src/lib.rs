@@ -150,6 +150,57 @@ impl Drop for LayerView {
     }
 }
 
+/// A layer that was taken out of its place: nobody finds it any more, and it may be made anew. What it takes on disk is given
+/// back by [`Self::remove`], or in the background if this is dropped.
+pub struct TakenLayer {
+    chain: ChainId,
+    remove: Option<Removal>,
+}
+
+/// The removal of what was set aside; it blocks.
+type Removal = Box<dyn FnOnce() -> Result<()> + Send + Sync>;
+
+impl TakenLayer {
+    /// One that `remove` gives back, which blocks.
+    #[must_use]
+    pub fn new(chain: ChainId, remove: impl FnOnce() -> Result<()> + Send + Sync + 'static) -> Self {
+        Self { chain, remove: Some(Box::new(remove)) }
+    }
+
+    /// One of which nothing is left.
+    #[must_use]
+    pub fn gone(chain: ChainId) -> Self {
+        Self { chain, remove: None }
+    }
+
+    /// Gives back what it takes on disk.
+    ///
+    /// # Errors
+    /// What the system says; the rest goes when the driver is opened again.
+    pub async fn remove(mut self) -> Result<()> {
+        let Some(remove) = self.remove.take() else { return Ok(()) };
+        tokio::task::spawn_blocking(remove).await.map_err(|_| Error::Stopped)?
+    }
+}
+
+impl fmt::Debug for TakenLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TakenLayer").field("chain", &self.chain).finish_non_exhaustive()
+    }
+}
+
+impl Drop for TakenLayer {
+    fn drop(&mut self) {
+        let Some(remove) = self.remove.take() else { return };
+        let chain = self.chain.clone();
+        std::thread::spawn(move || {
+            if let Err(error) = remove() {
+                tracing::warn!(layer = %chain, %error, "a part of a removed layer stays until the next start");
+            }
+        });
+    }
+}
+
 /// How a container's root is made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootOptions {
@@ -209,9 +260,13 @@ pub trait Driver: Send + Sync {
     async fn commit_layer(&self, draft: LayerDraft, chain: &ChainId, usage: Usage) -> Result<()>;
     /// The content of a finished layer.
     async fn open_layer(&self, chain: &ChainId) -> Result<LayerView>;
-    /// Removes a layer; [`Error::LayerInUse`] while a root, a view or another layer of a driver with
-    /// [`WhiteoutStyle::Apply`] stands on it. Idempotent.
-    async fn remove_layer(&self, chain: &ChainId) -> Result<()>;
+    /// Takes a layer out of its place, which takes no longer for one with millions of files; [`Error::LayerInUse`] while a
+    /// root, a view or another layer of a driver with [`WhiteoutStyle::Apply`] stands on it. Idempotent.
+    async fn take_layer(&self, chain: &ChainId) -> Result<TakenLayer>;
+    /// Removes a layer: takes it out of its place and gives back what it takes. Idempotent.
+    async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
+        self.take_layer(chain).await?.remove().await
+    }
     /// The finished layers, each before those that it was made on, so that removing them in this order can succeed.
     async fn layers(&self) -> Result<Vec<ChainId>>;
     /// What the removal of a layer would give back; nothing for one that is not here.

@@ -21,7 +21,7 @@ use std::{
 
 use jiff::Timestamp;
 use moxlet_ids::{ChainId, Digest};
-use moxlet_storage::Driver;
+use moxlet_storage::{Driver, TakenLayer};
 use tokio::sync::Semaphore;
 
 use crate::{Config, Error, ImageConfig, ImageRecord, Reference, Result, registry::Registry};
@@ -287,25 +287,39 @@ impl Store {
         self.writing(move || store.records.remove_tape(&layer)).await
     }
 
-    /// What a layer gave back that is gone now. The gate is held for one at a time, so that a large store keeps nobody
-    /// waiting.
+    /// What a layer gave back that is gone now. Under the gate it is only taken out of its place, one at a time: neither a
+    /// large store nor a layer of millions of files keeps anybody waiting.
     async fn remove_unneeded(self: &Arc<Self>, layer: &ChainId) -> Result<Option<u64>> {
-        let _gate = self.gate.lock().await;
+        if self.is_needed(layer) {
+            return Ok(None);
+        }
+        // Of this layer alone: what all of them take changes with every pull that ends meanwhile.
+        let freed = self.driver.layer_usage(layer).await.map_or(0, |usage| usage.bytes);
+        let Some(taken) = self.take_unneeded(layer).await? else { return Ok(None) };
+        self.unless_stalled(async { Ok(taken.remove().await?) }).await?;
+        tracing::debug!(%layer, freed, "layer removed");
+        Ok(Some(freed))
+    }
+
+    /// Whether an image names a layer, or a pull or hold needs it.
+    fn is_needed(&self, layer: &ChainId) -> bool {
         let named = |s: &Stored| s.record.layers.contains(layer);
-        if lock(&self.pinned).contains_key(layer) || lock(&self.images).values().any(named) {
+        lock(&self.pinned).contains_key(layer) || lock(&self.images).values().any(named)
+    }
+
+    /// Takes a layer that nothing needs out of its place.
+    async fn take_unneeded(self: &Arc<Self>, layer: &ChainId) -> Result<Option<TakenLayer>> {
+        let _gate = self.gate.lock().await;
+        // Somebody else may have taken it since it was measured.
+        if self.is_needed(layer) || !self.driver.has_layer(layer).await? {
             return Ok(None);
         }
         let store = Arc::clone(self);
         if self.writing(move || store.records.views()).await?.iter().any(|v| v.layers.contains(layer)) {
             return Ok(None);
         }
-        // Of this layer alone: what all of them take changes with every pull that ends meanwhile.
-        let freed = self.driver.layer_usage(layer).await.map_or(0, |usage| usage.bytes);
-        match self.driver.remove_layer(layer).await {
-            Ok(()) => {
-                tracing::debug!(%layer, freed, "layer removed");
-                Ok(Some(freed))
-            }
+        match self.driver.take_layer(layer).await {
+            Ok(taken) => Ok(Some(taken)),
             Err(moxlet_storage::Error::LayerInUse { by, .. }) => {
                 tracing::debug!(%layer, container = %by, "a layer without an image is in use");
                 Ok(None)

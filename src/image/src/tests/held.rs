@@ -3,19 +3,19 @@
 use async_trait::async_trait;
 use moxlet_ids::Digest;
 use moxlet_storage::{
-    Error as StorageError, FsUsage, LayerDraft, LayerView, Result as StorageResult, RootOptions, Usage,
-    WhiteoutStyle,
+    Error as StorageError, FsUsage, LayerDraft, LayerView, Result as StorageResult, RootOptions, TakenLayer,
+    Usage, WhiteoutStyle,
 };
 use tokio::sync::Semaphore;
 
 use super::{registry::Fault, *};
 use crate::layer::tests::Tar;
 
-/// OverlayFS whose removals of layers wait for a permit each, and fail for those that are marked.
+/// OverlayFS whose removals of layers' files wait for a permit each, and which does not let go of a layer that is marked.
 struct HeldDriver {
     inner: OverlayDriver,
-    begun: Semaphore,
-    permits: Semaphore,
+    begun: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     fails: std::sync::Mutex<Option<ChainId>>,
 }
 
@@ -36,13 +36,20 @@ impl Driver for HeldDriver {
     async fn open_layer(&self, chain: &ChainId) -> StorageResult<LayerView> {
         self.inner.open_layer(chain).await
     }
-    async fn remove_layer(&self, chain: &ChainId) -> StorageResult<()> {
-        self.begun.add_permits(1);
-        self.permits.acquire().await.unwrap().forget();
+    async fn take_layer(&self, chain: &ChainId) -> StorageResult<TakenLayer> {
         if self.fails.lock().unwrap().as_ref() == Some(chain) {
             return Err(StorageError::Stopped);
         }
-        self.inner.remove_layer(chain).await
+        let taken = self.inner.take_layer(chain).await?;
+        let (begun, permits) = (Arc::clone(&self.begun), Arc::clone(&self.permits));
+        let runtime = tokio::runtime::Handle::current();
+        Ok(TakenLayer::new(chain.clone(), move || {
+            runtime.block_on(async {
+                begun.add_permits(1);
+                permits.acquire().await.unwrap().forget();
+                taken.remove().await
+            })
+        }))
     }
     async fn layers(&self) -> StorageResult<Vec<ChainId>> {
         self.inner.layers().await
@@ -95,8 +102,8 @@ async fn held() -> (tempfile::TempDir, Arc<HeldDriver>, Arc<ImageStore>) {
     let dir = tempfile::tempdir().unwrap();
     let driver = Arc::new(HeldDriver {
         inner: OverlayDriver::open(&dir.path().join("driver")).await.unwrap(),
-        begun: Semaphore::new(0),
-        permits: Semaphore::new(0),
+        begun: Arc::new(Semaphore::new(0)),
+        permits: Arc::new(Semaphore::new(0)),
         fails: std::sync::Mutex::default(),
     });
     let config = Config { dir: dir.path().join("images"), ..Config::default() };
@@ -162,4 +169,36 @@ async fn a_layer_that_could_not_be_removed_keeps_its_tape_and_one_that_is_gone_d
     store.pull(&registry.name("stays:1"), &[]).await.unwrap();
     let report = store.verify(&[], false).unwrap().next().await.unwrap().unwrap();
     assert_eq!((report.verified, report.lost), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_the_files_of_a_layer_that_is_removed() {
+    let registry = Registry::start().await;
+    let (dir, driver, store) = held().await;
+    for name in ["old:1", "kept:1", "new:1"] {
+        registry.push(name, &image(name));
+    }
+    let [old, kept, new] = ["old:1", "kept:1", "new:1"].map(|name| registry.name(name));
+    store.pull(&old, &[]).await.unwrap();
+    store.pull(&kept, &[]).await.unwrap();
+    let removal = tokio::spawn({
+        let (store, name) = (Arc::clone(&store), old.clone());
+        async move { store.remove(&name).await }
+    });
+    driver.begun.acquire().await.unwrap().forget();
+    let meanwhile = async {
+        assert!(store.hold(&kept).await.unwrap().is_some(), "a container is made");
+        store.pull(&new, &[]).await.unwrap();
+        // Its layer is not in the way of itself.
+        store.pull(&old, &[]).await.unwrap()
+    };
+    let record = tokio::time::timeout(Duration::from_secs(30), meanwhile).await.expect("nobody waits");
+    driver.permits.add_permits(1);
+    removal.await.unwrap().unwrap();
+    assert_eq!(driver.layers().await.unwrap().len(), 3);
+    assert!(tape(&dir, &record.layers[0]).exists());
+    let mut verification = store.verify(&[], false).unwrap();
+    while let Some(report) = verification.next().await.unwrap() {
+        assert_eq!((report.verified, report.faults.len()), (1, 0));
+    }
 }

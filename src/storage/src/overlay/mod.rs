@@ -32,7 +32,7 @@ use async_trait::async_trait;
 use moxlet_ids::{ChainId, ContainerId};
 
 use crate::{
-    Driver, FsUsage, IdMap, LayerDraft, LayerView, RootOptions, Usage, WhiteoutStyle,
+    Driver, FsUsage, IdMap, LayerDraft, LayerView, RootOptions, TakenLayer, Usage, WhiteoutStyle,
     error::{Attempt, Error, LayerUser, Result},
     idmap, mounts, tree,
 };
@@ -223,7 +223,7 @@ impl Inner {
         Ok(LayerView { path, release: Some(Box::new(release)) })
     }
 
-    fn remove_layer(&self, chain: &ChainId) -> Result<()> {
+    fn take_layer(&self, chain: &ChainId) -> Result<TakenLayer> {
         let aside = {
             let roots = self.roots();
             if let Some(by) = self.reader_of(chain)? {
@@ -235,7 +235,10 @@ impl Inner {
             tree::set_aside(&self.layer_dir(chain), &self.tmp())?
         };
         let _ = fs::remove_file(self.usage_file(chain));
-        aside.map_or(Ok(()), |aside| tree::finish(&aside))
+        Ok(match aside {
+            Some(aside) => TakenLayer::new(chain.clone(), move || tree::finish(&aside)),
+            None => TakenLayer::gone(chain.clone()),
+        })
     }
 
     /// What a layer takes; looked up in its directory where the note of it is missing or damaged.
@@ -357,9 +360,9 @@ impl Driver for OverlayDriver {
         self.inner.open_layer(chain)
     }
 
-    async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
+    async fn take_layer(&self, chain: &ChainId) -> Result<TakenLayer> {
         let chain = chain.clone();
-        self.run(move |inner| inner.remove_layer(&chain)).await
+        self.run(move |inner| inner.take_layer(&chain)).await
     }
 
     async fn layers(&self) -> Result<Vec<ChainId>> {

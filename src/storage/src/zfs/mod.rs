@@ -50,7 +50,7 @@ use async_trait::async_trait;
 use moxlet_ids::{ChainId, ContainerId};
 
 use crate::{
-    Driver, FsUsage, LayerDraft, LayerView, RootOptions, Usage, WhiteoutStyle,
+    Driver, FsUsage, LayerDraft, LayerView, RootOptions, TakenLayer, Usage, WhiteoutStyle,
     error::{Attempt, Error, Result},
     mounts,
 };
@@ -385,9 +385,11 @@ impl Driver for ZfsDriver {
         self.run("open a layer", move |inner| layers::view(inner, &chain)).await
     }
 
-    async fn remove_layer(&self, chain: &ChainId) -> Result<()> {
-        let chain = chain.clone();
-        self.run("remove a layer", move |inner| layers::remove(inner, &chain)).await
+    /// Nothing is left to do after that: ZFS destroys a dataset at once, whatever is in it, and frees its blocks in the
+    /// background.
+    async fn take_layer(&self, chain: &ChainId) -> Result<TakenLayer> {
+        let (chain, taken) = (chain.clone(), TakenLayer::gone(chain.clone()));
+        self.run("remove a layer", move |inner| layers::remove(inner, &chain)).await.map(|()| taken)
     }
 
     async fn layers(&self) -> Result<Vec<ChainId>> {

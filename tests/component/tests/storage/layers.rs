@@ -141,6 +141,30 @@ async fn removing_layers_in_the_order_in_which_they_are_listed_removes_them_all(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_taken_is_gone_at_once_and_can_be_made_anew_while_its_files_go() {
+    on_every_bed(async |store| {
+        let layer = store.layer("layer", file("old")).await;
+        let taken = store.driver.take_layer(&layer).await.unwrap();
+        assert!(!store.driver.has_layer(&layer).await.unwrap());
+        assert!(store.driver.layers().await.unwrap().is_empty());
+        assert_eq!(store.driver.layer_usage(&layer).await.unwrap(), moxlet_storage::Usage::default());
+        let again = store.driver.take_layer(&layer).await.unwrap();
+        assert_eq!(store.layer("layer", file("new")).await, layer);
+        taken.remove().await.unwrap();
+        again.remove().await.unwrap();
+        let view = store.driver.open_layer(&layer).await.unwrap();
+        assert_eq!(entries(view.path()), ["new"]);
+        let refused = store.driver.take_layer(&layer).await;
+        assert!(matches!(refused, Err(Error::LayerInUse { .. })), "{refused:?}");
+        drop(view);
+        // Nobody has to wait for it: what is dropped is removed in the background.
+        drop(store.driver.take_layer(&layer).await.unwrap());
+        nothing_unfinished(store).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_layer_is_read_and_stays_for_as_long_as_it_is() {
     on_every_bed(async |store| {
         let missing = store.driver.open_layer(&chain("missing")).await;
