@@ -45,3 +45,19 @@ pub(super) async fn run(program: &str, args: &[&str], limit: Duration) -> Result
         Err(failed(output.status.to_string(), &output.stderr))
     }
 }
+
+/// A program that writes down how it was called and then does something, and where it writes. A shell makes it: a file that
+/// this process itself had open for writing could not be run while another test forks.
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(super) fn script(dir: &std::path::Path, then: &str) -> (String, std::path::PathBuf) {
+    let (program, asked) = (dir.join("program"), dir.join("asked"));
+    let text = format!("#!/bin/sh\necho \"$*\" >>'{}'\n{then}\n", asked.display());
+    let made = std::process::Command::new("sh")
+        .args(["-c", "printf %s \"$1\" >\"$0\" && chmod 755 \"$0\""])
+        .arg(&program)
+        .arg(text)
+        .status();
+    assert!(made.unwrap().success());
+    (program.display().to_string(), asked)
+}

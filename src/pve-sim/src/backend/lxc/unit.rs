@@ -43,14 +43,14 @@ pub(super) async fn install(unit: &str, lxcpath: &Path) -> Result<()> {
     run("systemctl", &["daemon-reload"], QUICK).await.map(|_| ())
 }
 
+/// Starts a CT's unit as `PVE::LXC::vm_start` does: once. A unit that failed too often of late is refused by systemd, there as
+/// here.
 pub(super) async fn start(unit: &str, vmid: u32) -> Result<()> {
-    let name = format!("{unit}@{vmid}");
-    if run("systemctl", &["start", &name], QUICK).await.is_ok() {
-        return Ok(());
-    }
-    // It has failed too often of late.
-    let _ = run("systemctl", &["reset-failed", &name], QUICK).await;
-    run("systemctl", &["start", &name], QUICK).await.map(|_| ())
+    start_by("systemctl", unit, vmid).await
+}
+
+async fn start_by(systemctl: &str, unit: &str, vmid: u32) -> Result<()> {
+    run(systemctl, &["start", &format!("{unit}@{vmid}")], QUICK).await.map(|_| ())
 }
 
 pub(super) async fn has_failed(unit: &str, vmid: u32) -> bool {
@@ -106,4 +106,19 @@ pub(super) fn said(unit: &str, vmid: u32, errors: &Path, by_unit: bool) -> Strin
     let path = if by_unit { stderr_file(unit, vmid) } else { errors.to_path_buf() };
     let text = fs::read_to_string(path).unwrap_or_default();
     text.chars().take(8000).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::backend::tool::script;
+
+    #[tokio::test]
+    async fn a_unit_that_does_not_start_is_not_started_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (systemctl, asked) = script(dir.path(), "exit 1");
+        start_by(&systemctl, "pve-container", 100).await.unwrap_err();
+        assert_eq!(fs::read_to_string(asked).unwrap(), "start pve-container@100\n");
+    }
 }
