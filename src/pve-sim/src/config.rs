@@ -100,6 +100,9 @@ pub struct Storage {
     /// Of a zfspool: the dataset that holds the volumes.
     #[serde(default)]
     pub pool: Option<String>,
+    /// Of a zfspool: where its volumes are mounted, if not at `/` and the pool's name.
+    #[serde(default)]
+    pub mountpoint: Option<PathBuf>,
     /// Of a dir: its path.
     #[serde(default)]
     pub path: Option<PathBuf>,
@@ -299,6 +302,7 @@ impl Default for Config {
             kind: kind.into(),
             content: content.iter().map(ToString::to_string).collect(),
             pool: None,
+            mountpoint: None,
             path: None,
             nodes: vec![],
             shared: false,

@@ -104,6 +104,10 @@ fn storages(config: &Config) -> Vec<Section> {
             set("content", storage.content.join(","));
             set("nodes", storage.nodes.join(","));
             set("pool", storage.pool.clone().unwrap_or_default());
+            set(
+                "mountpoint",
+                storage.mountpoint.as_ref().map(|p| p.display().to_string()).unwrap_or_default(),
+            );
             set("path", storage.path.as_ref().map(|p| p.display().to_string()).unwrap_or_default());
             set("shared", if storage.shared { "1".into() } else { String::new() });
             section

@@ -173,6 +173,7 @@ impl Sim {
                     kind: section.kind.clone(),
                     content: list("content"),
                     pool: section.keys.get("pool").cloned(),
+                    mountpoint: section.keys.get("mountpoint").map(Into::into),
                     path: section.keys.get("path").map(Into::into),
                     nodes: list("nodes"),
                     shared: section.keys.get("shared").is_some_and(|v| v == "1"),

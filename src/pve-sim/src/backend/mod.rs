@@ -55,8 +55,9 @@ pub(crate) struct Mount {
 /// What is mounted.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum MountSource {
-    /// A ZFS dataset.
-    Dataset(String),
+    /// A volume of a zfspool: made sure that it is mounted, then the directory where the storage has its volumes is bound.
+    /// Where else it may be mounted is not looked at.
+    Subvolume { dataset: String, path: String },
     /// A directory of the host.
     Dir(String),
 }

@@ -8,6 +8,7 @@ use crate::{
     answer::{Answered, Refusal},
     api::ha,
     backend::{Ct, Mount, MountSource, RunState, Stop},
+    config::Storage,
     guest::{CtConf, VolumeKind, mount_points},
     sim::Sim,
     tasks::TaskLog,
@@ -72,9 +73,8 @@ fn activate_volumes(sim: &Sim, node: &str, conf: &CtConf) -> Result<Vec<Mount>, 
         let source = match &point.kind {
             VolumeKind::Storage { storage, volume } => {
                 let known = sim.storage(node, storage).map_err(text)?;
-                let pool =
-                    known.pool.ok_or_else(|| format!("storage '{storage}' does not support subvolumes"))?;
-                MountSource::Dataset(format!("{pool}/{volume}"))
+                subvolume(&known, volume)
+                    .ok_or_else(|| format!("storage '{storage}' does not support subvolumes"))?
             }
             VolumeKind::Bind(dir) | VolumeKind::Device(dir) => MountSource::Dir(dir.clone()),
         };
@@ -87,6 +87,13 @@ fn activate_volumes(sim: &Sim, node: &str, conf: &CtConf) -> Result<Vec<Mount>, 
         });
     }
     Ok(mounts)
+}
+
+/// A volume and its place, as `PVE::Storage::ZFSPoolPlugin::path` has it: by storage.cfg alone.
+fn subvolume(storage: &Storage, volume: &str) -> Option<MountSource> {
+    let pool = storage.pool.as_ref()?;
+    let place = storage.mountpoint.as_ref().map_or_else(|| format!("/{pool}"), |p| p.display().to_string());
+    Some(MountSource::Subvolume { dataset: format!("{pool}/{volume}"), path: format!("{place}/{volume}") })
 }
 
 /// On an HA-managed CT the task ends when the request is queued.
@@ -228,4 +235,27 @@ pub(in crate::api) async fn stop_all(call: &Call) -> Answered {
         }
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_volume_is_looked_for_where_storage_cfg_says() {
+        let mut storage: Storage =
+            toml::from_str("name = 'z'\ntype = 'zfspool'\ncontent = ['rootdir']\npool = 'rpool/data'")
+                .unwrap();
+        let place = |storage: &Storage| match subvolume(storage, "subvol-100-disk-0") {
+            Some(MountSource::Subvolume { dataset, path }) => (dataset, path),
+            other => (format!("{other:?}"), String::new()),
+        };
+        let dataset = "rpool/data/subvol-100-disk-0".to_owned();
+        assert_eq!(place(&storage), (dataset.clone(), "/rpool/data/subvol-100-disk-0".to_owned()));
+        storage.mountpoint = Some("/mnt/cts".into());
+        assert_eq!(place(&storage), (dataset, "/mnt/cts/subvol-100-disk-0".to_owned()));
+        storage.pool = None;
+        assert!(subvolume(&storage, "subvol-100-disk-0").is_none());
+    }
 }

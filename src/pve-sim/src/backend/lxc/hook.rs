@@ -1,4 +1,5 @@
-//! The pre-start hook of a CT: mounts its root and mount points in the monitor's mount namespace, as Proxmox VE's does.
+//! The pre-start hook of a CT: binds its root and mount points in the monitor's mount namespace, as Proxmox VE's does. Volumes
+//! are mounted on the host before.
 //!
 //! What to mount is in a file beside the CT's config, written before each start. The hook runs in a process of its own
 //! (`pve-sim ct-hook DIR ID lxc pre-start`), since liblxc calls it after the monitor has unshared its mount namespace.
@@ -60,47 +61,36 @@ fn mount_at(mount: &Mount, target: &Path) -> Result<()> {
         return mount_shifted(mount, target);
     }
     let failed = |what| move |e: rustix::io::Errno| io(what, target)(e.into());
-    match &mount.source {
-        MountSource::Dataset(dataset) => {
-            let flags = if mount.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-            rustix::mount::mount(dataset, target, "zfs", flags, None).map_err(failed("mount a dataset at"))
-        }
-        MountSource::Dir(dir) => {
-            rustix::mount::mount_bind(dir, target).map_err(failed("bind at"))?;
-            if mount.read_only {
-                // The descriptor's directory lies below the mount, which only a path leads to.
-                let path = fs::read_link(target).unwrap_or_else(|_| target.to_path_buf());
-                let flags = MountFlags::BIND | MountFlags::RDONLY;
-                rustix::mount::mount_remount(&path, flags, "")
-                    .map_err(|e| io("make read-only", &path)(e.into()))?;
-            }
-            Ok(())
-        }
+    rustix::mount::mount_bind(directory(&mount.source), target).map_err(failed("bind at"))?;
+    if mount.read_only {
+        // The descriptor's directory lies below the mount, which only a path leads to.
+        let path = fs::read_link(target).unwrap_or_else(|_| target.to_path_buf());
+        let flags = MountFlags::BIND | MountFlags::RDONLY;
+        rustix::mount::mount_remount(&path, flags, "").map_err(|e| io("make read-only", &path)(e.into()))?;
+    }
+    Ok(())
+}
+
+/// The directory of the host that is bound; a volume has been activated before.
+fn directory(source: &MountSource) -> &str {
+    match source {
+        MountSource::Subvolume { path, .. } => path,
+        MountSource::Dir(dir) => dir,
     }
 }
 
 /// A mount whose ids on disk are ids in the CT: `mount` of util-linux knows how.
 fn mount_shifted(mount: &Mount, target: &Path) -> Result<()> {
     let target = target.display().to_string();
-    let mut options = vec![format!("X-mount.idmap=u:0:{ROOT_UID}:65536 g:0:{ROOT_UID}:65536")];
-    let (kind, source): (&[&str], _) = match &mount.source {
-        MountSource::Dataset(dataset) => {
-            options.push("zfsutil".into());
-            (&["-t", "zfs"], dataset.clone())
-        }
-        MountSource::Dir(dir) => {
-            options.push("bind".into());
-            (&[], dir.clone())
-        }
-    };
+    let mut options = vec![format!("X-mount.idmap=u:0:{ROOT_UID}:65536 g:0:{ROOT_UID}:65536"), "bind".into()];
+    let source = directory(&mount.source);
     if mount.read_only {
         options.push("ro".into());
     }
     let output = Command::new("/usr/bin/mount")
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .args(kind)
-        .args(["-o", &options.join(","), &source, &target])
+        .args(["-o", &options.join(","), source, &target])
         .output()
         .map_err(io("run", Path::new("/usr/bin/mount")))?;
     if output.status.success() {

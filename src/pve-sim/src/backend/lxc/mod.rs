@@ -16,7 +16,7 @@ use std::{
 
 use async_trait::async_trait;
 
-use super::{Backend, Ct, Interface, Mount, Room, RunState, Stop, Usage, VolumeInfo, tool::run};
+use super::{Backend, Ct, Interface, Mount, MountSource, Room, RunState, Stop, Usage, VolumeInfo, tool::run};
 use crate::{
     Error, Result,
     config::{LxcBackend, Storage},
@@ -109,6 +109,11 @@ impl Backend for Lxc {
         let dir = self.dir(ct.vmid);
         let rootfs = dir.join("rootfs");
         fs::create_dir_all(&rootfs).map_err(io("create", &rootfs))?;
+        for mount in mounts {
+            if let MountSource::Subvolume { dataset, .. } = &mount.source {
+                zfs::activate(dataset).await?;
+            }
+        }
         hook::write_mounts(&dir, mounts)?;
         config::write(&self.config, &dir, ct)?;
         // What is left of an earlier run would be in the way: a failed unit, a log.

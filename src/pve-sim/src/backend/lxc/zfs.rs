@@ -24,6 +24,19 @@ fn check(volume: &str) -> Result<()> {
     }
 }
 
+/// Mounts a volume on the host unless it is mounted, wherever that is.
+pub(super) async fn activate(dataset: &str) -> Result<()> {
+    activate_by("zfs", dataset).await
+}
+
+async fn activate_by(zfs: &str, dataset: &str) -> Result<()> {
+    let mounted = run(zfs, &["get", "-Hp", "-o", "value", "mounted", dataset], QUICK).await?;
+    if mounted.trim() != "yes" {
+        run(zfs, &["mount", dataset], QUICK).await?;
+    }
+    Ok(())
+}
+
 pub(super) async fn volumes(pool: &str) -> Result<Vec<VolumeInfo>> {
     let args = ["list", "-Hp", "-d", "1", "-t", "filesystem", "-o", "name,refquota,refer", pool];
     let text = run("zfs", &args, QUICK).await?;
@@ -154,4 +167,24 @@ pub(super) async fn unpack(pool: &str, volume: &str, archive: &Path, unprivilege
         run("tar", tar.get(1..).unwrap_or_default(), LONG).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs;
+
+    use super::*;
+    use crate::backend::tool::script;
+
+    #[tokio::test]
+    async fn a_volume_is_mounted_on_the_host_unless_it_is() {
+        let get = "get -Hp -o value mounted p/subvol-1-disk-0\n";
+        for (mounted, asked) in [("yes", get.to_owned()), ("no", format!("{get}mount p/subvol-1-disk-0\n"))] {
+            let dir = tempfile::tempdir().unwrap();
+            let (zfs, file) = script(dir.path(), &format!("echo {mounted}"));
+            activate_by(&zfs, "p/subvol-1-disk-0").await.unwrap();
+            assert_eq!(fs::read_to_string(file).unwrap(), asked);
+        }
+    }
 }
