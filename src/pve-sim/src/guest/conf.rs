@@ -114,9 +114,9 @@ impl CtConf {
         self.get("memory").and_then(|m| m.parse::<u64>().ok()).unwrap_or(512).saturating_mul(1024 * 1024)
     }
 
-    /// Swap in bytes; missing means 512 MiB.
+    /// Swap in bytes; missing means none, whatever the schema says of a default.
     pub(crate) fn swap(&self) -> u64 {
-        self.get("swap").and_then(|m| m.parse::<u64>().ok()).unwrap_or(512).saturating_mul(1024 * 1024)
+        self.get("swap").and_then(|m| m.parse::<u64>().ok()).unwrap_or(0).saturating_mul(1024 * 1024)
     }
 
     /// Whether a boolean key is set.
