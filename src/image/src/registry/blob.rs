@@ -3,10 +3,11 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use bytes::Bytes;
-use reqwest::Response;
+use moxlet_ids::Digest;
+use reqwest::{Method, Response};
 
-use super::{Endpoint, Timing, slots::Slot};
-use crate::error::chain;
+use super::{Endpoint, Purpose, Session, Timing, request::Call, slots::Slot};
+use crate::{Error, error::chain};
 
 /// Who has sent the parts of a blob.
 #[derive(Debug, Default)]
@@ -26,6 +27,22 @@ pub(crate) struct Blob<'a> {
     pub(super) endpoint: &'a Endpoint,
     pub(super) slot: Option<Slot>,
     pub(super) timing: Timing,
+}
+
+impl Session<'_> {
+    /// Whether no host has a blob; false where it is not clear.
+    pub(super) async fn lacks(&self, digest: &Digest) -> bool {
+        let Ok(endpoints) = self.endpoints(Purpose::Pull) else { return false };
+        for endpoint in endpoints {
+            let Ok(url) = endpoint.url(&format!("blobs/{digest}")) else { return false };
+            let mut call = Call::new(Method::HEAD, url);
+            call.once = true;
+            if !matches!(self.authorized(endpoint, &call).await, Err(Error::NotFound { .. })) {
+                return false;
+            }
+        }
+        true
+    }
 }
 
 impl Blob<'_> {

@@ -81,6 +81,7 @@ pub(crate) async fn fetch(session: &Session<'_>) -> Result<Manifest> {
         let top = top.get_or_insert(actual).clone();
         match read(&body).map_err(|reason| session.bad("manifest", reason))? {
             Found::Image(config, layers) => {
+                check_foreign(session, &layers).await?;
                 let media_type = media_type(&body, &config);
                 let raw = RawManifest { media_type, bytes: body };
                 return Ok(Manifest { top, config, layers, raw });
@@ -139,7 +140,9 @@ pub(crate) fn read(body: &[u8]) -> std::result::Result<Found, String> {
     }
     match (document.manifests, document.config, document.layers) {
         (Some(entries), None, None) => choose(&entries, host_architecture(), host_variant()).map(Found::Next),
-        (None, Some(config), Some(layers)) => {
+        // Go's programs write `null` for no layers.
+        (None, Some(config), layers) => {
+            let layers = layers.unwrap_or_default();
             if layers.len() > MAX_LAYERS {
                 return Err(format!("it has {} layers, more than {MAX_LAYERS}", layers.len()));
             }
@@ -156,19 +159,39 @@ pub(crate) fn read(body: &[u8]) -> std::result::Result<Found, String> {
     }
 }
 
+/// Layers that their makers distribute from elsewhere (`urls`): the registry has one only where it was told to. We fetch
+/// from nowhere but the registry, since an image could send the host anywhere.
+async fn check_foreign(session: &Session<'_>, layers: &[Descriptor]) -> Result<()> {
+    for (n, layer) in layers.iter().enumerate() {
+        if is_foreign(&layer.media_type) && session.lacks(&layer.digest).await {
+            let reason = "it is not distributed by the registry (foreign layer)";
+            return Err(session.bad(&format!("layer {} ({})", n + 1, layer.digest), reason));
+        }
+    }
+    Ok(())
+}
+
+fn is_foreign(media_type: &str) -> bool {
+    media_type.starts_with("application/vnd.docker.image.rootfs.foreign.")
+        || media_type.starts_with("application/vnd.oci.image.layer.nondistributable.")
+}
+
 /// Registries hold more than images, told apart by the type of the config.
 fn check_kind(config: &Descriptor, artifact: Option<&str>) -> std::result::Result<(), String> {
     let known =
         ["", "application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+    // What old registries made of Docker's; Docker takes these for images as well.
+    let mistaken = ["application/octet-stream", "application/json", "text/html"];
     let kind = config.media_type.as_str();
-    if known.contains(&kind) {
+    let artifact = artifact.filter(|a| !a.is_empty());
+    if known.contains(&kind) || (artifact.is_none() && mistaken.contains(&kind)) {
         return Ok(());
     }
     Err(match kind {
         "application/vnd.cncf.helm.config.v1+json" => "it is a Helm chart, not a container image".to_owned(),
         "application/vnd.docker.plugin.v1+json" => "it is a Docker plugin, not a container image".to_owned(),
         _ => {
-            let kind = artifact.filter(|a| !a.is_empty()).unwrap_or(kind);
+            let kind = artifact.unwrap_or(kind);
             format!("it is an artefact of type {:?}, not a container image", short(kind))
         }
     })
@@ -312,7 +335,31 @@ mod tests {
             let error = read(text.as_bytes()).err().unwrap();
             assert!(error.contains(said), "{error}");
         }
-        assert!(read(of("application/vnd.oci.image.config.v1+json", "").as_bytes()).is_ok());
+        for kind in ["application/octet-stream", "application/json"] {
+            let error = read(of(kind, r#""artifactType":"application/x.sbom","#).as_bytes()).err().unwrap();
+            assert!(error.contains("artefact"), "{error}");
+        }
+    }
+
+    #[test]
+    fn images_of_old_registries_and_without_layers_are_images() {
+        let d = digest('a');
+        for kind in [
+            "application/vnd.oci.image.config.v1+json",
+            "application/vnd.docker.container.image.v1+json",
+            "application/octet-stream",
+            "application/json",
+            "text/html",
+            "",
+        ] {
+            for layers in [r#","layers":[]"#, r#","layers":null"#, ""] {
+                let text = format!(
+                    r#"{{"schemaVersion":2,"config":{{"mediaType":"{kind}","digest":"{d}","size":2}}{layers}}}"#
+                );
+                let found = read(text.as_bytes());
+                assert!(matches!(found, Ok(Found::Image(_, layers)) if layers.is_empty()), "{text}");
+            }
+        }
     }
 
     #[test]

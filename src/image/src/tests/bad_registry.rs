@@ -273,6 +273,68 @@ async fn a_manifest_may_come_compressed() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_layer_comes_from_the_registry_or_is_named() {
+    let image = large(1);
+    for kind in [
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+    ] {
+        let mut manifest: serde_json::Value = serde_json::from_slice(&image.manifest()).unwrap();
+        manifest["layers"][0]["mediaType"] = kind.into();
+        let elsewhere = Raw::start(&image, |_| None).await;
+        let url = format!("http://{}/v2/app/blobs/{}", elsewhere.address, image.digest(0));
+        manifest["layers"][0]["urls"] = vec![url].into();
+        let manifest = manifest.to_string();
+        for there in [true, false] {
+            let (manifest, layer) = (manifest.clone(), image.digest(0));
+            let raw = Raw::start(&image, move |r| {
+                if r.path.contains("manifests/") {
+                    return Some(answer("200 OK", "", manifest.as_bytes()));
+                }
+                (r.path.contains(&layer) && !there).then(|| answer("404 Not Found", "", b""))
+            })
+            .await;
+            if there {
+                hasty().await.store.pull(&raw.name(), &[]).await.unwrap();
+            } else {
+                let said = refused(&raw, &[]).await.to_string();
+                assert!(
+                    said.contains("layer 1") && said.contains("not distributed by the registry"),
+                    "{said}"
+                );
+            }
+        }
+        assert!(elsewhere.requests("").is_empty(), "an image sends us nowhere");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_an_old_registry_without_layers_is_pulled() {
+    let config = serde_json::json!({
+        "architecture": crate::registry::platform::host_architecture(), "os": "linux",
+        "rootfs": { "type": "layers", "diff_ids": null },
+    });
+    let config = config.to_string().into_bytes();
+    let digest = moxlet_ids::Digest::of(&config);
+    let manifest = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": { "mediaType": "application/octet-stream", "digest": digest, "size": config.len() },
+        "layers": null,
+    });
+    let (manifest, wanted) = (manifest.to_string(), digest.to_string());
+    let raw = Raw::start(&large(1), move |r| {
+        if r.path.contains("manifests/") {
+            return Some(answer("200 OK", "", manifest.as_bytes()));
+        }
+        r.path.contains(&wanted).then(|| answer("200 OK", "", &config))
+    })
+    .await;
+    let record = hasty().await.store.pull(&raw.name(), &[]).await.unwrap();
+    assert_eq!((&record.id, record.layers.len()), (&digest, 0));
+}
+
 /// Answers that ask for a token, for requests that do not come with the wanted one.
 fn guarded(r: &Request, token: &str, realm: &str) -> Option<Vec<Step>> {
     if r.header("authorization") == Some(&format!("Bearer {token}")) {
