@@ -126,7 +126,7 @@ impl Store {
             return Ok(());
         }
         match from.manifest_blob(id, note)? {
-            Some(bytes) => self.records.write_manifest(id, &bytes),
+            Some(bytes) => self.records.write_manifest(&bytes),
             None => Ok(()),
         }
     }

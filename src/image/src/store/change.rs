@@ -95,6 +95,7 @@ impl Store {
         (record.size_bytes, record.layers) = (image.size_bytes, image.layers);
         let id = record.id.clone();
         let details = &mut stored.details;
+        let before = details.manifest.clone();
         details.added_at.get_or_insert_with(Timestamp::now);
         details.origin = image.origin;
         if !image.blobs.is_empty() {
@@ -107,11 +108,22 @@ impl Store {
             self.records.write_config(&id, blob)?;
         }
         if let Some(manifest) = image.manifest {
-            self.records.write_manifest(&id, &manifest.bytes)?;
+            self.records.write_manifest(&manifest.bytes)?;
             let digest = Digest::of(&manifest.bytes);
             details.manifest = Some(ManifestNote { digest, media_type: manifest.media_type });
         }
-        self.put_named(stored, &image.tags)
+        let record = self.put_named(stored, &image.tags)?;
+        self.forget_manifest(before);
+        Ok(record)
+    }
+
+    /// Removes a manifest unless a record names it.
+    fn forget_manifest(&self, note: Option<ManifestNote>) {
+        let Some(ManifestNote { digest, .. }) = note else { return };
+        let names = |s: &Stored| s.details.manifest.as_ref().is_some_and(|note| note.digest == digest);
+        if !lock(&self.images).values().any(names) {
+            self.records.forget_manifest(&digest);
+        }
     }
 
     /// Notes that an image that is here was asked for again, by which tag and by whom; nothing where it is gone.
@@ -301,6 +313,7 @@ impl Store {
             veto(&before)?;
             self.records.remove(&before.id)?;
             lock(&self.images).remove(&before.id);
+            self.forget_manifest(stored.details.manifest);
             Ok(Removed::Image(Box::new(before)))
         } else {
             self.put(stored)?;

@@ -3,7 +3,7 @@
 //! ```text
 //! <dir>/images/<hex of the id>.json    version, names, layers
 //! <dir>/configs/<hex of the id>        the image's config, byte by byte as it came; its time is the image's last use
-//! <dir>/manifests/<hex of the id>      the manifest that it came with, likewise
+//! <dir>/manifests/<hex of its digest>  the manifest that an image came with, likewise
 //! <dir>/layers/<hex of the chain>.tape what it takes to make the layer's archive again, byte by byte
 //! <dir>/views/                         see `views`
 //! <dir>/lock                           see `lock`
@@ -12,7 +12,8 @@
 //! ```
 //!
 //! An image is there once its record is. A tag that moves is written to its new image before it is taken from the old
-//! one; where both have it after a crash, the record with the higher serial has it. Records of version 1 know neither
+//! one; where both have it after a crash, the record with the higher serial has it. A manifest is written before the record
+//! that names it, and an earlier one goes after that: whatever lies between, the record's own is there. Records of version 1 know neither
 //! manifest nor blobs; the next pull of their image adds them.
 
 use std::{
@@ -117,9 +118,15 @@ impl Records {
             tracing::warn!(path = %path.display(), reason, "an image is damaged and has to be pulled again");
             remove(&path)?;
         }
-        for path in files(&self.dir.join("configs"))?.into_iter().chain(files(&self.dir.join("manifests"))?) {
-            if !images.keys().any(|id| path.file_name().is_some_and(|n| n == id.hex())) {
-                remove(&path)?;
+        self.name_manifests(&images)?;
+        let configs: HashSet<&str> = images.keys().map(Digest::hex).collect();
+        let manifests = images.values().filter_map(|s| s.details.manifest.as_ref());
+        let manifests: HashSet<&str> = manifests.map(|note| note.digest.hex()).collect();
+        for (dir, known) in [("configs", configs), ("manifests", manifests)] {
+            for path in files(&self.dir.join(dir))? {
+                if !path.file_name().and_then(|n| n.to_str()).is_some_and(|n| known.contains(n)) {
+                    remove(&path)?;
+                }
             }
         }
         for id in settle(&mut images) {
@@ -128,6 +135,18 @@ impl Records {
             }
         }
         Ok(images)
+    }
+
+    /// Gives manifests that are named by their images' ids, as they first were, the names that they have now.
+    fn name_manifests(&self, images: &Images) -> Result<()> {
+        for (id, stored) in images {
+            let Some(note) = &stored.details.manifest else { continue };
+            let (old, new) = (self.old_manifest_path(id), self.manifest_path(&note.digest));
+            if old.exists() && !new.exists() {
+                fs::rename(&old, &new).attempt("put in place", new)?;
+            }
+        }
+        Ok(())
     }
 
     /// All records as [`Self::load`] has them, the oldest one first, and what is wrong with the others. Nothing is changed.
@@ -245,18 +264,27 @@ impl Records {
         }
     }
 
-    /// Writes the manifest of an image; its record, which names the digest, comes after.
-    pub(super) fn write_manifest(&self, id: &Digest, bytes: &[u8]) -> Result<()> {
-        self.put(&self.manifest_path(id), bytes)
+    /// Writes a manifest; the record that names its digest comes after.
+    pub(super) fn write_manifest(&self, bytes: &[u8]) -> Result<()> {
+        self.put(&self.manifest_path(&Digest::of(bytes)), bytes)
+    }
+
+    /// Removes a manifest that no record names any more. One that stays goes when the store is opened.
+    pub(super) fn forget_manifest(&self, digest: &Digest) {
+        if let Err(error) = remove(&self.manifest_path(digest)) {
+            tracing::warn!(%digest, %error, "a manifest that nobody needs stays until the next start");
+        }
     }
 
     /// The bytes of the manifest that a record names; none where they are not those.
     pub(crate) fn manifest_blob(&self, id: &Digest, note: &ManifestNote) -> Result<Option<Vec<u8>>> {
-        let path = self.manifest_path(id);
-        if !path.exists() {
-            return Ok(None);
+        // A store that is only read may have the old name still.
+        for path in [self.manifest_path(&note.digest), self.old_manifest_path(id)] {
+            if path.exists() {
+                return Ok(bounded(&path)?.ok().filter(|bytes| Digest::of(bytes) == note.digest));
+            }
         }
-        Ok(bounded(&path)?.ok().filter(|bytes| Digest::of(bytes) == note.digest))
+        Ok(None)
     }
 
     /// Random bytes of this store, made when they are first needed.
@@ -363,17 +391,21 @@ impl Records {
         self.dir.join("tmp").join(name)
     }
 
-    /// Removes an image's files, the record first. Idempotent.
+    /// Removes an image's record, then its config. Idempotent.
     pub(super) fn remove(&self, id: &Digest) -> Result<()> {
         let images = self.dir.join("images");
         remove(&images.join(record_name(id)))?;
         sync_dir(&images)?;
-        remove(&self.config_path(id))?;
-        remove(&self.manifest_path(id))
+        remove(&self.config_path(id))
     }
 
-    fn manifest_path(&self, id: &Digest) -> PathBuf {
-        self.dir.join("manifests").join(id.hex())
+    fn manifest_path(&self, digest: &Digest) -> PathBuf {
+        self.dir.join("manifests").join(digest.hex())
+    }
+
+    /// Where a manifest first was: by the id of its image.
+    fn old_manifest_path(&self, id: &Digest) -> PathBuf {
+        self.manifest_path(id)
     }
 
     fn config_path(&self, id: &Digest) -> PathBuf {

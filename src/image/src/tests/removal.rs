@@ -131,6 +131,67 @@ async fn a_damaged_image_is_forgotten_and_can_be_pulled_again() {
     assert_eq!(place.layers().await, 3);
 }
 
+/// The same image twice: its layer is compressed in two ways, so that the manifests differ.
+fn compressed_twice() -> [Image; 2] {
+    let tar = Tar::default().file("x", "x").end();
+    ["fast", "best"].map(|level| {
+        let level = if level == "fast" { flate2::Compression::fast() } else { flate2::Compression::none() };
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), level);
+        std::io::Write::write_all(&mut encoder, &tar).unwrap();
+        Image::new().blob(tar.clone(), encoder.finish().unwrap())
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_that_ends_between_manifest_and_record_leaves_the_image_whole() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let [first, second] = compressed_twice();
+    assert_eq!(first.id(), second.id());
+    registry.push("a:1", &first);
+    let name = registry.name("a:1");
+    let record = place.store.pull(&name, &[]).await.unwrap();
+    let manifest = place.store.inspect(&name).await.unwrap().unwrap().manifest.unwrap().digest;
+    let images = place.dir.path().join("images");
+    let manifests = || fs::read_dir(images.join("manifests")).unwrap().count();
+    // Its record cannot be written.
+    let (path, aside) =
+        (images.join("images").join(format!("{}.json", record.id.hex())), place.dir.path().join("aside"));
+    fs::rename(&path, &aside).unwrap();
+    fs::create_dir(&path).unwrap();
+    registry.push("a:1", &second);
+    place.store.pull(&name, &[]).await.unwrap_err();
+    fs::remove_dir(&path).unwrap();
+    fs::rename(&aside, &path).unwrap();
+
+    let report = place.store.verify(&[], true).unwrap().next().await.unwrap().unwrap();
+    assert_eq!((report.faults.as_slice(), report.removed), (&[][..], false));
+    let place = place.reopen().await;
+    let inspected = place.store.inspect(&name).await.unwrap().unwrap();
+    assert_eq!(inspected.manifest.unwrap().digest, manifest);
+    assert_eq!(manifests(), 1, "the other one goes at the next start");
+    place.store.pull(&name, &[]).await.unwrap();
+    let inspected = place.store.inspect(&name).await.unwrap().unwrap();
+    assert_ne!(inspected.manifest.unwrap().digest, manifest);
+    assert_eq!(manifests(), 1, "and the old one when the new one is recorded");
+    place.store.remove(&name).await.unwrap();
+    assert_eq!(manifests(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_under_the_name_that_it_first_had_is_found() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    registry.push("a:1", &image(&["x"]));
+    let name = registry.name("a:1");
+    let record = place.store.pull(&name, &[]).await.unwrap();
+    let manifest = place.store.inspect(&name).await.unwrap().unwrap().manifest.unwrap().digest;
+    let dir = place.dir.path().join("images/manifests");
+    fs::rename(dir.join(manifest.hex()), dir.join(record.id.hex())).unwrap();
+    assert!(place.store.inspect(&name).await.unwrap().unwrap().manifest.is_some(), "in a store that is read");
+    let place = place.reopen().await;
+    assert_eq!(place.store.inspect(&name).await.unwrap().unwrap().manifest.unwrap().digest, manifest);
+    assert!(dir.join(manifest.hex()).exists() && !dir.join(record.id.hex()).exists());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tag_of_two_images_is_the_younger_ones() {
     let (registry, place) = (Registry::start().await, Place::new().await);
