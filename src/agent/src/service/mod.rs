@@ -7,22 +7,21 @@ mod images;
 mod runtime;
 mod store;
 
-use std::{os::unix::fs::PermissionsExt, path::Path, pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc};
 
 use futures::{Stream, stream};
 use moxlet_cri::{
     host::{host_service_server::HostServiceServer, image_store_server::ImageStoreServer},
     v1::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
 };
-use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Response, Status, transport::Server};
 use tracing::{error, info};
 
 use crate::{
     core::Core,
-    error::{Error, Result},
-    streaming::Streaming,
+    error::Result,
+    streaming::{Streaming, listen_unix},
 };
 
 pub use store::ImageStoreService;
@@ -73,7 +72,7 @@ fn selected<'a>(
 /// The socket cannot be made.
 pub(crate) fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result<()> {
     let path = core.config.cri_socket.clone();
-    let listener = listen(&path)?;
+    let listener = listen_unix(&path)?;
     let service = Service { core: core.clone(), streaming };
     let stop = core.stop.clone();
     core.tasks.spawn(async move {
@@ -94,23 +93,6 @@ pub(crate) fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result<()> {
     });
     info!(socket = %core.config.cri_socket.display(), "CRI is served");
     Ok(())
-}
-
-/// A listening socket for root only; one that a crash left is replaced.
-fn listen(path: &Path) -> Result<UnixListener> {
-    let failed = |e: std::io::Error| {
-        Error::io(format!("cannot listen at {} (its path may have at most 107 bytes)", path.display()), e)
-    };
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir).map_err(failed)?;
-    }
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    Ok(listener)
 }
 
 #[cfg(test)]

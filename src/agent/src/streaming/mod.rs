@@ -30,6 +30,7 @@ use crate::{
 };
 
 pub(crate) use exec_sync::exec_sync;
+pub(crate) use server::listen_unix;
 
 /// How long a URL may wait for its client.
 const TOKEN_LIFE: Duration = Duration::from_secs(60);

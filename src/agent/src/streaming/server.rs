@@ -2,10 +2,14 @@
 
 use std::{
     convert::Infallible,
+    ffi::OsString,
     fs, io,
     net::SocketAddr,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
-    path::Path,
+    os::unix::{
+        ffi::{OsStrExt, OsStringExt},
+        fs::{DirBuilderExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -39,14 +43,17 @@ const MAX_HEAD: usize = 64 << 10;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Listens at a path that root alone may use.
-pub(super) fn listen_unix(path: &Path) -> Result<UnixListener> {
+///
+/// # Errors
+/// The socket cannot be made there.
+pub(crate) fn listen_unix(path: &Path) -> Result<UnixListener> {
     let bound = (|| {
         if let Some(dir) = path.parent() {
             fs::DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
         }
         // Bound and protected under another name: whoever finds the socket finds it ready, and one that a former run left
         // is replaced.
-        let draft = path.with_extension("new");
+        let draft = draft_of(path);
         match fs::remove_file(&draft) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
@@ -56,7 +63,17 @@ pub(super) fn listen_unix(path: &Path) -> Result<UnixListener> {
         fs::rename(&draft, path)?;
         Ok(listener)
     })();
-    bound.map_err(|e| Error::io(format!("cannot listen at {}", path.display()), e))
+    bound.map_err(|e| {
+        Error::io(format!("cannot listen at {} (its path may have at most 107 bytes)", path.display()), e)
+    })
+}
+
+/// Another name beside it of the same length, since that of a socket's path is bounded.
+fn draft_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().as_bytes().to_vec();
+    let end = if name.pop() == Some(b'~') { b'_' } else { b'~' };
+    name.push(end);
+    OsString::from_vec(name).into()
 }
 
 /// Listens at an address of this machine alone.
@@ -251,5 +268,29 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_is_roots_alone_and_replaces_one_that_was_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        // As long as a path may be.
+        let path = run.join("s".repeat(107 - run.as_os_str().len() - 1));
+        for _ in 0..2 {
+            drop(listen_unix(&path).unwrap());
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+        let listener = listen_unix(&path).unwrap();
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        drop(listener);
+        assert_eq!(fs::read_dir(&run).unwrap().count(), 1, "no draft stays");
+        let error = listen_unix(&run.join("s".repeat(107))).unwrap_err().to_string();
+        assert!(error.contains("107 bytes"), "{error}");
     }
 }
