@@ -9,15 +9,17 @@ use std::{
 
 use moxlet_cri::host;
 
-/// Files of /proc, /sys and /etc are cut here.
+/// No file of /proc, /sys and /etc that is read here is larger.
 const MAX: u64 = 1 << 20;
 /// Ticks of `/proc/stat` a second: what the kernel shows to programs on every architecture.
 const TICKS: u64 = 100;
 
+/// A file's text; none where it cannot be read or is no such file, as its size says: what is cut would be told of the host.
 fn text(path: &str) -> String {
     let mut bytes = Vec::new();
-    if let Ok(file) = File::open(path) {
-        let _ = file.take(MAX).read_to_end(&mut bytes);
+    let read = File::open(path).and_then(|file| file.take(MAX + 1).read_to_end(&mut bytes));
+    if read.is_err() || bytes.len() as u64 > MAX {
+        return String::new();
     }
     String::from_utf8_lossy(&bytes).trim().to_owned()
 }
@@ -110,6 +112,7 @@ fn addresses() -> Vec<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -117,6 +120,18 @@ mod tests {
         assert_eq!(meminfo("MemTotal:       2048 kB\nMemFree: 1 kB\n", "MemTotal:"), 2048 * 1024);
         assert_eq!(busy_ns("cpu  10 1 5 1000 50 2 3 4 9 9\ncpu0 1\n"), 25 * 10_000_000);
         assert_eq!(pretty_name("A=b\nPRETTY_NAME=\"Debian GNU/Linux 13\"\n"), "Debian GNU/Linux 13");
+    }
+
+    #[test]
+    fn a_file_that_is_too_large_is_no_fact() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("machine-id");
+        let most = usize::try_from(MAX).unwrap();
+        std::fs::write(&path, "a".repeat(most)).unwrap();
+        assert_eq!(text(path.to_str().unwrap()).len(), most);
+        std::fs::write(&path, "a".repeat(most + 1)).unwrap();
+        assert_eq!(text(path.to_str().unwrap()), "");
+        assert_eq!(text("/nonexistent/file"), "");
     }
 
     #[test]
