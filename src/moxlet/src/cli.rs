@@ -1,10 +1,10 @@
 //! The command line: what a newcomer reads with `--help`.
 //!
-//! A flag overrides its key in the configuration file; all keys are listed in `docs/configuration.md`.
+//! What a flag does to its key in the configuration file is in `docs/configuration.md`, with all keys.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{ffi::OsString, net::IpAddr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, parser::ValueSource};
 
 use crate::image::ImageArgs;
 
@@ -14,6 +14,24 @@ use crate::image::ImageArgs;
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// Reads a command line, and where the values came from that may come from elsewhere.
+    ///
+    /// # Errors
+    /// It is none, or asks for help.
+    pub(crate) fn read<T: Into<OsString> + Clone>(
+        words: impl IntoIterator<Item = T>,
+    ) -> Result<Self, clap::Error> {
+        let mut matches = Self::command().try_get_matches_from(words)?;
+        let source = matches.subcommand_matches("up").and_then(|up| up.value_source("kubeconfig"));
+        let mut cli = Self::from_arg_matches_mut(&mut matches).map_err(|e| e.format(&mut Self::command()))?;
+        if let Command::Up(up) = &mut cli.command {
+            up.kubeconfig_source = source;
+        }
+        Ok(cli)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -71,6 +89,9 @@ pub(crate) struct UpArgs {
     /// A kubeconfig that holds a node's identity
     #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
     pub(crate) kubeconfig: Option<PathBuf>,
+    /// Whether that stood on the command line or in the environment.
+    #[arg(skip)]
+    pub(crate) kubeconfig_source: Option<ValueSource>,
     /// A kubeconfig with a bootstrap token: Moxlet asks for a certificate of its own with it, once
     #[arg(long, value_name = "FILE")]
     pub(crate) bootstrap_kubeconfig: Option<PathBuf>,
@@ -97,12 +118,20 @@ pub(crate) enum LogFormat {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
-    use super::Cli;
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_kubeconfig_of_the_command_line_is_known_as_such() {
+        for words in [&["moxlet", "up", "--kubeconfig", "/k"][..], &["moxlet", "up", "--kubeconfig=/k"]] {
+            let Command::Up(up) = Cli::read(words).unwrap().command else { panic!("{words:?}") };
+            assert_eq!(up.kubeconfig_source, Some(ValueSource::CommandLine));
+        }
+        assert!(Cli::read(["moxlet", "up", "--kubeconfigs=/k"]).is_err());
     }
 }

@@ -1,14 +1,16 @@
-//! The configuration file: one TOML table, every key optional, unknown keys refused by name and line.
+//! The configuration file: one TOML table, unknown keys refused by name and line.
 //!
 //! `docs/configuration.md` is the reference; a test compares its list of keys with this one.
 
 use std::{
     collections::BTreeMap,
+    io::Read as _,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail};
+use clap::parser::ValueSource;
 use serde::Deserialize;
 
 use crate::{
@@ -164,11 +166,12 @@ impl Config {
 
     fn read(path: &Path) -> Result<Self> {
         let context = || format!("cannot read the configuration file {}", path.display());
-        let size = std::fs::metadata(path).with_context(context)?.len();
-        if size > MAX_FILE {
-            bail!("{}: it has {size} bytes; at most {MAX_FILE} are read", context());
+        let mut text = String::new();
+        let file = std::fs::File::open(path).with_context(context)?;
+        file.take(MAX_FILE + 1).read_to_string(&mut text).with_context(context)?;
+        if text.len() as u64 > MAX_FILE {
+            bail!("{}: it has more than {MAX_FILE} bytes", context());
         }
-        let text = std::fs::read_to_string(path).with_context(context)?;
         toml::from_str(&text).map_err(|e| {
             let line = e.span().map(|s| text[..s.start.min(text.len())].matches('\n').count() + 1);
             let at = line.map_or_else(String::new, |l| format!(", line {l}"));
@@ -200,9 +203,9 @@ impl Config {
                 key.clone_from(flag);
             }
         }
-        // KUBECONFIG is often set for another purpose: the file's own words come first.
+        // KUBECONFIG is often set for another purpose: what is said to Moxlet itself comes first.
         let file_says = self.kubeconfig.is_some() || self.bootstrap_kubeconfig.is_some();
-        let from_flag = std::env::args().any(|a| a == "--kubeconfig" || a.starts_with("--kubeconfig="));
+        let from_flag = flags.kubeconfig_source == Some(ValueSource::CommandLine);
         if flags.kubeconfig.is_some() && (from_flag || !file_says) {
             self.kubeconfig.clone_from(&flags.kubeconfig);
         }
@@ -308,6 +311,35 @@ mod tests {
     #[test]
     fn an_empty_file_gives_the_defaults() {
         assert_eq!(load("").unwrap().listen.port(), 10250);
+    }
+
+    #[test]
+    fn a_file_that_is_too_large_is_refused_also_where_it_has_no_size() {
+        let line = "# a comment of 32 bytes for once\n";
+        let error = load(&line.repeat(40_000)).unwrap_err().to_string();
+        assert!(error.contains("1048576 bytes"), "{error}");
+        let error = Config::read(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert!(error.contains("/dev/zero") && error.contains("1048576 bytes"), "{error}");
+    }
+
+    #[test]
+    fn the_environments_kubeconfig_gives_way_to_what_is_said_to_moxlet_itself() {
+        let mut up = UpArgs { kubeconfig: Some("/env".into()), ..UpArgs::default() };
+        up.kubeconfig_source = Some(ValueSource::EnvVariable);
+        let over = |config: &Config, up: &UpArgs| {
+            let mut config = config.clone();
+            config.override_up(up);
+            config.kubeconfig
+        };
+        let (nothing, mut file) = (Config::default(), Config::default());
+        assert_eq!(over(&nothing, &up), Some("/env".into()));
+        file.kubeconfig = Some("/file".into());
+        assert_eq!(over(&file, &up), Some("/file".into()));
+        up.kubeconfig_source = Some(ValueSource::CommandLine);
+        assert_eq!(over(&file, &up), Some("/env".into()));
+        up.kubeconfig_source = Some(ValueSource::EnvVariable);
+        up.bootstrap_kubeconfig = Some("/join".into());
+        assert_eq!(over(&nothing, &up), None, "a bootstrap's identity is kept elsewhere");
     }
 
     #[test]

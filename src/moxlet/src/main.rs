@@ -1,8 +1,9 @@
 //! The moxlet program: command line, configuration file, wiring, nothing else.
 //!
 //! `moxlet up` is node and agent in one process; `moxlet agent` is the CRI runtime alone, for crictl or an
-//! ordinary kubelet; `moxlet image` works on the images of a host. What they do lives in the crates `moxlet-node` and `moxlet-agent`; here their settings are
-//! read, the machine is checked, and their tasks are started and joined.
+//! ordinary kubelet; `moxlet image` works on the images of a host. What they do lives in
+//! the crates `moxlet-node` and `moxlet-agent`; here their settings are read, the machine is checked, and their tasks are started
+//! and joined.
 
 mod cli;
 mod config;
@@ -15,11 +16,9 @@ mod run;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
     memory::bound_arenas();
-    let cli = cli::Cli::parse();
+    let cli = cli::Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let done = match &cli.command {
         cli::Command::Image(args) => image::main(args),
         cli::Command::Up(args) => run::main(&args.common, Some(args)),

@@ -6,6 +6,11 @@ use anyhow::{Result, bail};
 
 use crate::config::{Config, Engine};
 
+/// Where the engine `lxc` runs liblxc's programs from; the caller's PATH is not asked.
+const LXC_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where the network's programs are run from.
+const NETWORK_PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+
 /// Checks the machine.
 ///
 /// # Errors
@@ -16,10 +21,11 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     }
     let mut missing = Vec::new();
     missing.extend(kernel());
-    missing.extend(programs());
-    // On Proxmox VE the CT's own configuration attaches it.
-    if config.cni_conf_dir.is_none() && config.engine == Engine::Lxc {
-        missing.extend(plugins(&config.cni_bin_dirs));
+    // On Proxmox VE its own tasks start a CT, whose configuration attaches it.
+    if config.engine == Engine::Lxc {
+        let own_network = config.cni_conf_dir.is_none();
+        missing.extend(programs(own_network));
+        missing.extend(plugins(&config.cni_bin_dirs, own_network));
     }
     if missing.is_empty() {
         return Ok(());
@@ -71,19 +77,30 @@ fn older_than(release: &str, (major, minor): (u32, u32)) -> bool {
     }
 }
 
-fn programs() -> Vec<String> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    ["lxc-start", "lxc-stop"]
-        .into_iter()
-        .filter(|p| !dirs.iter().any(|d| d.join(p).is_file()))
-        .map(|p| format!("the program {p} is not in PATH: install LXC (apt-get install lxc uidmap)"))
-        .collect()
+fn programs(own_network: bool) -> Vec<String> {
+    let mut missing = Vec::new();
+    if !is_in(LXC_PATH, "lxc-start") {
+        missing.push(format!(
+            "the program lxc-start is in none of {LXC_PATH}: install LXC (apt-get install lxc uidmap)"
+        ));
+    }
+    if own_network && !is_in(NETWORK_PATH, "ip") {
+        missing.push(format!(
+            "the program ip is in none of {NETWORK_PATH}: install it (apt-get install iproute2)"
+        ));
+    }
+    missing
 }
 
-fn plugins(dirs: &[PathBuf]) -> Vec<String> {
-    ["bridge", "host-local"]
-        .into_iter()
+fn is_in(path: &str, program: &str) -> bool {
+    path.split(':').any(|dir| Path::new(dir).join(program).is_file())
+}
+
+/// Every pod gets `loopback`, also where somebody else's configuration attaches it.
+fn plugins(dirs: &[PathBuf], own_network: bool) -> Vec<String> {
+    let own: &[&str] = if own_network { &["bridge", "host-local"] } else { &[] };
+    own.iter()
+        .chain(&["loopback"])
         .filter(|p| !dirs.iter().any(|d| d.join(p).is_file()))
         .map(|p| {
             format!(
@@ -95,7 +112,35 @@ fn plugins(dirs: &[PathBuf]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::older_than;
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn programs_are_looked_for_where_they_are_run_from() {
+        let source = include_str!("../../sandbox/src/lxc/tool.rs");
+        assert!(source.contains(&format!("const PATH: &str = {LXC_PATH:?};")));
+        let source = include_str!("../../network/src/program.rs");
+        assert!(source.contains(&format!("const PATH: &str = {NETWORK_PATH:?};")));
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("ip"), "").unwrap();
+        let path = format!("/nonexistent:{}", dir.path().display());
+        assert!(is_in(&path, "ip") && !is_in(&path, "lxc-start"));
+    }
+
+    #[test]
+    fn each_plugin_that_is_missing_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = ["/nonexistent".into(), dir.path().to_owned()];
+        let names = |own| plugins(&dirs, own).concat();
+        for plugin in ["bridge", "host-local", "loopback"] {
+            assert!(names(true).contains(&format!("plugin {plugin} ")));
+        }
+        assert!(names(false).contains("loopback") && !names(false).contains("bridge"));
+        for plugin in ["bridge", "host-local", "loopback"] {
+            std::fs::write(dir.path().join(plugin), "").unwrap();
+        }
+        assert_eq!(names(true), "");
+    }
 
     #[test]
     fn kernel_releases_are_compared_as_numbers() {
