@@ -111,7 +111,8 @@ async fn pve(config: &Config, settings: &PveSettings) -> Result<Opened> {
     Ok(Opened { engine: Arc::new(engine), cgroups, network: Network::Engine(Box::new(network)) })
 }
 
-fn cni(config: &Config) -> CniConfig {
+/// How pods are attached on the engine `lxc`.
+pub(crate) fn cni(config: &Config) -> CniConfig {
     let root = &config.root_dir;
     CniConfig {
         conf_dir: config.cni.use_host_conf.clone().unwrap_or_else(|| root.join("cni/net.d")),

@@ -13,6 +13,7 @@
 //! | `volumes`, `logs`, `stats`, `facts` | what a node asks of a host besides CRI |
 //! | `service` | the gRPC services on the unix socket |
 //! | `streaming` | exec, attach and port-forward |
+//! | `uninstall` | what Moxlet made on a host is taken from it |
 //!
 //! Tasks that live as long as the agent: the gRPC server, the streaming server's listeners, a watch for each running
 //! sandbox, a retry for each that could not be removed, the look at what others do, and at an engine with a fault. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
@@ -40,6 +41,7 @@ mod spec;
 mod stats;
 mod status;
 mod streaming;
+mod uninstall;
 mod volumes;
 mod watch;
 
@@ -52,6 +54,7 @@ use tokio_util::sync::CancellationToken;
 pub use config::{AddressSource, CniSettings, Config, EngineSettings, PveSettings, Storage};
 pub use error::{Error, Result};
 pub use service::ImageStoreService;
+pub use uninstall::{Step, uninstall};
 
 use crate::{
     core::{Core, Parts, blocking},

@@ -50,6 +50,20 @@ pub(crate) enum Command {
     Agent(CommonArgs),
     /// Pull, list, tag, pin, mount and remove images, by the agent of this host or in a store of your own.
     Image(Box<ImageArgs>),
+    /// Take from this host what Moxlet made on it: bridge, masquerading, ip_forward, mounts, and files if asked for.
+    ///
+    /// It is refused while Moxlet runs or a pod is left, says of each thing whether it is gone, and can be run again.
+    Uninstall(UninstallArgs),
+}
+
+/// What `moxlet uninstall` takes.
+#[derive(Debug, Args, Default)]
+pub(crate) struct UninstallArgs {
+    #[command(flatten)]
+    pub(crate) common: CommonArgs,
+    /// Also delete the root directory: images on OverlayFS, logs, keys. A ZFS dataset is left
+    #[arg(long)]
+    pub(crate) delete_files: bool,
 }
 
 /// What every program of Moxlet takes.

@@ -1,7 +1,7 @@
 //! The moxlet program: command line, configuration file, wiring, nothing else.
 //!
 //! `moxlet up` is node and agent in one process; `moxlet agent` is the CRI runtime alone, for crictl or an
-//! ordinary kubelet; `moxlet image` works on the images of a host. What they do lives in
+//! ordinary kubelet; `moxlet image` works on the images of a host; `moxlet uninstall` takes it from the host. What they do lives in
 //! the crates `moxlet-node` and `moxlet-agent`; here their settings are read, the machine is checked, and their tasks are started
 //! and joined.
 
@@ -13,6 +13,7 @@ mod memory;
 mod preflight;
 mod pve_config;
 mod run;
+mod uninstall;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         cli::Command::Image(args) => image::main(args),
         cli::Command::Up(args) => run::main(&args.common, Some(args)),
         cli::Command::Agent(args) => run::main(args, None),
+        cli::Command::Uninstall(args) => uninstall::main(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -47,7 +47,11 @@ pub(crate) fn main(common: &CommonArgs, up: Option<&UpArgs>) -> Result<()> {
     outcome
 }
 
-fn init_logs(config: &Config) -> Result<()> {
+/// Sends the log where and how the configuration says.
+///
+/// # Errors
+/// The filter is none.
+pub(crate) fn init_logs(config: &Config) -> Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
         .with_context(|| format!("log: {:?} is no log filter (try `info`)", config.log))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
@@ -59,7 +63,10 @@ fn init_logs(config: &Config) -> Result<()> {
 }
 
 /// Makes `root_dir` and takes its lock: two programs on one directory would undo each other's work.
-fn lock(root: &Path) -> Result<File> {
+///
+/// # Errors
+/// It cannot be made, or another program has the lock.
+pub(crate) fn lock(root: &Path) -> Result<File> {
     let run = root.join("run");
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -150,7 +157,11 @@ fn alone(config: &Config) -> bool {
     config.kubeconfig.is_none() && config.bootstrap_kubeconfig.is_none()
 }
 
-fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_agent::Config> {
+/// What the agent takes of the configuration.
+///
+/// # Errors
+/// Keys of `[pve]` contradict one another.
+pub(crate) fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_agent::Config> {
     let engine = match config.engine {
         crate::config::Engine::Lxc => moxlet_agent::EngineSettings::Lxc,
         crate::config::Engine::Pve => {
