@@ -82,7 +82,7 @@ pub(super) struct Index {
     pub(super) drafts: HashMap<String, ChainId>,
     /// Maps whose group of shifted layers is there.
     pub(super) groups: HashSet<IdMap>,
-    /// Removed roots whose datasets are still busy, by name, with the layer that they stand on.
+    /// Removed roots and layers whose datasets are still busy, by name, with the layer that they stand on.
     pub(super) gone: HashMap<String, Option<ChainId>>,
     next: u64,
 }

@@ -215,34 +215,37 @@ pub(super) fn remove(inner: &Inner, chain: &ChainId) -> Result<()> {
         // Out of sight while it goes: nobody begins anything on it.
         (index.layers.remove(chain), copies)
     };
-    let removed = remove_now(inner, chain, &copies);
-    if removed.is_err()
+    let below = layer.as_ref().and_then(|l| l.parent.clone());
+    let unmade = unmake(inner, chain, &copies);
+    if unmade.is_err()
         && let Some(layer) = layer
     {
         inner.index().layers.insert(chain.clone(), layer);
     }
-    removed
+    unmade?;
+    // Without its snapshots it is no layer any more, whatever becomes of the rest.
+    inner.discard(&inner.name(&Kind::Layer(chain.clone())), below)
 }
 
-fn remove_now(inner: &Inner, chain: &ChainId, copies: &[(crate::IdMap, ChainId)]) -> Result<()> {
-    let copies = copies.iter().map(|(map, of)| Kind::Shifted(*map, of.clone()));
-    for kind in copies.chain([Kind::Layer(chain.clone())]) {
-        let dataset = inner.name(&kind);
-        match inner.destroy(&dataset) {
-            Err(Error::DatasetBusy(..)) => {
-                return Err(Error::LayerInUse { layer: chain.clone(), by: LayerUser::View });
-            }
-            Err(Error::DatasetHasDependents(_)) => {
-                let by = LayerUser::Dataset(clones_of(inner, &dataset)?);
-                return Err(Error::LayerInUse { layer: chain.clone(), by });
-            }
-            done => done?,
-        }
-        if let Kind::Shifted(map, of) = kind {
-            inner.index().copies.remove(&(map, of));
-        }
+/// Destroys the copies of a layer and then its own snapshots. Where that fails the layer is as it was.
+fn unmake(inner: &Inner, chain: &ChainId, copies: &[(crate::IdMap, ChainId)]) -> Result<()> {
+    for (map, of) in copies {
+        let dataset = inner.name(&Kind::Shifted(*map, of.clone()));
+        destroy_snapshots(inner, chain, &dataset)?;
+        inner.index().copies.remove(&(*map, of.clone()));
+        inner.discard(&dataset, Some(chain.clone()))?;
     }
-    Ok(())
+    destroy_snapshots(inner, chain, &inner.name(&Kind::Layer(chain.clone())))
+}
+
+/// Destroys the snapshots of a layer, or of a copy of it; says who is in the way.
+fn destroy_snapshots(inner: &Inner, chain: &ChainId, dataset: &str) -> Result<()> {
+    let by = match inner.destroy_snapshots(dataset) {
+        Err(Error::DatasetBusy(..)) => LayerUser::View,
+        Err(Error::DatasetHasDependents(_)) => LayerUser::Dataset(clones_of(inner, dataset)?),
+        done => return done,
+    };
+    Err(Error::LayerInUse { layer: chain.clone(), by })
 }
 
 /// The clones of a dataset's snapshots, with commas between them.
@@ -251,4 +254,76 @@ fn clones_of(inner: &Inner, dataset: &str) -> Result<String> {
     let clones = rows.iter().filter_map(|row| row.first()).map(String::as_str);
     let clones: Vec<_> = clones.filter(|clones| !clones.is_empty() && *clones != "-").collect();
     Ok(clones.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use std::{os::unix::fs::PermissionsExt, path::PathBuf};
+
+    use moxlet_ids::Digest;
+
+    use super::{
+        super::{IdStyle, Turns, cli::Cli},
+        *,
+    };
+
+    /// A store on `tank/m` whose `zfs` notes what it is asked for, and says that datasets are busy whose names end with this.
+    fn store(dir: &Path, busy: &str) -> (Inner, PathBuf) {
+        let (program, log) = (dir.join("zfs"), dir.join("log"));
+        let script = format!(
+            "#!/bin/sh\necho \"$*\" >>{}\nfor last; do :; done\ncase \"$1 $last\" in\n\
+             'list '*) printf '%s\\n%s@layer\\n' \"$last\" \"$last\" ;;\n\
+             'destroy '*{busy}) echo \"cannot destroy '$last': dataset is busy\" >&2; exit 1 ;;\nesac\n",
+            log.display(),
+        );
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let inner = Inner {
+            cli: Cli::of(dir, program),
+            dataset: "tank/m".into(),
+            run_dir: dir.to_owned(),
+            ids: IdStyle::Idmapped,
+            namespaces: attach::Namespaces::default(),
+            index: std::sync::Mutex::default(),
+            turns: Turns::default(),
+        };
+        (inner, log)
+    }
+
+    fn layer(parent: Option<ChainId>) -> Layer {
+        Layer { parent, referenced: 0, objects: 0, inodes: 0, guid: String::new() }
+    }
+
+    #[test]
+    fn a_layer_without_its_snapshots_is_none_any_more_and_one_that_keeps_them_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (below, chain) = (ChainId::base(&Digest::of(b"below")), ChainId::base(&Digest::of(b"layer")));
+        let dataset = format!("tank/m/layers/{}", chain.digest().hex());
+        for busy in [chain.digest().hex(), "@layer"] {
+            let (inner, log) = store(dir.path(), busy);
+            inner.index().layers.insert(below.clone(), layer(None));
+            inner.index().layers.insert(chain.clone(), layer(Some(below.clone())));
+            let removed = remove(&inner, &chain);
+            let asked = fs::read_to_string(&log).unwrap();
+            fs::remove_file(&log).unwrap();
+            let index = inner.index();
+            if busy == "@layer" {
+                assert!(matches!(removed, Err(Error::LayerInUse { .. })), "{removed:?}");
+                assert!(index.layers.contains_key(&chain) && index.gone.is_empty());
+                assert!(
+                    !asked.contains("rename") && !asked.contains(&format!("destroy {dataset}\n")),
+                    "{asked}"
+                );
+                continue;
+            }
+            removed.unwrap();
+            assert!(!index.layers.contains_key(&chain), "nobody may build on it");
+            let (aside, of) = index.gone.iter().next().unwrap();
+            assert_eq!(of.as_ref(), Some(&below));
+            assert!(aside.starts_with("tank/m/drafts/gone-"), "{aside}");
+            assert!(asked.ends_with(&format!("rename {dataset} {aside}\n")), "{asked}");
+        }
+    }
 }

@@ -52,7 +52,7 @@ use moxlet_ids::{ChainId, ContainerId};
 use crate::{
     Driver, FsUsage, LayerDraft, LayerView, RootOptions, TakenLayer, Usage, WhiteoutStyle,
     error::{Attempt, Error, Result},
-    mounts,
+    mounts, tree,
 };
 pub use attach::mount_dataset;
 use cli::Cli;
@@ -219,7 +219,18 @@ impl Inner {
             Err(Error::DatasetHasDependents(_)) => {}
             done => return done,
         }
-        let rows = self.cli.table(&["list", "-H", "-t", "all", "-d", "1", "-r", "-o", "name", dataset])?;
+        self.destroy_snapshots(dataset)?;
+        self.destroy_one(dataset)
+    }
+
+    /// Destroys our own snapshots of a dataset: all of them, or none where one has a clone or is mounted, or where the dataset
+    /// has something that is not ours.
+    fn destroy_snapshots(&self, dataset: &str) -> Result<()> {
+        let args = ["list", "-H", "-t", "all", "-d", "1", "-r", "-o", "name", dataset];
+        let rows = match self.cli.table(&args) {
+            Err(Error::NoSuchDataset(_)) => return Ok(()),
+            rows => rows?,
+        };
         let mut ours = Vec::new();
         for name in rows.iter().filter_map(|row| row.first()).filter(|name| *name != dataset) {
             let snapshot = name.strip_prefix(dataset).and_then(|rest| rest.strip_prefix('@'));
@@ -232,10 +243,30 @@ impl Inner {
             }
         }
         // All of them or none: ZFS takes a list.
-        if !ours.is_empty() {
-            self.destroy_one(&format!("{dataset}@{}", ours.join(",")))?;
+        if ours.is_empty() {
+            return Ok(());
         }
-        self.destroy_one(dataset)
+        self.destroy_one(&format!("{dataset}@{}", ours.join(",")))
+    }
+
+    /// Destroys a dataset without snapshots whose place is needed. One in which somebody still has a file open goes out of
+    /// sight, and is destroyed when it can be; `below` is the layer that it stands on until then.
+    fn discard(&self, dataset: &str, below: Option<ChainId>) -> Result<()> {
+        match self.destroy_one(dataset) {
+            Err(Error::DatasetBusy(..)) => {}
+            done => return done,
+        }
+        self.set_aside(dataset, below)
+    }
+
+    /// Takes a busy dataset out of sight.
+    fn set_aside(&self, dataset: &str, below: Option<ChainId>) -> Result<()> {
+        let aside = tree::unique(Path::new("drafts"), "gone");
+        let aside = format!("{}/{}", self.dataset, aside.display());
+        self.cli.zfs(&["rename", dataset, &aside])?;
+        tracing::info!(dataset, aside, "what was removed is still busy and goes later");
+        self.index().gone.insert(aside, below);
+        Ok(())
     }
 
     /// Destroys a dataset or snapshot that nothing depends on; a busy one is tried again for a while.

@@ -240,20 +240,14 @@ impl Inner {
         match self.destroy(&dataset) {
             Ok(()) => {}
             // Somebody still has a file open in it: out of sight, and destroyed when it can be.
-            Err(Error::DatasetBusy(..)) => {
-                let aside = tree::unique(Path::new("drafts"), "gone");
-                let aside = format!("{}/{}", self.dataset, aside.display());
-                self.cli.zfs(&["rename", &dataset, &aside])?;
-                tracing::info!(container = %id, dataset = aside, "a removed root is still busy and goes later");
-                self.index().gone.insert(aside, root.top);
-            }
+            Err(Error::DatasetBusy(..)) => self.set_aside(&dataset, root.top)?,
             Err(error) => return Err(error),
         }
         self.index().roots.remove(id);
         Ok(())
     }
 
-    /// Destroys removed roots that are not busy any more.
+    /// Destroys removed roots and layers that are not busy any more.
     pub(super) fn retry_gone(&self) {
         let gone: Vec<String> = self.index().gone.keys().cloned().collect();
         for dataset in gone {
@@ -261,7 +255,7 @@ impl Inner {
                 Ok(_) | Err(Error::NoSuchDataset(_)) => {
                     self.index().gone.remove(&dataset);
                 }
-                Err(error) => tracing::debug!(dataset, %error, "a removed root stays for now"),
+                Err(error) => tracing::debug!(dataset, %error, "what was removed stays for now"),
             }
         }
     }
