@@ -57,6 +57,10 @@ pub(crate) fn spawn(core: &Arc<Core>) {
     }
     let core = core.clone();
     core.tasks.clone().spawn(async move {
+        // What holds a CT since before the agent started is no news to the engine.
+        for sandbox in core.sandboxes() {
+            ask_holder(&core, &sandbox).await;
+        }
         loop {
             look(&core).await;
             tokio::select! {
@@ -67,6 +71,16 @@ pub(crate) fn spawn(core: &Arc<Core>) {
     });
 }
 
+/// Notes who holds a pod's CT.
+async fn ask_holder(core: &Core, sandbox: &Sandbox) {
+    match core.engine.held_by(&sandbox.id).await {
+        Ok(holder) => sandbox.set_held_by(holder),
+        Err(error) => {
+            warn!(sandbox = %sandbox.id, error = chain(&error), "cannot tell who holds a CT");
+        }
+    }
+}
+
 async fn look(core: &Core) {
     let seen = match core.engine.look().await {
         Ok(seen) => seen,
@@ -75,12 +89,7 @@ async fn look(core: &Core) {
     for observation in seen {
         let sandbox = observation.sandbox.as_ref().and_then(|id| core.sandbox(id.as_str()).ok());
         if let Some(sandbox) = &sandbox {
-            match core.engine.held_by(&sandbox.id).await {
-                Ok(holder) => sandbox.set_held_by(holder),
-                Err(error) => {
-                    warn!(sandbox = %sandbox.id, error = chain(&error), "cannot tell who holds a CT");
-                }
-            }
+            ask_holder(core, sandbox).await;
         }
         let record = sandbox.map(|s| s.record());
         let pod = record.as_ref().map_or_else(String::new, |r| format!("{}/{}", r.namespace, r.name));

@@ -133,10 +133,12 @@ pub enum Error {
     #[error("the root of a CT could not be mounted: {0}")]
     Mount(#[from] moxlet_storage::Error),
     /// A host tool could not be run at all.
-    #[error("could not run {program}: is the package `lxc` installed?")]
+    #[error("could not run {program}: is the package {package} installed?")]
     Spawn {
         /// The tool.
         program: String,
+        /// What brings it.
+        package: &'static str,
         /// Why not.
         source: io::Error,
     },

@@ -84,11 +84,9 @@ pub(crate) fn source_of(path: &Path) -> Result<Option<String>> {
     Ok(last_source(&table, &path))
 }
 
-/// Where the root of a file system is mounted that has this name (a device or a dataset), the first place of several; none if
-/// it is not mounted.
-pub fn place_of(source: &str) -> Result<Option<PathBuf>> {
-    let table = fs::read("/proc/self/mountinfo").attempt("read", "/proc/self/mountinfo")?;
-    Ok(first_place(&table, source))
+/// Whether what is mounted at a path is the file system of this name (a device or a dataset).
+pub fn is_mounted_from(path: &Path, source: &str) -> Result<bool> {
+    Ok(source_of(path)?.as_deref() == Some(source))
 }
 
 /// The name of the file system that a directory lies on, such as `ext4`.
@@ -124,16 +122,6 @@ fn last_source(table: &[u8], path: &Path) -> Option<String> {
     });
     let mut fields = last?.split(|b| *b == b' ').skip_while(|f| *f != b"-");
     fields.nth(2).map(|source| String::from_utf8_lossy(&unescape(source)).into_owned())
-}
-
-/// The first place of a source that is mounted from its root: the fourth field is what of it is.
-fn first_place(table: &[u8], source: &str) -> Option<PathBuf> {
-    table.split(|b| *b == b'\n').find_map(|line| {
-        let mut fields = line.split(|b| *b == b' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        let own = fields.skip_while(|f| *f != b"-").nth(2).map(unescape)?;
-        (root == b"/" && own == source.as_bytes()).then(|| PathBuf::from(OsString::from_vec(unescape(point))))
-    })
 }
 
 /// The mount points of a `mountinfo` table (proc(5)): the fifth field, with blanks as octal escapes.
@@ -186,14 +174,6 @@ mod tests {
         assert_eq!(last_source(table, Path::new("/mnt")), None);
         assert_eq!(type_of(table, Path::new("/tank/x/y"), "0:34").as_deref(), Some("zfs"));
         assert_eq!(type_of(table, Path::new("/etc"), "0:1"), None);
-    }
-
-    #[test]
-    fn a_file_system_is_where_its_root_is_mounted_first() {
-        let table = b"40 26 0:34 /sub /srv rw - zfs tank/a\\040b rw\n41 26 0:34 / /tank/a\\040b rw shared:37 - zfs tank/a\\040b rw\n\
-            43 26 0:34 / /mnt rw shared:39 - zfs tank/a\\040b rw\n44 26 0:1 / /x rw\n";
-        assert_eq!(first_place(table, "tank/a b").as_deref(), Some(Path::new("/tank/a b")));
-        assert_eq!(first_place(table, "tank"), None);
     }
 
     #[test]

@@ -10,15 +10,26 @@ use crate::Result;
 const MIB: u64 = 1 << 20;
 /// The least memory that Proxmox VE takes, in MiB.
 const LEAST: u64 = 16;
-/// `memory.high` is this many 1024ths of `memory.max` (`PVE::LXC::CGroup`).
-pub(crate) const HIGH_SHARE: u64 = 1016;
+/// `memory.high` is this many 1024ths of `memory.max` …
+const HIGH_SHARE: u64 = 1016;
+/// … and from so many MiB on …
+const LARGE: u64 = 16 << 10;
+/// … these many MiB below it (`PVE::LXC::Config::calculate_memory_constraints`).
+const LARGE_MARGIN: u64 = 128;
+
+/// The bytes of `memory.high` of a CT with so many MiB.
+pub(crate) fn high(mib: u64) -> u64 {
+    if mib >= LARGE { (mib - LARGE_MARGIN).saturating_mul(MIB) } else { mib * 1024 * HIGH_SHARE }
+}
 
 /// Memory in MiB of which `memory.high`, too, is at least the pod's limit in bytes; without a limit `all`, in bytes.
 pub(crate) fn mib(limit: Option<u64>, all: u64) -> u64 {
     let with_high = |bytes: u64| {
-        let bytes = u128::from(bytes) * 1024;
-        let mib = bytes.div_ceil(u128::from(HIGH_SHARE) * u128::from(MIB));
-        u64::try_from(mib).unwrap_or(u64::MAX / MIB)
+        let small = (u128::from(bytes) * 1024).div_ceil(u128::from(HIGH_SHARE) * u128::from(MIB));
+        match u64::try_from(small) {
+            Ok(small) if small < LARGE => small,
+            _ => (bytes.div_ceil(MIB) + LARGE_MARGIN).max(LARGE),
+        }
     };
     limit.map_or(all / MIB, with_high).max(LEAST)
 }
@@ -26,8 +37,8 @@ pub(crate) fn mib(limit: Option<u64>, all: u64) -> u64 {
 /// Gives the CT with this cgroup memory for a limit of so many bytes in place of what it has. At no time is `memory.high` above
 /// `memory.max`.
 pub(super) fn resize(dir: &Path, limit: u64) -> Result<()> {
-    let max = mib(Some(limit), 0).saturating_mul(MIB);
-    let high = u128::from(max) * u128::from(HIGH_SHARE) / 1024;
+    let mib = mib(Some(limit), 0);
+    let (max, high) = (mib.saturating_mul(MIB), high(mib));
     // "max" is no number and above all.
     let now = read(&dir.join("memory.max"))?.trim().parse().unwrap_or(u64::MAX);
     let (max_file, high_file) = (("memory.max", max.to_string()), ("memory.high", high.to_string()));
@@ -46,6 +57,23 @@ mod tests {
 
     use super::*;
     use crate::Error;
+
+    #[test]
+    fn memory_high_is_where_proxmox_ve_sets_it() {
+        for (mib, bytes) in [
+            (16, 16 * 1_040_384),
+            ((16 << 10) - 1, ((16 << 10) - 1) * 1_040_384),
+            (16 << 10, (16_256) << 20),
+            (65_536, 65_408 << 20),
+        ] {
+            assert_eq!(high(mib), bytes, "{mib} MiB");
+        }
+        // As little as holds a limit.
+        for limit in [1, 16_255 << 20, (16_256 << 20) - 1, 16_256 << 20, (16_256 << 20) + 1, 1 << 40] {
+            let least = mib(Some(limit), 0);
+            assert!(high(least) >= limit && (least <= LEAST || high(least - 1) < limit), "{limit}: {least}");
+        }
+    }
 
     #[test]
     fn memory_high_is_never_above_memory_max() {

@@ -29,7 +29,7 @@ pub(super) async fn version() -> Result<(u32, u32)> {
         .stderr(Stdio::null())
         .output()
         .await
-        .map_err(|source| Error::Spawn { program: START.into(), source })?;
+        .map_err(|source| Error::Spawn { program: START.into(), package: "lxc", source })?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     parse_version(&text).ok_or_else(|| {
         Error::Host(format!("{START} --version said {:?}", text.chars().take(80).collect::<String>()))
@@ -77,7 +77,7 @@ pub(super) async fn start(start: &Start<'_>) -> Result<()> {
         .stderr(errors)
         .process_group(0)
         .spawn()
-        .map_err(|source| Error::Spawn { program: START.into(), source })?;
+        .map_err(|source| Error::Spawn { program: START.into(), package: "lxc", source })?;
     let ended = tokio::time::timeout(start.limit, child.wait()).await;
     let ct = start.id.to_string();
     match ended {
@@ -85,7 +85,7 @@ pub(super) async fn start(start: &Start<'_>) -> Result<()> {
         Ok(Ok(status)) => {
             Err(Error::Tool { program: START.into(), ct, status: status.to_string(), tail: said() })
         }
-        Ok(Err(source)) => Err(Error::Spawn { program: START.into(), source }),
+        Ok(Err(source)) => Err(Error::Spawn { program: START.into(), package: "lxc", source }),
         Err(_) => {
             let _ = child.kill().await;
             let seconds = start.limit.as_secs();

@@ -47,54 +47,76 @@ pub struct Requirements {
 /// What a check came to.
 #[derive(Debug)]
 pub struct Checked {
-    /// The pool or dataset that the storage has.
-    pub dataset: String,
+    /// What the storage has.
+    pub place: StoragePlace,
     /// Why the API could not be asked; what host and files say for themselves is well.
     pub away: Option<Error>,
 }
 
+/// What a storage of type `zfspool` has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoragePlace {
+    /// Its pool or dataset.
+    pub dataset: String,
+    /// Where Proxmox VE looks for the volumes on it, which it binds into CTs by this path.
+    pub mountpoint: PathBuf,
+}
+
 impl Requirements {
-    /// Checks all. An API that is away, or whose certificate or token is not accepted now, is not what an agent with running
-    /// pods should end of: [`Self::check_api`] has to be tried again then. Three calls, four with a pool.
+    /// Checks all. An agent with running pods should not end of an API that is away, or whose certificate or token is not accepted
+    /// now: [`Self::check_again`] has to be tried again then. Nor, where it `takes_over` pods, of anything else that these do not
+    /// need. Three calls, four with a pool.
     ///
     /// # Errors
     /// [`Error::Host`] with all that is missing.
-    pub async fn check(&self) -> Result<Checked> {
+    pub async fn check(&self, takes_over: bool) -> Result<Checked> {
         let mut missing = packages().await;
-        let dataset = match storage_pool(&self.config_dir, &self.storage, &self.node) {
-            Ok(pool) => pool,
+        let place = match storage_place(&self.config_dir, &self.storage, &self.node) {
+            Ok(place) => Some(place),
             Err(text) => {
                 missing.push(text);
-                String::new()
+                None
             }
         };
-        for (number, bridge) in self.bridges.iter().enumerate() {
-            missing.extend(bridge::fault(&self.net_dir, bridge, self.mtu.filter(|_| number == 0)));
-        }
         if let Some(text) = self.range.overlap(next_id(&self.config_dir)) {
             tracing::warn!("{text}");
         }
-        let away = match self.ask(!dataset.is_empty()).await {
-            Ok(more) => {
-                missing.extend(more);
-                None
-            }
-            Err(error) if passes(&error) => Some(Error::Host(error.to_string())),
+        let mut later = self.bridge_faults();
+        let mut away = None;
+        match self.ask(place.is_some()).await {
+            Ok(more) => later.extend(more),
+            Err(error) if passes(&error) => away = Some(error.to_string()),
+            Err(error) if takes_over => later.push(error.to_string()),
             Err(error) => return Err(Error::Host(error.to_string())),
-        };
-        if missing.is_empty() {
-            return Ok(Checked { dataset, away });
         }
-        missing.extend(away.map(|e| e.to_string()));
-        Err(Error::Host(missing.join("; ")))
+        let all = |lists: &[&[String]]| lists.concat().join("; ");
+        match place {
+            Some(place) if missing.is_empty() && (later.is_empty() || takes_over) => {
+                later.extend(away);
+                let away = (!later.is_empty()).then(|| Error::Host(all(&[&later])));
+                Ok(Checked { place, away })
+            }
+            _ => {
+                let away = away.map(|error| vec![error]).unwrap_or_default();
+                Err(Error::Host(all(&[&missing, &later, &away])))
+            }
+        }
     }
 
-    /// Checks what the API has to say: its version, the token's privileges, the storage, the pool.
+    fn bridge_faults(&self) -> Vec<String> {
+        let mtu = |number| self.mtu.filter(|_| number == 0);
+        let bridges = self.bridges.iter().enumerate();
+        bridges.filter_map(|(number, name)| bridge::fault(&self.net_dir, name, mtu(number))).collect()
+    }
+
+    /// Checks what may have been missing when the agent took pods over: the bridges, and what the API has to say, which is its
+    /// version, the token's privileges, the storage, the pool.
     ///
     /// # Errors
     /// [`Error::Host`] with all that is missing, or why the API cannot be asked.
-    pub async fn check_api(&self) -> Result<()> {
-        let missing = self.ask(true).await.map_err(|e| Error::Host(e.to_string()))?;
+    pub async fn check_again(&self) -> Result<()> {
+        let mut missing = self.bridge_faults();
+        missing.extend(self.ask(true).await.map_err(|e| Error::Host(e.to_string()))?);
         if missing.is_empty() { Ok(()) } else { Err(Error::Host(missing.join("; "))) }
     }
 
@@ -176,12 +198,12 @@ pub(super) fn reason(error: &Error) -> String {
     }
 }
 
-/// The pool of a storage, from `storage.cfg`.
-fn storage_pool(
+/// What a storage has, from `storage.cfg`.
+fn storage_place(
     config_dir: &Path,
     storage: &StorageId,
     node: &NodeName,
-) -> std::result::Result<String, String> {
+) -> std::result::Result<StoragePlace, String> {
     let path = config_dir.join("storage.cfg");
     let text = read_bounded(&path, MAX).map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
     let section = section(&text, storage.as_str())
@@ -203,7 +225,11 @@ fn storage_pool(
     if section.value("nodes").is_some_and(|n| !n.split(',').any(|n| n.trim() == node.as_str())) {
         return Err(format!("the storage {storage} is not for node {node}: see its list of nodes"));
     }
-    section.value("pool").map(str::to_owned).ok_or_else(|| format!("the storage {storage} names no pool"))
+    let dataset =
+        section.value("pool").ok_or_else(|| format!("the storage {storage} names no pool"))?.to_owned();
+    // As `PVE::Storage::ZFSPoolPlugin::path` has it.
+    let mountpoint = section.value("mountpoint").map_or_else(|| format!("/{dataset}"), str::to_owned);
+    Ok(StoragePlace { dataset, mountpoint: mountpoint.into() })
 }
 
 /// A section of a configuration file as Proxmox VE writes them: `type: id`, then indented keys.
@@ -283,18 +309,20 @@ mod tests {
     use super::*;
 
     const CFG: &str = "dir: local\n\tpath /var/lib/vz\n\tcontent iso\n\nzfspool: local-zfs\n\tpool rpool/data\n\tcontent images,rootdir\n\
-        \tsparse 1\n\nzfspool: other\n\tpool tank\n\tcontent images\n\nzfspool: away\n\tpool tank\n\tcontent rootdir\n\tnodes pve7\n\
+        \tsparse 1\n\nzfspool: fast\n\tpool fast/ct\n\tcontent rootdir\n\tmountpoint /srv/ct\n\nzfspool: other\n\tpool tank\n\tcontent images\n\nzfspool: away\n\tpool tank\n\tcontent rootdir\n\tnodes pve7\n\
         \nzfspool: off\n\tdisable\n\tpool tank\n\tcontent rootdir\n";
 
-    fn pool(storage: &str) -> std::result::Result<String, String> {
+    fn place(storage: &str) -> std::result::Result<StoragePlace, String> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("storage.cfg"), CFG).unwrap();
-        storage_pool(dir.path(), &storage.parse().unwrap(), &"pve1".parse().unwrap())
+        storage_place(dir.path(), &storage.parse().unwrap(), &"pve1".parse().unwrap())
     }
 
     #[test]
     fn a_storage_that_cannot_hold_a_ct_is_refused_with_the_reason() {
-        assert_eq!(pool("local-zfs").unwrap(), "rpool/data");
+        let there = |storage| place(storage).map(|p| (p.dataset, p.mountpoint)).unwrap();
+        assert_eq!(there("local-zfs"), ("rpool/data".into(), "/rpool/data".into()));
+        assert_eq!(there("fast"), ("fast/ct".into(), "/srv/ct".into()));
         for (storage, word) in [
             ("local", "zfspool"),
             ("other", "rootdir"),
@@ -302,7 +330,7 @@ mod tests {
             ("off", "disabled"),
             ("none", "no storage"),
         ] {
-            let error = pool(storage).unwrap_err();
+            let error = place(storage).unwrap_err();
             assert!(error.contains(word), "{error}");
         }
     }

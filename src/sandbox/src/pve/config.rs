@@ -503,8 +503,8 @@ mod tests {
     proptest! {
         #[test]
         fn memory_high_is_never_below_the_limit(limit in 1u64..1 << 50) {
-            let max = memory::mib(Some(limit), 0) << 20;
-            prop_assert!(max / 1024 * memory::HIGH_SHARE + 1024 >= limit, "{} {}", max, limit);
+            let mib = memory::mib(Some(limit), 0);
+            prop_assert!(memory::high(mib) >= limit, "{} {}", mib, limit);
         }
 
         #[test]

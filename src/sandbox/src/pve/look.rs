@@ -292,6 +292,9 @@ fn of_cluster(ct: &str, cluster: Option<Cluster>) -> Word {
     word("ClusterLost", true, text)
 }
 
+/// The section that a backup in snapshot mode has in the file while it runs.
+const BACKUP: &str = "vzdump";
+
 /// What changed between two looks.
 fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
     let ct = format!("CT {}", record.vmid);
@@ -345,8 +348,7 @@ fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
             word("CTNotUnderHA", false, format!("{ct} is no resource of HA any more"))
         });
     }
-    let snapshots: Vec<&String> = now.sections.iter().filter(|s| !before.sections.contains(s)).collect();
-    for section in snapshots {
+    for section in now.sections.iter().filter(|s| !before.sections.contains(s) && *s != BACKUP) {
         words.push(if section == "pve:pending" {
             word("CTEdited", false, format!("{ct} has changes that wait for its next start"))
         } else {
@@ -360,6 +362,7 @@ fn differences(record: &Record, before: &Seen, now: &Seen) -> Vec<Word> {
 fn edits(record: &Record, known: &LxcConfig, now: &LxcConfig) -> Vec<Word> {
     let pairs = |config: &LxcConfig| -> BTreeMap<String, String> {
         let raw = config.lxc.iter().map(|(k, v)| (format!("{k} {v}"), String::new()));
+        let raw = raw.chain(config.unread.iter().map(|line| (line.clone(), String::new())));
         config.pairs().into_iter().filter(|(k, _)| k != "lock").chain(raw).collect()
     };
     let (old, new) = (pairs(known), pairs(now));
@@ -441,6 +444,8 @@ mod tests {
         assert_eq!(reasons(&differences(&record, &runs, &gone)), ["CTDeleted"]);
         let snapshot = Seen { sections: vec!["before-update".into()], ..Seen::default() };
         assert_eq!(reasons(&differences(&record, &quiet, &snapshot)), ["CTSnapshot"]);
+        let backup = Seen { sections: vec!["vzdump".into()], ..Seen::default() };
+        assert!(differences(&record, &quiet, &backup).is_empty(), "a backup's own goes with the backup");
     }
 
     #[test]

@@ -59,7 +59,7 @@ use moxlet_ids::{SandboxId, Vmid};
 use moxlet_pve::{Client, NodeName, PoolId, StorageId, Upid, config::LxcConfig};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
-pub use check::{Checked, Requirements};
+pub use check::{Checked, Requirements, StoragePlace};
 pub use inits::{CgroupInits, Inits};
 pub use setup::PveHost;
 pub use vmid::VmidRange;
@@ -177,7 +177,9 @@ impl PveEngine {
         inits: Arc<dyn Inits>,
         numbers: Numbers,
     ) -> Result<Self> {
-        let dir = std::path::absolute(&config.dir).map_err(io("find", &config.dir))?;
+        fs::create_dir_all(&config.dir).map_err(io("create", &config.dir))?;
+        // Without links: Proxmox VE follows none on the way to what it binds into a CT.
+        let dir = fs::canonicalize(&config.dir).map_err(io("find", &config.dir))?;
         let layout = Layout::below(&dir);
         // The guard is bound by the CT's root, who passes through the directories above it.
         for (path, mode) in
@@ -329,7 +331,8 @@ impl Inner {
         if let Some(lock) = self.own(&record).await?.config.lock {
             return Err(Error::Locked { vmid, lock });
         }
-        if self.folder.is_under_ha(vmid) {
+        let inner = Arc::clone(self);
+        if blocking(move || Ok(inner.folder.is_under_ha(vmid))).await? {
             return Err(Error::Foreign {
                 vmid,
                 reason: "HA looks after it and starts it; remove it from HA".into(),
@@ -527,7 +530,7 @@ impl Engine for PveEngine {
 
     async fn check(&self) -> Result<()> {
         let Some((required, _)) = self.inner.unchecked() else { return Ok(()) };
-        let checked = required.check_api().await;
+        let checked = required.check_again().await;
         self.inner.set_unchecked(checked.as_ref().err().map(|why| (required, check::reason(why))));
         checked
     }

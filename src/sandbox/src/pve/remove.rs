@@ -145,7 +145,7 @@ impl Inner {
             && !self.folder.has_firewall(record.vmid)
     }
 
-    async fn by_api(&self, record: &Record) -> Result<()> {
+    async fn by_api(self: &Arc<Self>, record: &Record) -> Result<()> {
         let vmid = record.vmid;
         let _few = self.deletes.acquire().await.map_err(|_| Error::Host("the engine has ended".into()))?;
         let options = Delete { force: true, purge: true, destroy_unreferenced_disks: false };
@@ -157,12 +157,15 @@ impl Inner {
         };
         let done = tokio::time::timeout(LIMIT, removing).await;
         match done {
-            Ok(Err(Error::Pve { source, .. })) if source.is_gone() => Ok(()),
-            // It may have got as far as `lock: destroyed`, which is looked at next.
-            Ok(Err(error @ Error::Pve { .. })) => match self.standing(record)? {
-                Standing::Destroyed | Standing::Gone => Ok(()),
-                _ => Err(error),
-            },
+            // What is gone may be something else than the CT, and what failed may have got as far as `lock: destroyed`, which is
+            // looked at next: its file says.
+            Ok(Err(error @ Error::Pve { .. })) => {
+                let (inner, record) = (Arc::clone(self), record.clone());
+                match blocking(move || inner.standing(&record)).await? {
+                    Standing::Destroyed | Standing::Gone => Ok(()),
+                    _ => Err(error),
+                }
+            }
             Ok(other) => other,
             Err(_) => Err(Error::Busy {
                 vmid,

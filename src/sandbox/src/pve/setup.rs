@@ -14,6 +14,8 @@ use moxlet_pve::{Client, Endpoint, NodeName, PoolId, StorageId, Token, Trust};
 use super::{
     CgroupInits, PveConfig, PveEngine, Requirements, VmidRange, ZfsVolumes,
     check::{Checked, reason},
+    config::Layout,
+    record::Records,
 };
 use crate::{
     Error, Result,
@@ -94,11 +96,13 @@ impl PveHost {
             config_dir: self.config_dir.clone(),
             net_dir: "/sys/class/net".into(),
         };
-        let Checked { dataset, away } = required.check().await?;
+        let records = Records::open(&Layout::below(&self.dir).records);
+        let takes_over = records.all().is_ok_and(|all| !all.is_empty());
+        let Checked { place, away } = required.check(takes_over).await?;
         if let Some(error) = &away {
             tracing::error!(
                 error = reason(error),
-                "Proxmox VE cannot be asked: running pods are taken over, new ones wait until it can"
+                "running pods are taken over, new ones wait until this is right"
             );
         }
         let numbers = Numbers::default();
@@ -116,7 +120,7 @@ impl PveHost {
             cores: self.cores,
             start_timeout: self.start_timeout,
         };
-        let volumes = Arc::new(ZfsVolumes::open(&dataset).await?);
+        let volumes = Arc::new(ZfsVolumes::open(place).await?);
         let inits = Arc::new(CgroupInits::new(cgroups.clone()));
         let engine = PveEngine::new(config, client, volumes, inits, numbers)?;
         if let Some(error) = away {

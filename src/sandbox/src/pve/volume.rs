@@ -8,7 +8,7 @@ use std::{
     fs,
     io::ErrorKind,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, lchown},
-    path::{Path, PathBuf},
+    path::Path,
     process::Stdio,
     time::Duration,
 };
@@ -18,6 +18,7 @@ use moxlet_ids::SandboxId;
 use moxlet_storage::mounts;
 use tokio::process::Command;
 
+use super::StoragePlace;
 use crate::{Error, INIT_IN_CT, IdMap, Result, error::io};
 
 /// The property that says whose a dataset is.
@@ -55,17 +56,16 @@ pub trait Volumes: Send + Sync + std::fmt::Debug {
 /// Datasets on the pool (or a dataset) that a storage of type `zfspool` has.
 #[derive(Debug)]
 pub struct ZfsVolumes {
-    pool: String,
-    /// Whether what is below it is mounted below it.
-    passes_on: bool,
+    pool: StoragePlace,
 }
 
 impl ZfsVolumes {
-    /// Volumes below this pool or dataset.
+    /// Volumes on this storage.
     ///
     /// # Errors
     /// There is none of the name, or no `zfs` program.
-    pub async fn open(pool: &str) -> Result<Self> {
+    pub async fn open(place: StoragePlace) -> Result<Self> {
+        let pool = place.dataset.as_str();
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:/".contains(c);
         if pool.is_empty() || pool.starts_with(['-', '/']) || !pool.chars().all(plain) {
             return Err(Error::Invalid {
@@ -74,31 +74,33 @@ impl ZfsVolumes {
                 reason: "it is no dataset's name".into(),
             });
         }
-        let mountpoint = run(&["list", "-H", "-o", "mountpoint", pool]).await?;
-        Ok(Self { pool: pool.to_owned(), passes_on: mountpoint.starts_with('/') })
+        run(&["list", "-H", "-o", "name", pool]).await?;
+        Ok(Self { pool: place })
     }
 
     fn dataset(&self, name: &str) -> String {
-        format!("{}/{name}", self.pool)
+        format!("{}/{name}", self.pool.dataset)
     }
 
-    /// Where a volume is mounted, by what it has from the pool. The table of mounts knows it without a program.
-    async fn place_of(&self, name: &str) -> Result<PathBuf> {
-        if self.passes_on
-            && let Some(pool) = mounts::place_of(&self.pool)?
-        {
-            return Ok(pool.join(name));
+    /// Fails if a volume would not be mounted where Proxmox VE binds it from: it would start the CT on something else. The table of
+    /// mounts knows that without a program where the pool itself is mounted.
+    async fn check_place(&self, name: &str) -> Result<()> {
+        let StoragePlace { dataset, mountpoint } = &self.pool;
+        let (source, at) = (dataset.clone(), mountpoint.clone());
+        let found = tokio::task::spawn_blocking(move || mounts::is_mounted_from(&at, &source)).await;
+        if found.map_err(|e| Error::Host(format!("looking at mounts failed: {e}")))?? {
+            return Ok(());
         }
-        let dataset = self.dataset(name);
-        let text = run(&["get", "-Hp", "-o", "value", "mountpoint", &dataset]).await?;
-        let place = PathBuf::from(text.trim());
-        if place.is_absolute() {
-            return Ok(place);
+        let volume = self.dataset(name);
+        let text = run(&["get", "-Hp", "-o", "value", "mountpoint", &volume]).await?;
+        if Path::new(text.trim()) == mountpoint.join(name) {
+            return Ok(());
         }
+        let at = mountpoint.display();
         Err(Error::Host(format!(
-            "the dataset {dataset} would be mounted at {:?}: give {} a mountpoint, as Proxmox VE's storages have",
+            "the dataset {volume} would be mounted at {:?}, and Proxmox VE looks for it below {at}: zfs set mountpoint={at} {dataset}, \
+             or pvesm set STORAGE --mountpoint to where it is",
             text.trim(),
-            self.pool
         )))
     }
 }
@@ -123,7 +125,8 @@ impl Volumes for ZfsVolumes {
             },
             Err(error) => return Err(error),
         }
-        let place = self.place_of(name).await?;
+        self.check_place(name).await?;
+        let place = self.pool.mountpoint.join(name);
         // Proxmox VE finds it mounted when it starts the CT.
         let filled = tokio::task::spawn_blocking(move || {
             moxlet_storage::mount_dataset(&dataset, &place)?;
@@ -178,7 +181,7 @@ async fn run(args: &[&str]) -> Result<String> {
             command: command(),
             stderr: format!("no answer within {} s", LIMIT.as_secs()),
         })?
-        .map_err(|source| Error::Spawn { program: ZFS.into(), source })?;
+        .map_err(|source| Error::Spawn { program: ZFS.into(), package: "zfsutils-linux", source })?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
@@ -229,7 +232,8 @@ mod tests {
     #[tokio::test]
     async fn a_pool_that_could_be_an_option_is_refused() {
         for bad in ["", "-r", "/tank", "a b"] {
-            assert!(matches!(ZfsVolumes::open(bad).await, Err(Error::Invalid { .. })), "{bad:?}");
+            let place = StoragePlace { dataset: bad.to_owned(), mountpoint: "/x".into() };
+            assert!(matches!(ZfsVolumes::open(place).await, Err(Error::Invalid { .. })), "{bad:?}");
         }
     }
 }

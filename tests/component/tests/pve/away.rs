@@ -42,8 +42,8 @@ async fn running_pods_are_taken_over_and_new_ones_wait_until_the_api_is_back() {
     ] {
         world.fault("calls", fault).await;
         let required = required(&world, net.path());
-        let checked = required.check().await.unwrap();
-        assert_eq!(checked.dataset, "rpool/data");
+        let checked = required.check(false).await.unwrap();
+        assert_eq!(checked.place.dataset, "rpool/data");
         let url = &world.sim.hosts()[0].url;
         let engine = world.place.engine(url, FIRST + 99, &Calls::default());
         engine.unchecked(required, &checked.away.unwrap());
@@ -69,7 +69,7 @@ async fn what_an_api_that_is_back_lacks_is_said_in_place_of_that_it_was_away() {
     let net = tempfile::tempdir().unwrap();
     world.fault("calls", json!({"do": "drop"})).await;
     let required = required(&world, net.path());
-    let away = required.check().await.unwrap().away.unwrap();
+    let away = required.check(true).await.unwrap().away.unwrap();
     world.engine.unchecked(required, &away);
     world.no_faults().await;
     world.place.change("user.cfg", ":Administrator:", ":PVEAuditor:");
@@ -87,6 +87,29 @@ async fn what_the_host_itself_lacks_is_fatal_with_the_api_away_too() {
     world.fault("calls", json!({"do": "drop"})).await;
     let mut required = required(&world, net.path());
     required.bridges = vec!["vmbr7".into()];
-    let error = required.check().await.unwrap_err().to_string();
+    let error = required.check(false).await.unwrap_err().to_string();
     assert!(error.contains("there is no bridge vmbr7") && error.contains("unreachable"), "{error}");
+}
+
+#[tokio::test]
+async fn running_pods_are_taken_over_where_a_bridge_or_a_privilege_is_missing() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    let net = tempfile::tempdir().unwrap();
+    world.place.change("user.cfg", ":Administrator:", ":PVEAuditor:");
+    let mut required = required(&world, net.path());
+    required.bridges = vec!["vmbr0".into(), "vmbr7".into()];
+    let error = required.check(false).await.unwrap_err().to_string();
+    assert!(error.contains("no bridge vmbr7") && error.contains("lacks VM.PowerMgmt on /vms"), "{error}");
+    let away = required.check(true).await.unwrap().away.unwrap();
+    world.engine.unchecked(required, &away);
+    assert!(matches!(world.engine.state(&id).await.unwrap(), Some(SandboxState::Running { .. })));
+    let fault = world.engine.fault().unwrap();
+    assert!(fault.contains("no bridge vmbr7") && fault.contains("lacks VM.PowerMgmt on /vms"), "{fault}");
+    world.place.change("user.cfg", ":PVEAuditor:", ":Administrator:");
+    world.engine.check().await.unwrap_err();
+    assert!(!world.engine.fault().unwrap().contains("VM.PowerMgmt"));
+    fs::create_dir_all(net.path().join("vmbr7/bridge")).unwrap();
+    world.engine.check().await.unwrap();
+    assert_eq!(world.engine.fault(), None);
 }
