@@ -16,11 +16,12 @@ const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
 impl ImageStore {
-    /// Pushes an image to `target`, or to its own name; the digest of the manifest there. Nothing is sent that the registry
+    /// Pushes an image to `target`, or to the name that it is asked for by; the digest of the manifest there. Nothing is sent that the registry
     /// has: by the blobs that the image came with, or by those of an earlier push.
     ///
     /// # Errors
-    /// [`Error::Missing`], [`Error::NotRestorable`], [`Error::Push`].
+    /// [`Error::Missing`], [`Error::NotRestorable`], [`Error::Push`]; that also where the image is asked for by its id and no
+    /// target is named.
     pub async fn push(
         &self,
         reference: &str,
@@ -30,7 +31,10 @@ impl ImageStore {
     ) -> Result<Digest> {
         let hold = self.store.hold(reference).await?.ok_or_else(|| Error::Missing(reference.to_owned()))?;
         let image = hold.record();
-        let target = Reference::parse(target.unwrap_or(reference))?;
+        let target = match target {
+            Some(target) if target != reference => Reference::parse(target)?,
+            _ => own_name(reference, image)?,
+        };
         let details = self.store.look_up(image.id.as_str())?.map(|(_, d)| d).unwrap_or_default();
         let session = self.store.registry.session(&target, auths).await?;
         let push =
@@ -52,6 +56,23 @@ impl ImageStore {
         tracing::info!(image = %image.id, target = %target, %digest, "image pushed");
         Ok(digest)
     }
+}
+
+/// Where an image goes by the name that it was asked for by. An id is none: read as a name it would be one of Docker Hub's.
+fn own_name(text: &str, image: &ImageRecord) -> Result<Reference> {
+    let named = |r: &Reference| {
+        let digest = r.digest().map(|d| format!("{}@{d}", r.name()));
+        r.repo_tag().is_some_and(|tag| image.repo_tags.contains(&tag))
+            || digest.is_some_and(|digest| image.repo_digests.contains(&digest))
+    };
+    let name = if text.starts_with("sha256:") { None } else { Reference::parse(text).ok() };
+    name.filter(named).ok_or_else(|| Error::Push {
+        reference: text.to_owned(),
+        reason: "it is asked for by its id, which does not say where to: name a target, such as \
+                 registry.example/team/app:1"
+            .to_owned(),
+        denied: false,
+    })
 }
 
 /// Other repositories of the registry that may have the blobs.

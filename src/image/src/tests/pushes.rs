@@ -52,3 +52,23 @@ async fn a_pulled_image_keeps_its_digest_within_its_registry() {
     let nowhere = two.store.push(&target, Some("127.0.0.1:1/x:1"), &[], Compression::Gzip).await;
     assert!(matches!(nowhere, Err(Error::Push { .. })), "{nowhere:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_asked_for_by_its_id_is_pushed_to_a_target_only() {
+    let (real, one) = (Real::start().await, Place::new().await);
+    let record = made(&one).await;
+    let id = record.id.as_str();
+    for text in [id, record.id.hex(), &record.id.hex()[..12], &id[..20]] {
+        for target in [None, Some(text)] {
+            let outcome = one.store.push(text, target, &[], Compression::Gzip).await;
+            let error = outcome.unwrap_err();
+            assert!(matches!(&error, Error::Push { reason, .. } if reason.contains("target")), "{error}");
+        }
+        let target = real.reference("a/app:1").to_string();
+        one.store.push(text, Some(&target), &[], Compression::Gzip).await.unwrap();
+    }
+    // Whatever looks like the beginning of an id and is a name goes where the name says.
+    let name = real.reference("a/b:1").to_string();
+    one.store.tag("mine:1", &name).await.unwrap();
+    one.store.push(&name, Some(&name), &[], Compression::Gzip).await.unwrap();
+}
