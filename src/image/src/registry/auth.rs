@@ -236,7 +236,6 @@ impl Session<'_> {
         } else {
             (refreshed(url, service, scope, &credentials.identity_token), None)
         };
-        let mut attempt = 0;
         let body = loop {
             let response = match self.send(endpoint, &call, login.as_ref()).await {
                 Ok(response) => response,
@@ -249,7 +248,7 @@ impl Session<'_> {
             };
             match self.body(response, MAX_TOKEN, "token").await {
                 Ok(body) => break body,
-                Err(unread) => self.retry(endpoint, &mut attempt, unread).await?,
+                Err(unread) => self.retry(endpoint, &call, unread).await?,
             }
         };
         let token: Option<Token> = serde_json::from_slice(&body).ok();

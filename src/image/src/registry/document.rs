@@ -56,13 +56,12 @@ impl Session<'_> {
         expected: Option<&Digest>,
         max: usize,
     ) -> Result<Vec<u8>> {
-        let mut attempt = 0;
         let (headers, body) = loop {
             let response = self.authorized(endpoint, call).await?;
             let headers = response.headers().clone();
             match self.body(response, max, "manifest").await {
                 Ok(body) => break (headers, body),
-                Err(unread) => self.retry(endpoint, &mut attempt, unread).await?,
+                Err(unread) => self.retry(endpoint, call, unread).await?,
             }
         };
         let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());

@@ -1,6 +1,9 @@
 //! One request to one host: sent again where the host is in trouble, followed along its redirects, read within bounds.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use reqwest::{
     Method, Response, StatusCode, Url,
@@ -20,7 +23,7 @@ const MAX_ERROR_BODY: usize = 16 << 10;
 const BODY_PATIENCE: u32 = 2;
 
 /// A request that can be sent again.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Call {
     pub(super) method: Method,
     pub(super) url: Url,
@@ -30,11 +33,21 @@ pub(super) struct Call {
     pub(super) once: bool,
     /// How long the head of the answer may take, in times of the usual wait.
     pub(super) patience: u32,
+    /// How often it has failed, be it before the head of an answer or in its body: both count together.
+    failures: AtomicU32,
 }
 
 impl Call {
     pub(super) fn new(method: Method, url: Url) -> Self {
-        Self { method, url, headers: HeaderMap::new(), body: Vec::new(), once: false, patience: 1 }
+        Self {
+            method,
+            url,
+            headers: HeaderMap::new(),
+            body: Vec::new(),
+            once: false,
+            patience: 1,
+            failures: AtomicU32::new(0),
+        }
     }
 
     pub(super) fn header(mut self, name: reqwest::header::HeaderName, value: HeaderValue) -> Self {
@@ -44,6 +57,13 @@ impl Call {
 
     pub(super) fn writes(&self) -> bool {
         !self.reads()
+    }
+
+    /// Counts a failure: the pause before the next try, if there is one left.
+    fn failed(&self, session: &Session<'_>, endpoint: &Endpoint) -> Option<Duration> {
+        let before = self.failures.fetch_add(1, Ordering::Relaxed);
+        let tries = if self.once { 1 } else { endpoint.attempts() };
+        (before + 1 < tries).then(|| session.registry.pause(before))
     }
 
     /// Redirects of a request that changes something are not followed.
@@ -88,11 +108,8 @@ impl Session<'_> {
         call: &Call,
         login: Option<&HeaderValue>,
     ) -> std::result::Result<Response, Refusal> {
-        let attempts = if call.once { 1 } else { endpoint.attempts() };
-        let mut last = String::new();
-        for attempt in 0..attempts {
-            let mut pause = self.registry.pause(attempt);
-            match self.follow(endpoint, call, login).await.map_err(Refusal::Other)? {
+        let last = loop {
+            let (last, wanted) = match self.follow(endpoint, call, login).await.map_err(Refusal::Other)? {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 // Whoever asks for a part knows what to do.
                 Ok(response)
@@ -101,41 +118,40 @@ impl Session<'_> {
                 {
                     return Ok(response);
                 }
-                Ok(response) => {
-                    let (status, headers) = (response.status(), response.headers().clone());
-                    let by = response.url().clone();
-                    let reason = self.describe(response).await;
-                    match status {
-                        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                            return Err(self.not_let_in(call, &by, headers, reason));
-                        }
-                        StatusCode::NOT_FOUND => {
-                            return Err(Refusal::Other(Error::NotFound { reference: self.name(), reason }));
-                        }
-                        s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => last = reason,
-                        s if s.is_client_error() => return Err(Refusal::Rejected(reason)),
-                        _ => return Err(Refusal::Other(self.unreachable(&reason))),
-                    }
-                    if let Some(wanted) = retry_after(&headers) {
-                        if wanted > MAX_PAUSE {
-                            last = format!("{last} (it wants no request for {} s)", wanted.as_secs());
-                            break;
-                        }
-                        pause = pause.max(wanted);
-                    }
-                }
-                Err((fatal, reason)) => {
-                    last = reason;
-                    if fatal {
-                        break;
-                    }
-                }
+                Ok(response) => self.trouble(call, response).await?,
+                Err((true, reason)) => break reason,
+                Err((false, reason)) => (reason, Duration::ZERO),
+            };
+            if wanted > MAX_PAUSE {
+                break format!("{last} (it wants no request for {} s)", wanted.as_secs());
             }
-            if attempt + 1 < attempts {
-                tokio::time::sleep(pause).await;
+            match call.failed(self, endpoint) {
+                Some(pause) => tokio::time::sleep(pause.max(wanted)).await,
+                None => break last,
             }
-        }
+        };
         Err(Refusal::Other(self.unreachable(&format!("{}: {last}", endpoint.name()))))
+    }
+
+    /// Why a request may be sent again that was answered with no success, and the pause that the host wants.
+    async fn trouble(
+        &self,
+        call: &Call,
+        response: Response,
+    ) -> std::result::Result<(String, Duration), Refusal> {
+        let (status, headers, by) = (response.status(), response.headers().clone(), response.url().clone());
+        let reason = self.describe(response).await;
+        match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                Err(self.not_let_in(call, &by, headers, reason))
+            }
+            StatusCode::NOT_FOUND => Err(Refusal::Other(Error::NotFound { reference: self.name(), reason })),
+            s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => {
+                Ok((reason, retry_after(&headers).unwrap_or_default()))
+            }
+            s if s.is_client_error() => Err(Refusal::Rejected(reason)),
+            _ => Err(Refusal::Other(self.unreachable(&reason))),
+        }
     }
 
     /// What it means that `by` lets us not in. Its challenge names a place that gets a secret, so nobody's counts but that
@@ -215,16 +231,15 @@ impl Session<'_> {
     ///
     /// # Errors
     /// It was the last attempt, or is of no use to try again.
-    pub(super) async fn retry(&self, endpoint: &Endpoint, attempt: &mut u32, unread: Unread) -> Result<()> {
+    pub(super) async fn retry(&self, endpoint: &Endpoint, call: &Call, unread: Unread) -> Result<()> {
         let reason = match unread {
             Unread::Refused(error) => return Err(error),
             Unread::Broken(reason) => reason,
         };
-        *attempt += 1;
-        if *attempt >= endpoint.attempts() {
+        let Some(pause) = call.failed(self, endpoint) else {
             return Err(self.unreachable(&format!("{}: {reason}", endpoint.name())));
-        }
-        tokio::time::sleep(self.registry.pause(*attempt - 1)).await;
+        };
+        tokio::time::sleep(pause).await;
         Ok(())
     }
 

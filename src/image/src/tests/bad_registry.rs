@@ -432,6 +432,18 @@ async fn a_manifest_or_token_that_breaks_off_is_asked_for_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_document_has_so_many_tries_wherever_each_fails() {
+    let raw = Raw::start(&large(1), |r| {
+        let busy = || answer("503 Service Unavailable", "", b"");
+        r.path.contains("manifests/").then(|| if r.nth % 2 == 0 { busy() } else { broken(b"{ }") })
+    })
+    .await;
+    let error = refused(&raw, &[]).await;
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    assert_eq!(raw.requests("manifests/").len(), crate::registry::ATTEMPTS as usize);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_is_just_being_started_is_waited_for() {
     let image = large(1);
     let registry = Raw::start(&image, |_| None).await;
