@@ -143,7 +143,8 @@ pub enum Error {
     },
     /// The archive of a layer cannot be made again.
     #[error(
-        "layer {layer} of image {image} came with a version that kept no tape of it: remove the image and pull it again"
+        "layer {layer} of image {image} has no tape, from which its archive is made again: it is lost, or came with a version that \
+         kept none; remove every image that has this layer, and the containers on them, and pull the image again"
     )]
     NotRestorable {
         /// The image.

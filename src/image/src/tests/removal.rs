@@ -193,6 +193,28 @@ async fn a_manifest_under_the_name_that_it_first_had_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_without_its_tape_is_whole_again_once_every_image_that_has_it_was_removed() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    registry.push("a:1", &image(&["base", "a"]));
+    registry.push("b:1", &image(&["base", "b"]));
+    let (one, other) = (registry.name("a:1"), registry.name("b:1"));
+    let record = place.store.pull(&one, &[]).await.unwrap();
+    place.store.pull(&other, &[]).await.unwrap();
+    let tape = format!("images/layers/{}.tape", record.layers[0].digest().hex());
+    fs::remove_file(place.dir.path().join(tape)).unwrap();
+    place.store.remove(&one).await.unwrap();
+    place.store.pull(&one, &[]).await.unwrap();
+    let error = place.store.export(std::slice::from_ref(&one)).await.map(drop).unwrap_err();
+    assert!(matches!(error, Error::NotRestorable { .. }), "{error}");
+    assert!(error.to_string().contains("remove every image that has this layer"), "{error}");
+    for name in [&one, &other] {
+        place.store.remove(name).await.unwrap();
+    }
+    place.store.pull(&one, &[]).await.unwrap();
+    place.store.export(&[one]).await.map(drop).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_tag_of_two_images_is_the_younger_ones() {
     let (registry, place) = (Registry::start().await, Place::new().await);
     let (old, new) = (image(&["old"]), image(&["new"]));

@@ -240,6 +240,9 @@ async fn push(store: &mut Connection, args: &PushArgs) -> Result<()> {
     say(&done.into_inner().digest)
 }
 
+/// A pull does not bring a layer that is here.
+const NO_TAPE: &str = "         remove it with every image that shares these layers, and pull it again";
+
 async fn verify(store: &mut Connection, images: &[String], repair: bool) -> Result<()> {
     let request = host::ImageVerifyRequest { images: images.to_vec(), repair };
     let answer = store.client.verify(request).await.map_err(|e| store.failed(&e))?;
@@ -252,9 +255,11 @@ async fn verify(store: &mut Connection, images: &[String], repair: bool) -> Resu
             say(&format!("{state:<8} {} ({layers})", report.image))?;
             if report.lost > 0 {
                 unknown += 1;
-                say("         cannot be compared: its tapes are lost; remove it and pull it again")?;
+                say("         cannot be compared: its tapes are lost")?;
+                say(NO_TAPE)?;
             } else if state == "unknown" {
-                say("         it came with a version that kept no tapes; remove it and pull it again")?;
+                say("         it came with a version that kept no tapes")?;
+                say(NO_TAPE)?;
             }
             continue;
         }
