@@ -76,13 +76,6 @@ impl Cli {
         }
     }
 
-    /// With another program in place of `zfs`.
-    #[cfg(test)]
-    pub(super) fn of(run_dir: &Path, zfs: PathBuf) -> Self {
-        let (runs, waits) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self { lock: run_dir.join("commands.lock"), zfs, runs, waits }
-    }
-
     fn open_lock(&self) -> Result<File> {
         let open = File::options().create(true).truncate(false).read(true).write(true).open(&self.lock);
         open.attempt("open", &self.lock)

@@ -1,6 +1,6 @@
 //! What only the store on ZFS has: its datasets, beside those of others.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use moxlet_ids::{ChainId, ContainerId, Digest};
 use moxlet_storage::{Driver, Error, IdStyle, Usage, ZfsConfig, ZfsDriver, mounts};
@@ -259,6 +259,34 @@ async fn bare_root(store: &Store, layer: &ChainId) -> ContainerId {
     let id = ContainerId::random();
     store.driver.create_root(&id, std::slice::from_ref(layer), map().into()).await.unwrap();
     id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_somebody_reads_in_is_none_any_more_and_goes_when_he_has_done() {
+    on_zfs(async |store| {
+        let layer = store.layer("one", |dir| fs::write(dir.join("file"), "x").unwrap()).await;
+        let (top, place) = (store.dataset(), store.path("theirs"));
+        let dataset = format!("{top}/layers/{}", layer.digest().hex());
+        fs::create_dir(&place).unwrap();
+        let mounted = Command::new("mount").args(["-t", "zfs", &dataset]).arg(&place).status().unwrap();
+        assert!(mounted.success());
+        let file = fs::File::open(place.join("file")).unwrap();
+        store.driver.remove_layer(&layer).await.unwrap();
+        assert!(!store.driver.has_layer(&layer).await.unwrap(), "nobody may build on it");
+        assert_eq!(std::io::read_to_string(&file).unwrap(), "x");
+        // The same layer can come again meanwhile.
+        let again = store.layer("one", |dir| fs::write(dir.join("file"), "x").unwrap()).await;
+        assert_eq!(again, layer);
+        let root = bare_root(store, &layer).await;
+        store.driver.remove_root(&root).await.unwrap();
+        drop(file);
+        let _ = Command::new("umount").arg(&place).status();
+        store.driver.remove_layer(&layer).await.unwrap();
+        store.reopen().await;
+        let left = zfs(&["list", "-H", "-r", "-o", "name", &top]);
+        assert!(!left.contains("/drafts/") && !left.contains("/layers/"), "{left}");
+    })
+    .await;
 }
 
 /// One more clone of a snapshot costs the more the more it has, so that there are several of the same.
