@@ -188,6 +188,9 @@ impl Checker {
     fn entry(&mut self, number: u32, entry: &Entry) -> Outcome<()> {
         let path = clean(&entry.path)?;
         if path.is_empty() {
+            if !self.plan.lasts(number, &path) {
+                return Ok(());
+            }
             let top = self.root.open_top()?;
             let stat = rustix::fs::fstat(&top).map_err(|e| self.root.fault("look at", &path, e))?;
             return self.compare(entry, &path, &stat, None);

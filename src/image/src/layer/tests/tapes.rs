@@ -105,6 +105,14 @@ fn a_layer_that_was_changed_is_told_by_name() {
 }
 
 #[test]
+fn of_several_entries_of_the_root_directory_the_last_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    // A file by its type whose name ends in a slash is a directory, and has a file's mode here.
+    overlay(dir.path(), Tar::default().file("./", "").dir("./").file("a", "a")).unwrap();
+    assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o7777, 0o755);
+}
+
+#[test]
 fn a_damaged_tape_is_refused() {
     let tar = Tar::default().file("a", "first").file("a", "second").file("b", &"x".repeat(70_000));
     let layer = Layer::new(WhiteoutStyle::Overlay, tar);
