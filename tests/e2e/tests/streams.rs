@@ -309,6 +309,11 @@ fn a_forwarded_connection_can_be_closed_by_halves() {
     // nc answers only once its input has ended.
     ns.running("echo", "while true; do nc -l -p 7000 -e sh -c 'wc -c'; done");
     for websockets in TRANSPORTS {
+        // kubectl gives up where nobody listens yet: 7000 is 1B58 there.
+        eventually("a listener", || {
+            let sockets = ns.exec("echo", "cat /proc/net/tcp /proc/net/tcp6").text();
+            if sockets.contains(":1B58 ") { Ok(()) } else { Err(sockets) }
+        });
         let forward = Forward::new(&ns, "echo", 7000, websockets);
         let count = eventually("the count of what was sent", || {
             let mut stream = TcpStream::connect(("127.0.0.1", forward.1)).map_err(|e| e.to_string())?;
