@@ -9,7 +9,8 @@ use crate::pod::{IDLE, warm};
 /// What `pct enter` runs, with a terminal, and with this typed.
 fn entered(guest: &Guest, vmid: u32, typed: &str) -> (i32, String) {
     let attach = format!("lxc-attach -n {vmid} --clear-env --set-var TERM=linux -- /bin/sh");
-    let feed = format!("(sleep 1; printf '{typed}'; sleep 3)");
+    // The end of what is typed ends all: it comes long after what an emulated processor needs for the rest.
+    let feed = format!("(sleep 1; printf '{typed}'; sleep 15)");
     let done = guest.try_sh(&format!("{feed} | timeout 60 script -qec '{attach}' /dev/null"));
     (done.code, done.text().replace('\r', ""))
 }
