@@ -53,6 +53,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use config::{AddressSource, CniSettings, Config, EngineSettings, PveSettings, Storage};
 pub use error::{Error, Result};
+pub use moxlet_network::PROGRAM_PATH;
+pub use moxlet_sandbox::LXC_PATH;
 pub use service::ImageStoreService;
 pub use uninstall::{Step, uninstall};
 

@@ -16,8 +16,8 @@ const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
 impl ImageStore {
-    /// Pushes an image to `target`, or to the name that it is asked for by; the digest of the manifest there. Nothing is sent that the registry
-    /// has: by the blobs that the image came with, or by those of an earlier push.
+    /// Pushes an image to `target`, or to the name that it is asked for by; the digest of the manifest there. Nothing is sent
+    /// that the registry has: by the blobs that the image came with, or by those of an earlier push.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::NotRestorable`], [`Error::Push`]; that also where the image is asked for by its id and no

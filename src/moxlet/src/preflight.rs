@@ -3,13 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use moxlet_agent::{LXC_PATH, PROGRAM_PATH};
 
 use crate::config::{Config, Engine};
-
-/// Where the engine `lxc` runs liblxc's programs from; the caller's PATH is not asked.
-const LXC_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Where the network's programs are run from.
-const NETWORK_PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
 
 /// Checks the machine.
 ///
@@ -84,9 +80,9 @@ fn programs(own_network: bool) -> Vec<String> {
             "the program lxc-start is in none of {LXC_PATH}: install LXC (apt-get install lxc uidmap)"
         ));
     }
-    if own_network && !is_in(NETWORK_PATH, "ip") {
+    if own_network && !is_in(PROGRAM_PATH, "ip") {
         missing.push(format!(
-            "the program ip is in none of {NETWORK_PATH}: install it (apt-get install iproute2)"
+            "the program ip is in none of {PROGRAM_PATH}: install it (apt-get install iproute2)"
         ));
     }
     missing
@@ -117,10 +113,6 @@ mod tests {
 
     #[test]
     fn programs_are_looked_for_where_they_are_run_from() {
-        let source = include_str!("../../sandbox/src/lxc/tool.rs");
-        assert!(source.contains(&format!("const PATH: &str = {LXC_PATH:?};")));
-        let source = include_str!("../../network/src/program.rs");
-        assert!(source.contains(&format!("const PATH: &str = {NETWORK_PATH:?};")));
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("ip"), "").unwrap();
         let path = format!("/nonexistent:{}", dir.path().display());

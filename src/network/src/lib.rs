@@ -18,6 +18,7 @@ use std::net::IpAddr;
 
 pub use cni::{Cni, CniConfig, take_down};
 pub use error::{Error, Result};
+pub use program::PROGRAM_PATH;
 pub use slice::{Slice, SliceConfig};
 
 /// What a pod got.

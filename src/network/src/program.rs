@@ -16,8 +16,8 @@ use tokio::{
 
 use crate::{Error, Result};
 
-/// Where programs are looked for, by us and by what we run.
-const PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+/// Where programs are looked for, by us and by what we run; the caller's PATH is not asked.
+pub const PROGRAM_PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
 /// How long a program of the system may take: `iptables` waits for a lock, `ip` for one of the kernel.
 const LIMIT: Duration = Duration::from_secs(20);
 /// The most that is read of each output.
@@ -47,13 +47,13 @@ impl Ended {
 
 /// Whether a program of the system is there, and where.
 pub(crate) fn find(name: &str) -> Option<PathBuf> {
-    PATH.split(':').map(|dir| Path::new(dir).join(name)).find(|path| path.is_file())
+    PROGRAM_PATH.split(':').map(|dir| Path::new(dir).join(name)).find(|path| path.is_file())
 }
 
 /// A command with nothing of our own environment.
 pub(crate) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
-    command.env_clear().env("PATH", PATH).env("LC_ALL", "C").current_dir("/");
+    command.env_clear().env("PATH", PROGRAM_PATH).env("LC_ALL", "C").current_dir("/");
     command
 }
 
@@ -118,7 +118,7 @@ mod tests {
     #[tokio::test]
     async fn a_program_has_our_environment_its_input_and_a_status() {
         let ended = run("env", &[], "").await.unwrap();
-        assert_eq!(String::from_utf8(ended.stdout).unwrap(), format!("LC_ALL=C\nPATH={PATH}\n"));
+        assert_eq!(String::from_utf8(ended.stdout).unwrap(), format!("LC_ALL=C\nPATH={PROGRAM_PATH}\n"));
         let ended = run("cat", &[], "some input").await.unwrap();
         assert!(ended.status.success() && ended.stdout == b"some input");
         let ended = run("cat", &["/nonexistent/file"], "").await.unwrap();

@@ -102,11 +102,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
         identity = identity::establish(&config, &stop) => identity?,
     };
     let client = identity.client();
-    let ips = match config.node_ip {
-        Some(ip) => vec![ip],
-        None => info.addresses.iter().take(1).filter_map(|a| a.parse().ok()).collect(),
-    };
-    identity.set_serving_names(identity::ServingNames { dns: vec![config.node_name.clone()], ips });
+    identity.set_serving_names(serving_names(&config, &info));
 
     let mut tasks = Tasks::new(&stop);
     let token = tasks.token.clone();
@@ -147,6 +143,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
     let context = api::ApiContext { config, identity, registry, agent: channel };
     tasks.all.spawn(api::serve(bound, context, token));
     tasks.joined().await
+}
+
+/// What the certificate of the kubelet API is for.
+fn serving_names(config: &Config, info: &host::InfoResponse) -> identity::ServingNames {
+    let ips = match config.node_ip {
+        Some(ip) => vec![ip],
+        None => info.addresses.iter().take(1).filter_map(|a| a.parse().ok()).collect(),
+    };
+    identity::ServingNames { dns: vec![config.node_name.clone()], ips }
 }
 
 /// Images are collected, and what is done to CTs on the host is told.

@@ -35,7 +35,7 @@ use std::{
 
 use async_trait::async_trait;
 pub use error::{Error, Result};
-pub use lxc::{LxcConfig, LxcEngine};
+pub use lxc::{LXC_PATH, LxcConfig, LxcEngine};
 use moxlet_ids::{PodUid, SandboxId};
 pub use moxlet_storage::IdMap;
 

@@ -13,8 +13,8 @@
 //!
 //! An image is there once its record is. A tag that moves is written to its new image before it is taken from the old
 //! one; where both have it after a crash, the record with the higher serial has it. A manifest is written before the record
-//! that names it, and an earlier one goes after that: whatever lies between, the record's own is there. Records of version 1 know neither
-//! manifest nor blobs; the next pull of their image adds them.
+//! that names it, and an earlier one goes after that: whatever lies between, the record's own is there. Records of version 1
+//! know neither manifest nor blobs; the next pull of their image adds them.
 
 use std::{
     collections::{HashMap, HashSet},

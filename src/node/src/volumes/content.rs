@@ -38,14 +38,21 @@ fn mode(own: Option<i32>, default: Option<i32>) -> u32 {
     u32::try_from(own.or(default).unwrap_or(0o644)).unwrap_or(0o644) & 0o7777
 }
 
-/// Files of an object's keys: all of them, or those that `items` name.
+/// Files of an object's keys: all of them, or those that `items` name. Object and keys may be missing where they are optional;
+/// `missing` is the kubelet's word for a key that is.
 fn project(
-    data: BTreeMap<String, Vec<u8>>,
+    object: Result<BTreeMap<String, Vec<u8>>>,
     items: Option<&Vec<KeyToPath>>,
     default_mode: Option<i32>,
-    optional: bool,
-    what: &str,
+    optional: Option<bool>,
+    missing: &str,
 ) -> Result<Vec<VolumeFile>, String> {
+    let may_miss = optional == Some(true);
+    let data = match object {
+        Ok(data) => data,
+        Err(Error::NotFound { .. }) if may_miss => BTreeMap::new(),
+        Err(e) => return Err(crate::error::chain(&e)),
+    };
     let Some(items) = items.filter(|i| !i.is_empty()) else {
         let file = |(path, data)| VolumeFile { path, data, mode: mode(None, default_mode) };
         return Ok(data.into_iter().map(file).collect());
@@ -58,8 +65,8 @@ fn project(
                 data: bytes.clone(),
                 mode: mode(item.mode, default_mode),
             }),
-            None if optional => {}
-            None => return Err(format!("{what}: {}", item.key)),
+            None if may_miss => {}
+            None => return Err(format!("{missing}: {}", item.key)),
         }
     }
     Ok(files)
@@ -73,15 +80,6 @@ fn map_data(map: ConfigMap) -> BTreeMap<String, Vec<u8>> {
 
 fn secret_data(secret: Secret) -> BTreeMap<String, Vec<u8>> {
     secret.data.unwrap_or_default().into_iter().map(|(k, ByteString(v))| (k, v)).collect()
-}
-
-/// An object, or nothing where it is missing and may be.
-fn optional<T: Default>(answer: Result<T>, optional: bool) -> Result<T, String> {
-    match answer {
-        Ok(found) => Ok(found),
-        Err(Error::NotFound { .. }) if optional => Ok(T::default()),
-        Err(e) => Err(crate::error::chain(&e)),
-    }
 }
 
 fn downward(
@@ -163,12 +161,10 @@ impl Gatherer<'_> {
         name: &str,
         items: Option<&Vec<KeyToPath>>,
         default_mode: Option<i32>,
-        may_miss: Option<bool>,
+        optional: Option<bool>,
     ) -> Result<Vec<VolumeFile>, String> {
-        let may_miss = may_miss == Some(true);
-        let map = optional(self.cluster.config_map(names::namespace(self.pod), name).await, may_miss)?;
-        let missing = "configmap references non-existent config key";
-        project(map_data(map), items, default_mode, may_miss, missing)
+        let map = self.cluster.config_map(names::namespace(self.pod), name).await.map(map_data);
+        project(map, items, default_mode, optional, "configmap references non-existent config key")
     }
 
     async fn secret(
@@ -176,12 +172,10 @@ impl Gatherer<'_> {
         name: &str,
         items: Option<&Vec<KeyToPath>>,
         default_mode: Option<i32>,
-        may_miss: Option<bool>,
+        optional: Option<bool>,
     ) -> Result<Vec<VolumeFile>, String> {
-        let may_miss = may_miss == Some(true);
-        let secret = optional(self.cluster.secret(names::namespace(self.pod), name).await, may_miss)?;
-        let missing = "references non-existent secret key";
-        project(secret_data(secret), items, default_mode, may_miss, missing)
+        let secret = self.cluster.secret(names::namespace(self.pod), name).await.map(secret_data);
+        project(secret, items, default_mode, optional, "references non-existent secret key")
     }
 
     /// One source of a projected volume, and the token that was asked for anew for it.

@@ -14,6 +14,8 @@ mod config;
 mod root;
 mod tool;
 
+pub use tool::LXC_PATH;
+
 use std::{
     collections::HashMap,
     fs,

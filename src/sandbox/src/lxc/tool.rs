@@ -7,19 +7,20 @@ use tokio::process::Command;
 
 use crate::{Error, INIT_IN_CT, Result, error::io, process::tail};
 
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where liblxc's programs are run from; the caller's PATH is not asked.
+pub const LXC_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const START: &str = "lxc-start";
 const TAIL_MAX: usize = 1500;
 
 fn command(program: &str) -> Command {
     let mut command = Command::new(program);
-    command.env_clear().env("PATH", PATH).env("LC_ALL", "C").current_dir("/").stdin(Stdio::null());
+    command.env_clear().env("PATH", LXC_PATH).env("LC_ALL", "C").current_dir("/").stdin(Stdio::null());
     command
 }
 
 /// Whether a program is where the tools are looked for.
 pub(super) fn is_installed(program: &str) -> bool {
-    PATH.split(':').any(|dir| Path::new(dir).join(program).is_file())
+    LXC_PATH.split(':').any(|dir| Path::new(dir).join(program).is_file())
 }
 
 /// liblxc's version, major and minor.

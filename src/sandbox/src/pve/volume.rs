@@ -18,7 +18,7 @@ use moxlet_ids::SandboxId;
 use moxlet_storage::mounts;
 use tokio::process::Command;
 
-use super::StoragePlace;
+use super::{StoragePlace, blocking};
 use crate::{Error, INIT_IN_CT, IdMap, Result, error::io};
 
 /// The property that says whose a dataset is.
@@ -87,8 +87,7 @@ impl ZfsVolumes {
     async fn check_place(&self, name: &str) -> Result<()> {
         let StoragePlace { dataset, mountpoint } = &self.pool;
         let (source, at) = (dataset.clone(), mountpoint.clone());
-        let found = tokio::task::spawn_blocking(move || mounts::is_mounted_from(&at, &source)).await;
-        if found.map_err(|e| Error::Host(format!("looking at mounts failed: {e}")))?? {
+        if blocking(move || Ok(mounts::is_mounted_from(&at, &source)?)).await? {
             return Ok(());
         }
         let volume = self.dataset(name);
@@ -128,11 +127,11 @@ impl Volumes for ZfsVolumes {
         self.check_place(name).await?;
         let place = self.pool.mountpoint.join(name);
         // Proxmox VE finds it mounted when it starts the CT.
-        let filled = tokio::task::spawn_blocking(move || {
+        blocking(move || {
             moxlet_storage::mount_dataset(&dataset, &place)?;
             fill(&place, map)
-        });
-        filled.await.map_err(|e| Error::Host(format!("filling a root volume failed: {e}")))?
+        })
+        .await
     }
 
     async fn owner(&self, name: &str) -> Result<VolumeOwner> {
@@ -221,7 +220,7 @@ mod tests {
     #[test]
     fn a_root_has_mount_points_and_a_shell_that_is_the_init() {
         let dir = tempfile::tempdir().unwrap();
-        // SAFETY of the test: the ids of whoever runs it, so that it needs no privilege.
+        // The ids of whoever runs it, so that it needs no privilege.
         let map = IdMap { host_base: rustix::process::getuid().as_raw(), size: 1 };
         fill(dir.path(), map).unwrap();
         fill(dir.path(), map).unwrap();
