@@ -19,20 +19,30 @@ pub struct Permissions {
 
 impl Permissions {
     /// Whether a privilege is held on a path. The server lists what is in effect for the paths that it knows; for any other this
-    /// is a forecast: a path has what the nearest above it passes down, and one that passes nothing down leaves it to those
-    /// above.
+    /// is a forecast: it has what [is passed down](Self::passes_down) to it.
     #[must_use]
     pub fn has(&self, path: &str, privilege: &str) -> bool {
-        let asked = path.trim_end_matches('/');
-        let mut path = asked;
+        let path = path.trim_end_matches('/');
+        match self.paths.get(if path.is_empty() { "/" } else { path }) {
+            Some(held) => held.contains_key(privilege),
+            None => path
+                .rfind('/')
+                .and_then(|at| path.get(..at))
+                .is_some_and(|above| self.passes_down(above, privilege)),
+        }
+    }
+
+    /// Whether the paths below this one that have no entries of their own have a privilege: what the nearest path passes down, and
+    /// one that passes nothing down leaves it to those above.
+    #[must_use]
+    pub fn passes_down(&self, path: &str, privilege: &str) -> bool {
+        let mut path = path.trim_end_matches('/');
         loop {
             let here = if path.is_empty() { "/" } else { path };
-            match self.paths.get(here) {
-                Some(held) if path == asked => return held.contains_key(privilege),
-                Some(held) if held.values().any(|passed_down| *passed_down) => {
-                    return held.get(privilege).is_some_and(|passed_down| *passed_down);
-                }
-                _ => {}
+            if let Some(held) = self.paths.get(here)
+                && held.values().any(|passed_down| *passed_down)
+            {
+                return held.get(privilege).is_some_and(|passed_down| *passed_down);
             }
             match path.rfind('/') {
                 Some(at) => path = path.get(..at).unwrap_or_default(),
@@ -97,5 +107,15 @@ mod tests {
         assert!(!replaced.has("/vms/100", "VM.Audit") && replaced.has("/vms/100", "VM.Allocate"));
         let none = of(&[("/", &[("VM.Audit", false)])]);
         assert!(none.has("/", "VM.Audit") && !none.has("/vms", "VM.Audit"));
+    }
+
+    #[test]
+    fn what_some_guests_have_is_not_what_all_have() {
+        let mine = of(&[("/vms/100", &[("VM.Audit", true)]), ("/vms", &[("VM.Allocate", false)])]);
+        assert!(mine.has("/vms/100", "VM.Audit") && !mine.passes_down("/vms", "VM.Audit"));
+        assert!(mine.has("/vms", "VM.Allocate") && !mine.passes_down("/vms", "VM.Allocate"));
+        let all = of(&[("/", &[("VM.Audit", true)]), ("/vms/100", &[("VM.Allocate", true)])]);
+        assert!(all.passes_down("/vms", "VM.Audit") && all.passes_down("/", "VM.Audit"));
+        assert!(!all.has("/vms/100", "VM.Audit"));
     }
 }

@@ -18,9 +18,6 @@ const DPKG: Duration = Duration::from_secs(20);
 /// Packages and the oldest versions that work. Earlier ones of pve-container cannot start a CT of `ostype: unmanaged`; earlier
 /// ones of lxc-pve keep nested containers from mounting their /proc.
 const PACKAGES: [(&str, &str); 2] = [("pve-container", "6.1.1"), ("lxc-pve", "6.0.5-2")];
-/// What the token needs on the CTs, and what for.
-const ON_CTS: [(&str, &str); 2] = [("VM.PowerMgmt", "start and stop"), ("VM.Allocate", "delete")];
-
 /// What is required, for a check.
 #[derive(Debug, Clone)]
 pub struct Requirements {
@@ -153,33 +150,37 @@ impl Requirements {
         }
     }
 
+    /// What the token lacks of all that the engine's calls want.
     fn privileges(&self, held: &Permissions) -> Vec<String> {
         let token = self.client.token_id();
         let user = token.split('!').next().unwrap_or(token);
-        let path = format!("/vms/{}", self.range.first());
-        let cts =
-            ON_CTS.iter().map(|(privilege, what)| (path.as_str(), "/vms", *privilege, format!("{what} CTs")));
-        let storage = format!("/storage/{}", self.storage);
-        let pool = self.cts_pool.as_ref().map(|pool| format!("/pool/{pool}"));
-        let pools = pool.iter().flat_map(|path| {
-            let of = |privilege, what: &str| (path.as_str(), path.as_str(), privilege, what.to_owned());
-            [of("Pool.Audit", "see the pool"), of("Pool.Allocate", "put CTs into it")]
-        });
-        let all = cts.chain(pools).chain([(
-            storage.as_str(),
-            storage.as_str(),
-            "Datastore.Audit",
-            "see the storage".to_owned(),
-        )]);
-        all.filter(|(path, _, privilege, _)| !held.has(path, privilege))
-            .map(|(_, grant, privilege, what)| {
-                let role = format!("Moxlet-{privilege}");
+        let lack = |lacks: bool, privilege: &str, grant: &str, what: &str| {
+            let role = format!("Moxlet-{privilege}");
+            lacks.then(|| {
                 format!(
                     "the token {token} lacks {privilege} on {grant}, needed to {what}: pveum role add {role} --privs {privilege}; \
                      pveum acl modify {grant} --users {user} --roles {role}; pveum acl modify {grant} --tokens '{token}' --roles {role}"
                 )
             })
-            .collect()
+        };
+        // No pod gets a VMID that somebody is allowed something on, or that is in a pool: its CT has what all guests have, and in
+        // its own pool what that gives. To be put there, it has to be Moxlet's before.
+        let on_cts = |privilege| held.passes_down("/vms", privilege);
+        let pool = self.cts_pool.as_ref().map(|pool| format!("/pool/{pool}"));
+        let by_pool = |privilege| pool.as_ref().is_some_and(|pool| held.has(pool, privilege));
+        let power = on_cts("VM.PowerMgmt") || by_pool("VM.PowerMgmt");
+        let mut missing = vec![
+            lack(!power, "VM.PowerMgmt", "/vms", "start and stop CTs"),
+            lack(!on_cts("VM.Allocate"), "VM.Allocate", "/vms", "delete CTs"),
+        ];
+        if let Some(pool) = &pool {
+            missing.push(lack(!by_pool("Pool.Audit"), "Pool.Audit", pool, "see the pool"));
+            missing.push(lack(!by_pool("Pool.Allocate"), "Pool.Allocate", pool, "put CTs into it"));
+        }
+        let storage = format!("/storage/{}", self.storage);
+        let seen = ["Datastore.Audit", "Datastore.AllocateSpace"].iter().any(|p| held.has(&storage, p));
+        missing.push(lack(!seen, "Datastore.Audit", &storage, "see the storage"));
+        missing.into_iter().flatten().collect()
     }
 }
 

@@ -9,5 +9,6 @@ mod life;
 mod network;
 mod quorum;
 mod restored;
+mod role;
 mod start;
 mod world;
