@@ -132,8 +132,10 @@ pub enum Error {
     /// A slice of addresses that is none.
     #[error("the addresses {0}")]
     BadSlice(String),
-    /// All addresses of the slice are given.
-    #[error("all addresses from {0} are given: delete pods, or widen the range")]
+    /// All addresses of the slice are given or must not be.
+    #[error(
+        "all addresses from {0} are given, or the host or a gateway has them: delete pods, or widen the range"
+    )]
     SliceFull(String),
     /// A file operation failed.
     #[error("could not {what} {}", path.display())]

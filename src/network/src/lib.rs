@@ -11,6 +11,7 @@ mod durable;
 mod error;
 pub mod files;
 pub mod forwarding;
+mod host;
 mod program;
 mod slice;
 

@@ -4,10 +4,11 @@
 //! <dir>/10.10.1.7   whose it is: a sandbox id
 //! ```
 //! A file appears under its name only when it is complete and on disk (it is linked there, which fails if the name is
-//! taken), and goes when its CT is gone: an address is never two pods', whatever was killed when.
+//! taken), and goes when its CT is gone: an address is never two pods', whatever was killed when. One that the host or a gateway
+//! of its routes has at that moment is passed over.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{ErrorKind, Write as _},
     net::IpAddr,
@@ -17,7 +18,7 @@ use std::{
 
 use moxlet_ids::SandboxId;
 
-use crate::{Error, Result, durable, error::io};
+use crate::{Error, Result, durable, error::io, host};
 
 const MAX: u64 = 128;
 
@@ -40,7 +41,11 @@ pub struct Slice {
     dir: PathBuf,
     config: SliceConfig,
     given: Mutex<Given>,
+    /// The addresses that the host and its gateways have.
+    hosts: Hosts,
 }
+
+type Hosts = fn() -> Result<BTreeSet<IpAddr>>;
 
 #[derive(Debug, Default)]
 struct Given {
@@ -102,6 +107,10 @@ impl Slice {
     /// # Errors
     /// The slice is none, or a file cannot be read: to guess would be to give an address twice.
     pub fn open(dir: &Path, config: SliceConfig) -> Result<Self> {
+        Self::on(dir, config, host::addresses)
+    }
+
+    fn on(dir: &Path, config: SliceConfig, hosts: Hosts) -> Result<Self> {
         config.check()?;
         fs::create_dir_all(dir).map_err(io("create", dir))?;
         let mut given = Given::default();
@@ -115,7 +124,7 @@ impl Slice {
             };
             given.owners.insert(ip, owner(&path)?);
         }
-        Ok(Self { dir: dir.to_owned(), config, given: Mutex::new(given) })
+        Ok(Self { dir: dir.to_owned(), config, given: Mutex::new(given), hosts })
     }
 
     /// What it is of.
@@ -131,7 +140,7 @@ impl Slice {
     /// Gives a sandbox an address; asked again, the same.
     ///
     /// # Errors
-    /// [`Error::SliceFull`], or a file could not be written.
+    /// [`Error::SliceFull`], a file could not be written, or which addresses the host has cannot be told.
     pub fn allot(&self, sandbox: &SandboxId) -> Result<IpAddr> {
         let mut given = self.lock();
         if let Some((ip, _)) = given.owners.iter().find(|(_, owner)| *owner == sandbox) {
@@ -140,10 +149,11 @@ impl Slice {
         let (first, last) = (number(self.config.first), number(self.config.last));
         let mut not = self.config.ends().to_vec();
         not.extend(self.config.gateway.map(number));
+        let hosts = (self.hosts)()?;
         let start = if (first..last).contains(&given.last) { given.last + 1 } else { first };
         for number in (start..=last).chain(first..start).filter(|n| !not.contains(n)) {
             let ip = self.config.address(number);
-            if given.owners.contains_key(&ip) {
+            if given.owners.contains_key(&ip) || hosts.contains(&ip) {
                 continue;
             }
             match self.claim(ip, sandbox)? {
@@ -216,7 +226,7 @@ fn owner(path: &Path) -> Result<SandboxId> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-    use std::{collections::BTreeSet, sync::Arc};
+    use std::sync::Arc;
 
     use super::*;
 
@@ -229,10 +239,15 @@ mod tests {
         }
     }
 
+    /// A slice on a host that has none of its addresses.
+    fn open(dir: &Path, config: SliceConfig) -> Result<Slice> {
+        Slice::on(dir, config, || Ok(BTreeSet::new()))
+    }
+
     #[test]
     fn each_sandbox_gets_one_of_its_own_and_keeps_it_over_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let slice = Slice::open(dir.path(), config("10.0.0.0", "10.0.0.3")).unwrap();
+        let slice = open(dir.path(), config("10.0.0.0", "10.0.0.3")).unwrap();
         let (a, b, c) = (SandboxId::random(), SandboxId::random(), SandboxId::random());
         // Neither the network's own address nor the gateway's.
         assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.2");
@@ -240,7 +255,7 @@ mod tests {
         assert!(matches!(slice.allot(&c), Err(Error::SliceFull(_))));
         drop(slice);
         fs::write(dir.path().join(".draft"), "").unwrap();
-        let slice = Slice::open(dir.path(), config("10.0.0.0", "10.0.0.3")).unwrap();
+        let slice = open(dir.path(), config("10.0.0.0", "10.0.0.3")).unwrap();
         assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.2");
         slice.release(&b).unwrap();
         slice.release(&b).unwrap();
@@ -252,7 +267,7 @@ mod tests {
     #[test]
     fn an_address_that_was_taken_back_is_not_the_next_one() {
         let dir = tempfile::tempdir().unwrap();
-        let slice = Slice::open(dir.path(), config("10.0.0.10", "10.0.0.20")).unwrap();
+        let slice = open(dir.path(), config("10.0.0.10", "10.0.0.20")).unwrap();
         let a = SandboxId::random();
         assert_eq!(slice.allot(&a).unwrap().to_string(), "10.0.0.10");
         slice.release(&a).unwrap();
@@ -260,9 +275,21 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_the_host_has_by_now_is_given_to_no_pod() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = |last: &str| SliceConfig { gateway: None, ..config("127.0.0.1", last) };
+        let slice = Slice::open(dir.path(), own("127.0.0.2")).unwrap();
+        assert_eq!(slice.allot(&SandboxId::random()).unwrap().to_string(), "127.0.0.2");
+        let none = tempfile::tempdir().unwrap();
+        let slice = Slice::open(none.path(), own("127.0.0.1")).unwrap();
+        let error = slice.allot(&SandboxId::random()).unwrap_err().to_string();
+        assert!(error.contains("127.0.0.1 to 127.0.0.1") && error.contains("the host"), "{error}");
+    }
+
+    #[test]
     fn an_address_whose_file_stands_is_passed_over_and_known_from_then_on() {
         let dir = tempfile::tempdir().unwrap();
-        let slice = Slice::open(dir.path(), config("10.0.0.10", "10.0.0.20")).unwrap();
+        let slice = open(dir.path(), config("10.0.0.10", "10.0.0.20")).unwrap();
         let (a, b, c) = (SandboxId::random(), SandboxId::random(), SandboxId::random());
         // As a write leaves it that failed after the file stood there.
         fs::write(dir.path().join("10.0.0.10"), a.as_str()).unwrap();
@@ -276,7 +303,7 @@ mod tests {
     #[test]
     fn a_write_that_fails_leaves_nothing_and_the_next_one_works() {
         let dir = tempfile::tempdir().unwrap();
-        let slice = Slice::open(dir.path(), config("10.0.0.10", "10.0.0.10")).unwrap();
+        let slice = open(dir.path(), config("10.0.0.10", "10.0.0.10")).unwrap();
         let a = SandboxId::random();
         fs::write(dir.path().join("10.0.0.10"), "?").unwrap();
         slice.allot(&a).unwrap_err();
@@ -290,7 +317,7 @@ mod tests {
     #[test]
     fn asked_at_once_no_two_get_the_same() {
         let dir = tempfile::tempdir().unwrap();
-        let slice = Arc::new(Slice::open(dir.path(), config("10.0.0.10", "10.0.0.99")).unwrap());
+        let slice = Arc::new(open(dir.path(), config("10.0.0.10", "10.0.0.99")).unwrap());
         let threads: Vec<_> = (0..8)
             .map(|_| {
                 let slice = slice.clone();
@@ -314,10 +341,10 @@ mod tests {
         wrong.push(SliceConfig { last: "::9".parse().unwrap(), ..config("10.0.0.8", "10.0.0.9") });
         wrong.push(SliceConfig { prefix: 0, ..config("10.0.0.8", "10.0.0.9") });
         for wrong in wrong {
-            assert!(matches!(Slice::open(dir.path(), wrong.clone()), Err(Error::BadSlice(_))), "{wrong:?}");
+            assert!(matches!(open(dir.path(), wrong.clone()), Err(Error::BadSlice(_))), "{wrong:?}");
         }
         fs::write(dir.path().join("10.0.0.8"), "?").unwrap();
-        assert!(Slice::open(dir.path(), config("10.0.0.8", "10.0.0.9")).is_err());
+        assert!(open(dir.path(), config("10.0.0.8", "10.0.0.9")).is_err());
     }
 
     #[test]
@@ -329,7 +356,7 @@ mod tests {
             prefix: 64,
             gateway: None,
         };
-        let slice = Slice::open(dir.path(), config).unwrap();
+        let slice = open(dir.path(), config).unwrap();
         assert_eq!(slice.allot(&SandboxId::random()).unwrap().to_string(), "fd00::1");
     }
 }
