@@ -5,6 +5,7 @@ use std::{
     path::PathBuf,
 };
 
+use moxlet_cri::link::CertificateFiles;
 use moxlet_storage::IdMap;
 
 /// Which network pods get.
@@ -76,6 +77,15 @@ pub struct PveSettings {
     pub lock_dir: PathBuf,
 }
 
+/// The agent's end of the link to a node on another machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkSettings {
+    /// Where the agent listens.
+    pub listen: SocketAddr,
+    /// What it proves itself with, and who signs nodes' certificates.
+    pub files: CertificateFiles,
+}
+
 /// Where pods' addresses come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AddressSource {
@@ -113,6 +123,8 @@ pub struct Config {
     pub cri_socket: PathBuf,
     /// Where the streaming server listens for clients of the CRI socket such as crictl; loopback only.
     pub stream_listen: Option<SocketAddr>,
+    /// Where, and how, a node on another machine is served; without, there is the CRI socket alone.
+    pub link: Option<LinkSettings>,
     /// moxlet-init; without, it is searched beside the program.
     pub init_binary: Option<PathBuf>,
     /// How pods become CTs.
@@ -179,6 +191,7 @@ impl Default for Config {
             cri_socket: root_dir.join("run/agent.sock"),
             root_dir,
             stream_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+            link: None,
             init_binary: None,
             engine: EngineSettings::default(),
             map: IdMap::default(),

@@ -62,6 +62,9 @@ pub enum Error {
     /// moxlet-init.
     #[error(transparent)]
     Init(#[from] moxlet_init_proto::Error),
+    /// The link to a node on another machine.
+    #[error(transparent)]
+    Link(#[from] moxlet_cri::link::Error),
     /// An id from outside.
     #[error(transparent)]
     Id(#[from] moxlet_ids::InvalidId),

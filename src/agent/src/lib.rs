@@ -11,7 +11,7 @@
 //! | `notices` | what somebody else did to CTs on the host |
 //! | `watch` | one task a running sandbox: what its init reports, and its end |
 //! | `volumes`, `logs`, `stats`, `facts` | what a node asks of a host besides CRI |
-//! | `service` | the gRPC services on the unix socket |
+//! | `service` | the gRPC services, on the unix socket and on a port for a node elsewhere |
 //! | `streaming` | exec, attach and port-forward |
 //! | `uninstall` | what Moxlet made on a host is taken from it |
 //!
@@ -51,7 +51,7 @@ use moxlet_image::{Place, ZfsConfig};
 use moxlet_storage::{idmap, mounts};
 use tokio_util::sync::CancellationToken;
 
-pub use config::{AddressSource, CniSettings, Config, EngineSettings, PveSettings, Storage};
+pub use config::{AddressSource, CniSettings, Config, EngineSettings, LinkSettings, PveSettings, Storage};
 pub use error::{Error, Result};
 pub use moxlet_network::PROGRAM_PATH;
 pub use moxlet_sandbox::LXC_PATH;
@@ -123,7 +123,7 @@ impl Agent {
         notices::spawn(&core);
         engine::spawn(&core);
         let streaming = Streaming::start(core.clone()).await?;
-        service::serve(&core, streaming)?;
+        service::serve(&core, streaming).await?;
         Ok(Self { core })
     }
 

@@ -1,7 +1,9 @@
-//! CRI v1 and moxlet.host.v1: the gRPC contract between node and agent.
+//! CRI v1 and moxlet.host.v1: the gRPC contract between node and agent, and the [`link`] on which they speak.
 //!
-//! Both modules are generated; `proto/api.proto` is vendored from k8s.io/cri-api (Apache-2.0, see
+//! [`v1`] and [`host`] are generated; `proto/api.proto` is vendored from k8s.io/cri-api (Apache-2.0, see
 //! `proto/LICENSE.cri-api`), `proto/host.proto` and `proto/images.proto` are ours.
+
+pub mod link;
 
 /// CRI v1 (`runtime.v1`).
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, rustdoc::all)]

@@ -2,9 +2,15 @@
 //!
 //! What a flag does to its key in the configuration file is in `docs/configuration.md`, with all keys.
 
-use std::{ffi::OsString, net::IpAddr, path::PathBuf};
+use std::{
+    ffi::OsString,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, parser::ValueSource};
+
+use moxlet_cri::link::Endpoint;
 
 use crate::image::ImageArgs;
 
@@ -25,10 +31,14 @@ impl Cli {
         words: impl IntoIterator<Item = T>,
     ) -> Result<Self, clap::Error> {
         let mut matches = Self::command().try_get_matches_from(words)?;
-        let source = matches.subcommand_matches("up").and_then(|up| up.value_source("kubeconfig"));
+        let program = ["up", "node"].into_iter().find_map(|name| matches.subcommand_matches(name));
+        let source = program.and_then(|p| p.value_source("kubeconfig"));
         let mut cli = Self::from_arg_matches_mut(&mut matches).map_err(|e| e.format(&mut Self::command()))?;
-        if let Command::Up(up) = &mut cli.command {
-            up.kubeconfig_source = source;
+        match &mut cli.command {
+            Command::Up(UpArgs { kubelet, .. }) | Command::Node(NodeArgs { kubelet, .. }) => {
+                kubelet.kubeconfig_source = source;
+            }
+            _ => {}
         }
         Ok(cli)
     }
@@ -46,8 +56,23 @@ pub(crate) enum Command {
   moxlet up --bootstrap-kubeconfig join.kubeconfig      join a cluster with a bootstrap token
   moxlet up --config /etc/moxlet/moxlet.toml            everything from a file (docs/configuration.md)")]
     Up(UpArgs),
-    /// Run the CRI runtime alone, on a unix socket: for crictl, or for an ordinary kubelet.
-    Agent(CommonArgs),
+    /// Run the node alone: a kubelet whose pods run on the host of an agent, here or on another machine.
+    ///
+    /// With an agent on another machine it needs no root and none of what runs pods. Run one node for an agent.
+    #[command(after_help = "Examples:
+  moxlet node --config /etc/moxlet/node.toml                          everything from a file (docs/configuration.md)
+  moxlet node --agent-endpoint unix:///var/lib/moxlet/run/agent.sock  the agent of this host
+  moxlet node --agent-endpoint https://pve1.example:10353 …           another's, with link_certificate_file and the like in the file")]
+    Node(NodeArgs),
+    /// Run the agent alone: the CRI runtime of a host, for a node (here or on another machine), crictl, or an ordinary kubelet.
+    Agent(AgentArgs),
+    /// Make the certificates by which a node and agents on other machines know one another.
+    ///
+    /// They are an authority, one certificate for the node and one for each agent. Run again, it keeps what is there, adds agents
+    /// and renews what ends within 90 days. Running programs take renewed files up by themselves.
+    #[command(after_help = "Example:
+  moxlet certificates --dir /etc/moxlet/link --agent pve1,10.0.0.11 --agent pve2,10.0.0.12")]
+    Certificates(CertificatesArgs),
     /// Pull, list, tag, pin, mount and remove images, by the agent of this host or in a store of your own.
     Image(Box<ImageArgs>),
     /// Take from this host what Moxlet made on it: bridge, masquerading, ip_forward, mounts, and files if asked for.
@@ -60,7 +85,7 @@ pub(crate) enum Command {
 #[derive(Debug, Args, Default)]
 pub(crate) struct UninstallArgs {
     #[command(flatten)]
-    pub(crate) common: CommonArgs,
+    pub(crate) host: HostArgs,
     /// Also delete the root directory: images on OverlayFS, logs, keys. A ZFS dataset is left
     #[arg(long)]
     pub(crate) delete_files: bool,
@@ -68,13 +93,26 @@ pub(crate) struct UninstallArgs {
 
 /// What every program of Moxlet takes.
 #[derive(Debug, Args, Default)]
-pub(crate) struct CommonArgs {
+pub(crate) struct ProgramArgs {
     /// Configuration file (TOML). A key that it does not know is an error.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Everything that Moxlet keeps lies below this directory [default: /var/lib/moxlet]
     #[arg(long, value_name = "DIR")]
     pub(crate) root_dir: Option<PathBuf>,
+    /// How log lines look
+    #[arg(long, value_enum)]
+    pub(crate) log_format: Option<LogFormat>,
+    /// What is logged: error, warn, info, debug, trace, or a filter like `info,moxlet_agent=debug`
+    #[arg(long, value_name = "FILTER", env = "MOXLET_LOG")]
+    pub(crate) log: Option<String>,
+}
+
+/// What is said of a host of pods.
+#[derive(Debug, Args, Default)]
+pub(crate) struct HostArgs {
+    #[command(flatten)]
+    pub(crate) program: ProgramArgs,
     /// Where the CRI socket is served [default: run/agent.sock below the root directory]
     #[arg(long, value_name = "PATH")]
     pub(crate) cri_socket: Option<PathBuf>,
@@ -84,19 +122,11 @@ pub(crate) struct CommonArgs {
     /// Also stop the pods when Moxlet is stopped (otherwise they keep running)
     #[arg(long)]
     pub(crate) stop_pods: bool,
-    /// How log lines look
-    #[arg(long, value_enum)]
-    pub(crate) log_format: Option<LogFormat>,
-    /// What is logged: error, warn, info, debug, trace, or a filter like `info,moxlet_agent=debug`
-    #[arg(long, value_name = "FILTER", env = "MOXLET_LOG")]
-    pub(crate) log: Option<String>,
 }
 
-/// What `moxlet up` takes on top.
+/// What is said of a node.
 #[derive(Debug, Args, Default)]
-pub(crate) struct UpArgs {
-    #[command(flatten)]
-    pub(crate) common: CommonArgs,
+pub(crate) struct KubeletArgs {
     /// Name of the Node object [default: this machine's host name]
     #[arg(long, value_name = "NAME")]
     pub(crate) node_name: Option<String>,
@@ -109,15 +139,60 @@ pub(crate) struct UpArgs {
     /// A kubeconfig with a bootstrap token: Moxlet asks for a certificate of its own with it, once
     #[arg(long, value_name = "FILE")]
     pub(crate) bootstrap_kubeconfig: Option<PathBuf>,
-    /// Folder of pod manifests (YAML or JSON) to run on this machine, with or without a cluster
+    /// Folder of pod manifests (YAML or JSON) to run, with or without a cluster
     #[arg(long, value_name = "DIR")]
     pub(crate) static_pod_dir: Option<PathBuf>,
     /// Address and port of the kubelet API [default: 0.0.0.0:10250]
     #[arg(long, value_name = "ADDR:PORT")]
-    pub(crate) listen: Option<std::net::SocketAddr>,
+    pub(crate) listen: Option<SocketAddr>,
     /// The node's address, where the machine has several
     #[arg(long, value_name = "IP")]
     pub(crate) node_ip: Option<IpAddr>,
+}
+
+/// What `moxlet up` takes.
+#[derive(Debug, Args, Default)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    #[command(flatten)]
+    pub(crate) kubelet: KubeletArgs,
+}
+
+/// What `moxlet node` takes.
+#[derive(Debug, Args, Default)]
+pub(crate) struct NodeArgs {
+    #[command(flatten)]
+    pub(crate) program: ProgramArgs,
+    #[command(flatten)]
+    pub(crate) kubelet: KubeletArgs,
+    /// Where the agent is: unix:///PATH or https://HOST:PORT [default: run/agent.sock below the root directory]
+    #[arg(long, value_name = "URL")]
+    pub(crate) agent_endpoint: Option<Endpoint>,
+}
+
+/// What `moxlet agent` takes.
+#[derive(Debug, Args, Default)]
+pub(crate) struct AgentArgs {
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    /// Also serve a node on another machine, at this address; needs link_certificate_file and the like in the file
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) agent_listen: Option<SocketAddr>,
+}
+
+/// What `moxlet certificates` takes.
+#[derive(Debug, Args)]
+pub(crate) struct CertificatesArgs {
+    /// Where they are written; keep it: it holds the authority's key
+    #[arg(long, value_name = "DIR", default_value = "/etc/moxlet/link")]
+    pub(crate) dir: PathBuf,
+    /// The names and addresses by which the node reaches an agent; its files are named after the first. May be given several times
+    #[arg(long = "agent", value_name = "NAME[,NAME…]")]
+    pub(crate) agents: Vec<String>,
+    /// How long node's and agents' certificates last, in days
+    #[arg(long, value_name = "N", default_value_t = 825, value_parser = clap::value_parser!(u32).range(91..=3650))]
+    pub(crate) days: u32,
 }
 
 /// The look of log lines.
@@ -142,10 +217,24 @@ mod tests {
 
     #[test]
     fn a_kubeconfig_of_the_command_line_is_known_as_such() {
-        for words in [&["moxlet", "up", "--kubeconfig", "/k"][..], &["moxlet", "up", "--kubeconfig=/k"]] {
-            let Command::Up(up) = Cli::read(words).unwrap().command else { panic!("{words:?}") };
-            assert_eq!(up.kubeconfig_source, Some(ValueSource::CommandLine));
+        for program in ["up", "node"] {
+            for words in
+                [&["moxlet", program, "--kubeconfig", "/k"][..], &["moxlet", program, "--kubeconfig=/k"]]
+            {
+                let command = Cli::read(words).unwrap().command;
+                let (Command::Up(UpArgs { kubelet, .. }) | Command::Node(NodeArgs { kubelet, .. })) = command
+                else {
+                    panic!("{words:?}")
+                };
+                assert_eq!(kubelet.kubeconfig_source, Some(ValueSource::CommandLine));
+            }
+            assert!(Cli::read(["moxlet", program, "--kubeconfigs=/k"]).is_err());
         }
-        assert!(Cli::read(["moxlet", "up", "--kubeconfigs=/k"]).is_err());
+    }
+
+    #[test]
+    fn an_endpoint_that_is_none_is_refused_at_once() {
+        let error = Cli::read(["moxlet", "node", "--agent-endpoint", "pve1:10353"]).unwrap_err().to_string();
+        assert!(error.contains("https://HOST:PORT"), "{error}");
     }
 }

@@ -11,10 +11,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::parser::ValueSource;
+use moxlet_cri::link::{CertificateFiles, Endpoint};
 use serde::Deserialize;
 
 use crate::{
-    cli::{CommonArgs, LogFormat, UpArgs},
+    cli::{AgentArgs, HostArgs, KubeletArgs, LogFormat, NodeArgs, ProgramArgs, UpArgs},
     duration::Span,
     pve_config::Pve,
 };
@@ -42,6 +43,17 @@ pub(crate) enum Storage {
     Overlay,
     /// ZFS, in the dataset that `zfs_dataset` names.
     Zfs,
+}
+
+/// Which program reads the configuration. One file may serve several: each reads the keys that are its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Node and agent in one process.
+    Up,
+    /// The node alone.
+    Node,
+    /// The agent alone.
+    Agent,
 }
 
 /// The file's keys, as written.
@@ -78,6 +90,13 @@ pub(crate) struct Config {
     #[serde(deserialize_with = "pressure_thresholds")]
     pub(crate) pressure_thresholds: moxlet_node::PressureThresholds,
     pub(crate) image_prefetch_max_bytes: u64,
+
+    #[serde(deserialize_with = "endpoint")]
+    pub(crate) agent_endpoint: Option<Endpoint>,
+    pub(crate) agent_listen: Option<SocketAddr>,
+    pub(crate) link_certificate_file: Option<PathBuf>,
+    pub(crate) link_key_file: Option<PathBuf>,
+    pub(crate) link_ca_file: Option<PathBuf>,
 
     pub(crate) cri_socket: Option<PathBuf>,
     pub(crate) stream_listen: Option<SocketAddr>,
@@ -127,6 +146,11 @@ impl Default for Config {
             image_maximum_gc_age: None,
             pressure_thresholds: moxlet_node::PressureThresholds::default(),
             image_prefetch_max_bytes: moxlet_agent::Config::default().image_prefetch_max_bytes,
+            agent_endpoint: None,
+            agent_listen: None,
+            link_certificate_file: None,
+            link_key_file: None,
+            link_ca_file: None,
             cri_socket: None,
             stream_listen: None,
             init_binary: None,
@@ -147,20 +171,64 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads the file named by `--config` (or none) and lays the flags over it.
+    /// The configuration of `moxlet up`: file and flags.
     ///
     /// # Errors
     /// The file cannot be read, is over 1 MiB, or has a bad key; the message names file, line and key.
-    pub(crate) fn load(common: &CommonArgs, up: Option<&UpArgs>) -> Result<Self> {
-        let mut config = match &common.config {
+    pub(crate) fn up(args: &UpArgs) -> Result<Self> {
+        let mut config = Self::of_program(&args.host.program)?;
+        config.override_host(&args.host);
+        config.override_kubelet(&args.kubelet);
+        config.checked(Role::Up)
+    }
+
+    /// That of `moxlet node`.
+    ///
+    /// # Errors
+    /// As of [`Self::up`].
+    pub(crate) fn node(args: &NodeArgs) -> Result<Self> {
+        let mut config = Self::of_program(&args.program)?;
+        config.override_kubelet(&args.kubelet);
+        if args.agent_endpoint.is_some() {
+            config.agent_endpoint.clone_from(&args.agent_endpoint);
+        }
+        config.checked(Role::Node)
+    }
+
+    /// That of `moxlet agent`.
+    ///
+    /// # Errors
+    /// As of [`Self::up`].
+    pub(crate) fn agent(args: &AgentArgs) -> Result<Self> {
+        let mut config = Self::of_program(&args.host.program)?;
+        config.override_host(&args.host);
+        if args.agent_listen.is_some() {
+            config.agent_listen = args.agent_listen;
+        }
+        config.checked(Role::Agent)
+    }
+
+    /// That of the agent which ran on this host, for a program that works on what it left.
+    ///
+    /// # Errors
+    /// As of [`Self::up`].
+    pub(crate) fn host(args: &HostArgs) -> Result<Self> {
+        let mut config = Self::of_program(&args.program)?;
+        config.override_host(args);
+        // Whether it ran with a node in it or without is the same to what it left.
+        config.agent_listen = None;
+        config.checked(Role::Agent)
+    }
+
+    /// Reads the file named by `--config` (or none) and lays the flags of every program over it.
+    fn of_program(flags: &ProgramArgs) -> Result<Self> {
+        let mut config = match &flags.config {
             Some(path) => Self::read(path)?,
             None => Self::default(),
         };
-        config.override_common(common);
-        if let Some(up) = up {
-            config.override_up(up);
-        }
-        config.check()?;
+        set(&mut config.root_dir, flags.root_dir.clone());
+        set(&mut config.log, flags.log.clone());
+        set(&mut config.log_format, flags.log_format);
         Ok(config)
     }
 
@@ -183,10 +251,7 @@ impl Config {
         })
     }
 
-    fn override_common(&mut self, flags: &CommonArgs) {
-        set(&mut self.root_dir, flags.root_dir.clone());
-        set(&mut self.log, flags.log.clone());
-        set(&mut self.log_format, flags.log_format);
+    fn override_host(&mut self, flags: &HostArgs) {
         if flags.cri_socket.is_some() {
             self.cri_socket.clone_from(&flags.cri_socket);
         }
@@ -194,7 +259,7 @@ impl Config {
         self.stop_pods |= flags.stop_pods;
     }
 
-    fn override_up(&mut self, flags: &UpArgs) {
+    fn override_kubelet(&mut self, flags: &KubeletArgs) {
         for (key, flag) in [
             (&mut self.bootstrap_kubeconfig, &flags.bootstrap_kubeconfig),
             (&mut self.static_pod_dir, &flags.static_pod_dir),
@@ -218,27 +283,46 @@ impl Config {
         }
     }
 
-    fn check(&self) -> Result<()> {
+    fn checked(self, role: Role) -> Result<Self> {
         if !self.root_dir.is_absolute() {
             bail!("root_dir {} is not an absolute path", self.root_dir.display());
         }
-        for (key, path) in [
-            ("kubeconfig", &self.kubeconfig),
-            ("bootstrap_kubeconfig", &self.bootstrap_kubeconfig),
-            ("client_ca_file", &self.client_ca_file),
-            ("static_pod_dir", &self.static_pod_dir),
-            ("init_binary", &self.init_binary),
-            ("cni_conf_dir", &self.cni_conf_dir),
-            ("registry_config_dir", &self.registry_config_dir),
-            ("docker_config", &self.docker_config),
-        ] {
-            let Some(path) = path else { continue };
-            // A node's own kubeconfig may not exist before the bootstrap has written it.
-            let made_later = key == "kubeconfig" && self.bootstrap_kubeconfig.is_some();
-            if !made_later && !path.exists() {
-                bail!("{key}: {} does not exist", path.display());
-            }
+        if role != Role::Agent {
+            self.check_node()?;
         }
+        if role != Role::Node {
+            self.check_agent()?;
+        }
+        self.check_link(role)?;
+        Ok(self)
+    }
+
+    /// What the node reads.
+    fn check_node(&self) -> Result<()> {
+        // A node's own kubeconfig may not exist before the bootstrap has written it.
+        let made_later = self.bootstrap_kubeconfig.is_some();
+        must_exist("kubeconfig", self.kubeconfig.as_deref().filter(|_| !made_later))?;
+        must_exist("bootstrap_kubeconfig", self.bootstrap_kubeconfig.as_deref())?;
+        must_exist("client_ca_file", self.client_ca_file.as_deref())?;
+        must_exist("static_pod_dir", self.static_pod_dir.as_deref())?;
+        let (low, high) = (self.image_gc_low_threshold_percent, self.image_gc_high_threshold_percent);
+        if high > 100 || low > high {
+            bail!(
+                "image_gc_high_threshold_percent ({high}) must be at most 100 and image_gc_low_threshold_percent ({low}) not above it"
+            );
+        }
+        if self.max_pods == 0 {
+            bail!("max_pods must be at least 1");
+        }
+        Ok(())
+    }
+
+    /// What the agent reads.
+    fn check_agent(&self) -> Result<()> {
+        must_exist("init_binary", self.init_binary.as_deref())?;
+        must_exist("cni_conf_dir", self.cni_conf_dir.as_deref())?;
+        must_exist("registry_config_dir", self.registry_config_dir.as_deref())?;
+        must_exist("docker_config", self.docker_config.as_deref())?;
         match (self.storage, &self.zfs_dataset) {
             (Storage::Zfs, None) => {
                 bail!("storage = \"zfs\" needs zfs_dataset, such as zfs_dataset = \"rpool/moxlet\"");
@@ -259,16 +343,55 @@ impl Config {
         if self.container_log_max_files < 2 {
             bail!("container_log_max_files must be at least 2, as the kubelet's containerLogMaxFiles");
         }
-        let (low, high) = (self.image_gc_low_threshold_percent, self.image_gc_high_threshold_percent);
-        if high > 100 || low > high {
+        Ok(())
+    }
+
+    /// What node and agent read of the link between them.
+    fn check_link(&self, role: Role) -> Result<()> {
+        match role {
+            Role::Up if self.agent_listen.is_some() || self.agent_endpoint.is_some() => bail!(
+                "agent_listen and agent_endpoint are for node and agent apart (`moxlet node`, `moxlet agent`); with `moxlet up` they \
+                 are one process"
+            ),
+            Role::Agent if self.agent_listen.is_some() => self.need_link_files("agent_listen"),
+            Role::Node if matches!(self.agent_endpoint, Some(Endpoint::Tls { .. })) => {
+                self.need_link_files("an agent_endpoint of https://")
+            }
+            _ => self.link_files().map(drop),
+        }
+    }
+
+    fn need_link_files(&self, what: &str) -> Result<()> {
+        if self.link_files()?.is_none() {
             bail!(
-                "image_gc_high_threshold_percent ({high}) must be at most 100 and image_gc_low_threshold_percent ({low}) not above it"
+                "{what} needs link_certificate_file, link_key_file and link_ca_file, by which node and agent know one another \
+                 (`moxlet certificates` makes them)"
             );
         }
-        if self.max_pods == 0 {
-            bail!("max_pods must be at least 1");
-        }
         Ok(())
+    }
+
+    /// What this program proves itself with on the link.
+    ///
+    /// # Errors
+    /// Some of the three files are given, and not all.
+    pub(crate) fn link_files(&self) -> Result<Option<CertificateFiles>> {
+        match (&self.link_certificate_file, &self.link_key_file, &self.link_ca_file) {
+            (Some(certificate), Some(key), Some(ca)) => Ok(Some(CertificateFiles {
+                certificate: certificate.clone(),
+                key: key.clone(),
+                ca: ca.clone(),
+            })),
+            (None, None, None) => Ok(None),
+            _ => bail!(
+                "link_certificate_file, link_key_file and link_ca_file belong together: give all three or none"
+            ),
+        }
+    }
+
+    /// Where the node finds its agent.
+    pub(crate) fn agent_endpoint(&self) -> Endpoint {
+        self.agent_endpoint.clone().unwrap_or_else(|| Endpoint::Unix(self.cri_socket()))
     }
 
     /// Where the CRI socket is served.
@@ -283,6 +406,19 @@ fn set<T>(key: &mut T, flag: Option<T>) {
     }
 }
 
+/// A file that a key names must be there.
+fn must_exist(key: &str, path: Option<&Path>) -> Result<()> {
+    match path {
+        Some(path) if !path.exists() => bail!("{key}: {} does not exist", path.display()),
+        _ => Ok(()),
+    }
+}
+
+fn endpoint<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Endpoint>, D::Error> {
+    let text = <String as serde::Deserialize>::deserialize(from)?;
+    text.parse().map(Some).map_err(serde::de::Error::custom)
+}
+
 /// A table of signals and thresholds, over the kubelet's defaults.
 fn pressure_thresholds<'de, D: serde::Deserializer<'de>>(
     from: D,
@@ -293,96 +429,4 @@ fn pressure_thresholds<'de, D: serde::Deserializer<'de>>(
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use std::io::Write;
-
-    use super::*;
-
-    fn load(text: &str) -> Result<Config> {
-        let path =
-            std::env::temp_dir().join(format!("moxlet-config-{}-{:x}", std::process::id(), text.len()));
-        std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
-        let loaded = Config::load(&CommonArgs { config: Some(path.clone()), ..CommonArgs::default() }, None);
-        std::fs::remove_file(path).unwrap();
-        loaded
-    }
-
-    #[test]
-    fn an_empty_file_gives_the_defaults() {
-        assert_eq!(load("").unwrap().listen.port(), 10250);
-    }
-
-    #[test]
-    fn a_file_that_is_too_large_is_refused_also_where_it_has_no_size() {
-        let line = "# a comment of 32 bytes for once\n";
-        let error = load(&line.repeat(40_000)).unwrap_err().to_string();
-        assert!(error.contains("1048576 bytes"), "{error}");
-        let error = Config::read(Path::new("/dev/zero")).unwrap_err().to_string();
-        assert!(error.contains("/dev/zero") && error.contains("1048576 bytes"), "{error}");
-    }
-
-    #[test]
-    fn the_environments_kubeconfig_gives_way_to_what_is_said_to_moxlet_itself() {
-        let mut up = UpArgs { kubeconfig: Some("/env".into()), ..UpArgs::default() };
-        up.kubeconfig_source = Some(ValueSource::EnvVariable);
-        let over = |config: &Config, up: &UpArgs| {
-            let mut config = config.clone();
-            config.override_up(up);
-            config.kubeconfig
-        };
-        let (nothing, mut file) = (Config::default(), Config::default());
-        assert_eq!(over(&nothing, &up), Some("/env".into()));
-        file.kubeconfig = Some("/file".into());
-        assert_eq!(over(&file, &up), Some("/file".into()));
-        up.kubeconfig_source = Some(ValueSource::CommandLine);
-        assert_eq!(over(&file, &up), Some("/env".into()));
-        up.kubeconfig_source = Some(ValueSource::EnvVariable);
-        up.bootstrap_kubeconfig = Some("/join".into());
-        assert_eq!(over(&nothing, &up), None, "a bootstrap's identity is kept elsewhere");
-    }
-
-    #[test]
-    fn an_unknown_key_is_named_with_its_line() {
-        let error = load("max_pods = 10\n\nmax_podz = 11\n").unwrap_err().to_string();
-        assert!(error.contains("line 3") && error.contains("max_podz"), "{error}");
-    }
-
-    #[test]
-    fn a_value_of_the_wrong_type_is_named_with_its_line() {
-        let error = load("root_dir = \"/x\"\nmax_pods = \"many\"\n").unwrap_err().to_string();
-        assert!(error.contains("line 2"), "{error}");
-    }
-
-    #[test]
-    fn a_file_that_does_not_exist_is_named_with_its_key() {
-        for key in ["client_ca_file", "docker_config", "registry_config_dir"] {
-            let error = load(&format!("{key} = \"/nonexistent/file\"")).unwrap_err().to_string();
-            assert!(error.contains(key) && error.contains("/nonexistent/file"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_store_on_zfs_needs_its_dataset_and_only_that_one_does() {
-        let error = load("storage = \"zfs\"").unwrap_err().to_string();
-        assert!(error.contains("zfs_dataset"), "{error}");
-        let error = load("zfs_dataset = \"rpool/moxlet\"").unwrap_err().to_string();
-        assert!(error.contains("storage"), "{error}");
-        let config = load("storage = \"zfs\"\nzfs_dataset = \"rpool/moxlet\"\n").unwrap();
-        assert_eq!((config.storage, config.zfs_dataset.as_deref()), (Storage::Zfs, Some("rpool/moxlet")));
-        let error = load("container_root_quota = 0").unwrap_err().to_string();
-        assert!(error.contains("container_root_quota"), "{error}");
-    }
-
-    #[test]
-    fn the_reference_lists_every_key() {
-        let reference = include_str!("../../../docs/configuration.md");
-        let source = include_str!("config.rs");
-        let (_, body) = source.split_once("pub(crate) struct Config {").unwrap();
-        let (body, _) = body.split_once("\n}\n").unwrap();
-        for line in body.lines().filter_map(|l| l.trim().strip_prefix("pub(crate) ")) {
-            let key = line.split(':').next().unwrap();
-            assert!(reference.contains(&format!("| `{key}` |")), "docs/configuration.md does not list {key}");
-        }
-    }
-}
+mod tests;

@@ -206,38 +206,49 @@ mod tests {
         assert!(error.contains("/nonexistent/t") && error.contains("pveum user token add"), "{error}");
     }
 
-    const UNIT: &str = include_str!("../../../manifests/systemd/moxlet.service");
+    const BOTH: &str = include_str!("../../../manifests/systemd/moxlet.service");
+    const AGENT: &str = include_str!("../../../manifests/systemd/moxlet-agent.service");
+    const NODE: &str = include_str!("../../../manifests/systemd/moxlet-node.service");
 
-    fn unit() -> impl Iterator<Item = &'static str> {
-        UNIT.lines().filter(|l| !l.starts_with('#'))
+    fn directives(unit: &str) -> impl Iterator<Item = &str> {
+        unit.lines().filter(|l| !l.starts_with('#'))
+    }
+
+    fn command(unit: &str) -> crate::cli::Command {
+        let line = directives(unit).find_map(|l| l.strip_prefix("ExecStart=")).unwrap();
+        crate::cli::Cli::read(line.split(' ')).unwrap().command
     }
 
     #[test]
-    fn the_unit_stops_before_the_hosts_guests_and_has_no_mounts_of_its_own() {
-        let after = unit().find_map(|l| l.strip_prefix("After=")).unwrap();
-        assert!(after.split(' ').any(|u| u == "pve-guests.service"), "{after}");
-        for word in ["Private", "Protect", "Paths=", "RootDirectory", "DynamicUser"] {
-            assert!(unit().all(|l| !l.contains(word)), "{word}");
+    fn units_with_pods_stop_before_the_hosts_guests_and_have_no_mounts_of_their_own() {
+        for unit in [BOTH, AGENT] {
+            let after = directives(unit).find_map(|l| l.strip_prefix("After=")).unwrap();
+            assert!(after.split(' ').any(|u| u == "pve-guests.service"), "{after}");
+            for word in ["Private", "Protect", "Paths=", "RootDirectory", "DynamicUser"] {
+                assert!(directives(unit).all(|l| !l.contains(word)), "{word}");
+            }
+            assert!(directives(unit).any(|l| l == "KillMode=process"), "pods outlive the agent");
         }
-        assert!(unit().any(|l| l == "KillMode=process"), "pods outlive the agent");
     }
 
     #[test]
-    fn the_unit_runs_a_node_and_outlives_the_clusters_file_system() {
-        use clap::Parser as _;
+    fn units_run_what_they_are_called_after_and_outlive_the_clusters_file_system() {
+        use crate::cli::Command;
 
-        let command = unit().find_map(|l| l.strip_prefix("ExecStart=")).unwrap();
-        let cli = crate::cli::Cli::try_parse_from(command.split(' ')).unwrap();
-        assert!(matches!(cli.command, crate::cli::Command::Up(_)), "an agent alone makes no Node: {command}");
-        for bond in ["Requires=", "Requisite=", "BindsTo=", "PartOf="] {
-            assert!(
-                unit().all(|l| !l.starts_with(bond)),
-                "a stop of what it names would stop Moxlet: {bond}"
-            );
+        assert!(matches!(command(BOTH), Command::Up(_)), "an agent alone makes no Node");
+        assert!(matches!(command(AGENT), Command::Agent(_)));
+        assert!(matches!(command(NODE), Command::Node(_)));
+        for unit in [BOTH, AGENT, NODE] {
+            for bond in ["Requires=", "Requisite=", "BindsTo=", "PartOf="] {
+                assert!(
+                    directives(unit).all(|l| !l.starts_with(bond)),
+                    "a stop of what it names would stop Moxlet: {bond}"
+                );
+            }
+            let (head, _) = unit.split_once("[Service]").unwrap();
+            assert!(head.lines().any(|l| l == "StartLimitIntervalSec=0"), "a host's /etc/pve may come late");
+            assert!(directives(unit).any(|l| l == "Restart=on-failure"));
         }
-        let (head, _) = UNIT.split_once("[Service]").unwrap();
-        assert!(head.lines().any(|l| l == "StartLimitIntervalSec=0"), "a host's /etc/pve may come late");
-        assert!(unit().any(|l| l == "Restart=on-failure"));
     }
 
     #[test]

@@ -3,13 +3,14 @@
 use std::{fs::File, os::unix::fs::DirBuilderExt, path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail};
+use moxlet_cri::link::Endpoint;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use crate::{
-    cli::{CommonArgs, LogFormat, UpArgs},
-    config::Config,
+    cli::LogFormat,
+    config::{Config, Role},
     memory, preflight,
 };
 
@@ -19,19 +20,20 @@ const STOP_PODS_GRACE: Duration = Duration::from_secs(30);
 /// Range of the pods of a machine without a cluster.
 const ALONE_CIDR: &str = "10.244.0.0/24";
 
-/// Runs agent and, with `up`, node, until a signal ends them.
+/// Runs agent, node or both until a signal ends them.
 ///
 /// # Errors
 /// Whatever kept it from starting, or ended it, in words for the person at the terminal.
-pub(crate) fn main(common: &CommonArgs, up: Option<&UpArgs>) -> Result<()> {
-    let (config, with_node) = (Config::load(common, up)?, up.is_some());
+pub(crate) fn main(config: Config, role: Role) -> Result<()> {
     init_logs(&config)?;
-    preflight::check(&config)?;
+    if role != Role::Node {
+        preflight::check(&config)?;
+    }
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         bail!("another TLS provider was installed before ring");
     }
-    let _lock = lock(&config.root_dir)?;
-    if with_node {
+    let _locks = lock(&config.root_dir, role)?;
+    if role != Role::Agent {
         preflight::can_listen(config.listen)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -41,7 +43,7 @@ pub(crate) fn main(common: &CommonArgs, up: Option<&UpArgs>) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let outcome = runtime.block_on(serve(config, with_node));
+    let outcome = runtime.block_on(serve(config, role));
     // A thread that hangs in the kernel must not keep the program.
     runtime.shutdown_timeout(Duration::from_secs(2));
     outcome
@@ -62,23 +64,31 @@ pub(crate) fn init_logs(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Makes `root_dir` and takes its lock: two programs on one directory would undo each other's work.
+/// Makes `root_dir` and takes its locks: two agents, or two nodes, on one directory would undo each other's work.
 ///
 /// # Errors
-/// It cannot be made, or another program has the lock.
-pub(crate) fn lock(root: &Path) -> Result<File> {
+/// It cannot be made, or another program has a lock.
+pub(crate) fn lock(root: &Path, role: Role) -> Result<Vec<File>> {
+    let names: &[&str] = match role {
+        Role::Up => &["moxlet.lock", "moxlet-node.lock"],
+        Role::Agent => &["moxlet.lock"],
+        Role::Node => &["moxlet-node.lock"],
+    };
     let run = root.join("run");
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o711)
         .create(&run)
         .with_context(|| format!("cannot make {}", run.display()))?;
-    let path = run.join("moxlet.lock");
+    names.iter().map(|name| take_lock(root, &run.join(name))).collect()
+}
+
+fn take_lock(root: &Path, path: &Path) -> Result<File> {
     let file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
-        .open(&path)
+        .open(path)
         .with_context(|| format!("cannot open {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -93,39 +103,52 @@ pub(crate) fn lock(root: &Path) -> Result<File> {
     }
 }
 
-async fn serve(config: Config, with_node: bool) -> Result<()> {
+async fn serve(config: Config, role: Role) -> Result<()> {
     let stop = CancellationToken::new();
     let signals = tokio::spawn(watch_signals(stop.clone()));
     let ended = CancellationToken::new();
     let small = tokio::spawn(memory::keep_small(ended.clone()));
+    let outcome = match role {
+        Role::Node => node(&config, config.agent_endpoint(), &stop).await,
+        Role::Agent | Role::Up => agent(&config, role, &stop).await,
+    };
+    ended.cancel();
+    let _ = small.await;
+    signals.abort();
+    info!("stopped");
+    outcome
+}
+
+/// Runs the agent, and with `up` the node, until they are stopped.
+async fn agent(config: &Config, role: Role, stop: &CancellationToken) -> Result<()> {
     // The agent outlives the node: a node that stops still talks to it.
     let agent_stop = CancellationToken::new();
-    let agent = moxlet_agent::Agent::start(agent_config(&config, with_node)?, agent_stop.clone())
+    let agent = moxlet_agent::Agent::start(agent_config(config, role)?, agent_stop.clone())
         .await
         .context("the agent could not start")?;
     info!(socket = %config.cri_socket().display(), "agent ready");
-
-    let outcome = if with_node {
-        moxlet_node::run(node_config(&config, &agent.cri_endpoint()), stop.clone())
-            .await
-            .context("the node stopped")
+    let outcome = if role == Role::Up {
+        node(config, Endpoint::Unix(config.cri_socket()), stop).await
     } else {
         stop.cancelled().await;
         Ok(())
     };
-    if let Err(error) = &outcome {
-        error!(error = %format!("{error:#}"), "node failed");
-    }
     if config.stop_pods && outcome.is_ok() {
         info!("stopping all pods");
         agent.stop_pods(STOP_PODS_GRACE).await;
     }
     agent_stop.cancel();
     agent.join().await;
-    ended.cancel();
-    let _ = small.await;
-    signals.abort();
-    info!("stopped");
+    outcome
+}
+
+/// Runs the node until it is stopped.
+async fn node(config: &Config, endpoint: Endpoint, stop: &CancellationToken) -> Result<()> {
+    let outcome = moxlet_node::run(node_config(config, endpoint)?, stop.clone()).await;
+    let outcome = outcome.context("the node stopped");
+    if let Err(error) = &outcome {
+        error!(error = %format!("{error:#}"), "node failed");
+    }
     outcome
 }
 
@@ -161,7 +184,7 @@ fn alone(config: &Config) -> bool {
 ///
 /// # Errors
 /// Keys of `[pve]` contradict one another.
-pub(crate) fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_agent::Config> {
+pub(crate) fn agent_config(config: &Config, role: Role) -> Result<moxlet_agent::Config> {
     let engine = match config.engine {
         crate::config::Engine::Lxc => moxlet_agent::EngineSettings::Lxc,
         crate::config::Engine::Pve => {
@@ -173,11 +196,16 @@ pub(crate) fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_ag
         // Checked when the configuration was read.
         _ => moxlet_agent::Storage::Overlay,
     };
+    let link = match (config.agent_listen, config.link_files()?) {
+        (Some(listen), Some(files)) => Some(moxlet_agent::LinkSettings { listen, files }),
+        _ => None,
+    };
     let defaults = moxlet_agent::Config::default();
     Ok(moxlet_agent::Config {
         root_dir: config.root_dir.clone(),
         cri_socket: config.cri_socket(),
         stream_listen: config.stream_listen.or(defaults.stream_listen),
+        link,
         init_binary: config.init_binary.clone(),
         engine,
         storage,
@@ -186,7 +214,7 @@ pub(crate) fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_ag
         pod_cidr: config
             .pod_cidr
             .clone()
-            .or_else(|| (with_node && alone(config)).then(|| ALONE_CIDR.to_owned())),
+            .or_else(|| (role == Role::Up && alone(config)).then(|| ALONE_CIDR.to_owned())),
         cni: moxlet_agent::CniSettings {
             use_host_conf: config.cni_conf_dir.clone(),
             bin_dirs: config.cni_bin_dirs.clone(),
@@ -204,11 +232,12 @@ pub(crate) fn agent_config(config: &Config, with_node: bool) -> Result<moxlet_ag
     })
 }
 
-fn node_config(config: &Config, endpoint: &str) -> moxlet_node::Config {
+fn node_config(config: &Config, endpoint: Endpoint) -> Result<moxlet_node::Config> {
     let defaults = moxlet_node::Config::default();
-    moxlet_node::Config {
+    Ok(moxlet_node::Config {
         node_name: config.node_name.clone().unwrap_or(defaults.node_name),
-        agent_endpoint: endpoint.to_owned(),
+        agent_endpoint: endpoint,
+        link_files: config.link_files()?,
         kubeconfig: config.kubeconfig.clone(),
         bootstrap_kubeconfig: config.bootstrap_kubeconfig.clone(),
         client_ca_file: config.client_ca_file.clone(),
@@ -229,5 +258,5 @@ fn node_config(config: &Config, endpoint: &str) -> moxlet_node::Config {
         cluster_dns: config.cluster_dns.clone(),
         cluster_domain: config.cluster_domain.clone(),
         ..defaults
-    }
+    })
 }

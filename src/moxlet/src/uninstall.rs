@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     cli::UninstallArgs,
-    config::{Config, Engine},
+    config::{Config, Engine, Role},
     run,
 };
 
@@ -13,7 +13,7 @@ use crate::{
 /// # Errors
 /// A Moxlet runs, pods are left, or something could not be taken down.
 pub(crate) fn main(args: &UninstallArgs) -> Result<()> {
-    let config = Config::load(&args.common, None)?;
+    let config = Config::host(&args.host)?;
     if !rustix::process::geteuid().is_root() {
         bail!("it must run as root (try: sudo moxlet uninstall …)");
     }
@@ -22,12 +22,12 @@ pub(crate) fn main(args: &UninstallArgs) -> Result<()> {
         return Ok(());
     }
     run::init_logs(&config)?;
-    let _lock = run::lock(&config.root_dir)?;
+    let _locks = run::lock(&config.root_dir, Role::Up)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let agent = run::agent_config(&config, false)?;
+    let agent = run::agent_config(&config, Role::Agent)?;
     let steps = runtime
         .block_on(moxlet_agent::uninstall(&agent, args.delete_files))
         .context("nothing has been removed")?;

@@ -6,6 +6,8 @@ use std::{
     path::PathBuf,
 };
 
+use moxlet_cri::link::{CertificateFiles, Endpoint};
+
 use crate::pressure::PressureThresholds;
 
 /// The node's configuration.
@@ -13,8 +15,10 @@ use crate::pressure::PressureThresholds;
 pub struct Config {
     /// Name of the Node object; the host's name in lower case by default.
     pub node_name: String,
-    /// Where the agent listens: `unix:///run/moxlet/agent.sock`.
-    pub agent_endpoint: String,
+    /// Where the agent listens.
+    pub agent_endpoint: Endpoint,
+    /// What the node proves itself with at an agent on another machine, and who signs agents' certificates.
+    pub link_files: Option<CertificateFiles>,
     /// A ready identity. Without it and without a bootstrap kubeconfig only static pods run.
     pub kubeconfig: Option<PathBuf>,
     /// A kubeconfig with a bootstrap token, with which a client certificate is requested.
@@ -25,7 +29,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Where the kubelet API listens.
     pub listen: SocketAddr,
-    /// Address of the node; default: the most useful one that the agent names.
+    /// Address of the node; default: the most useful one that an agent on the same host names, and else the one from which an
+    /// agent on another machine is reached.
     pub node_ip: Option<IpAddr>,
     /// A folder of pod manifests that run without any API server.
     pub static_pod_dir: Option<PathBuf>,
@@ -79,7 +84,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             node_name: default_node_name(),
-            agent_endpoint: "unix:///run/moxlet/agent.sock".into(),
+            agent_endpoint: Endpoint::Unix(PathBuf::from("/run/moxlet/agent.sock")),
+            link_files: None,
             kubeconfig: None,
             bootstrap_kubeconfig: None,
             client_ca_file: None,

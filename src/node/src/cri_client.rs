@@ -1,15 +1,16 @@
-//! The agent behind its unix socket: CRI's two services and `moxlet.host.v1`, one method a call, errors with the call's name.
+//! The agent behind its link: CRI's two services and `moxlet.host.v1`, one method a call, errors with the call's name.
 //! Each call is counted, but streams that last: in `calls!` the second name of one is that of its metrics, the kubelet's where it has one.
 //!
 //! [`Runtime`] is what pod workers see of it, so that tests put a fake in its place.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::{StreamExt, stream::BoxStream};
 use hyper_util::rt::TokioIo;
 use moxlet_cri::{
     host::{self, host_service_client::HostServiceClient, image_store_client::ImageStoreClient},
+    link::{self, Connector, Protocol},
     v1::{self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient},
 };
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -26,6 +27,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long a garbage collection may take: layers of many files go file by file.
 const GARBAGE_TIMEOUT: Duration = Duration::from_secs(1800);
+
+/// How often an agent on another machine is asked whether it is there, and how long its answer may take.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// A channel to the agent; it connects when first used and again when lost.
 #[derive(Clone)]
@@ -218,24 +222,24 @@ pub(crate) mod fake {
 }
 
 impl Agent {
-    /// The agent at a `unix://` endpoint.
-    pub(crate) fn new(endpoint: &str) -> Result<Self> {
-        let Some(path) = endpoint.strip_prefix("unix://").map(PathBuf::from) else {
-            return Err(Error::Config {
-                key: "agent_endpoint",
-                reason: format!("{endpoint} is no unix:// endpoint"),
-            });
+    /// The agent that a connector leads to.
+    pub(crate) fn new(connector: Connector) -> Self {
+        let endpoint = match connector.endpoint() {
+            link::Endpoint::Unix(_) => Endpoint::from_static("http://agent.invalid"),
+            // A host that is gone without a word would hold each call until its end, and a stream for ever.
+            link::Endpoint::Tls { .. } => Endpoint::from_static("http://agent.invalid")
+                .http2_keep_alive_interval(KEEP_ALIVE)
+                .keep_alive_timeout(KEEP_ALIVE)
+                .keep_alive_while_idle(true),
         };
-        let channel =
-            Endpoint::from_static("http://agent.invalid").connect_with_connector_lazy(tower::service_fn(
-                move |_: Uri| {
-                    let path = path.clone();
-                    async move {
-                        Ok::<_, std::io::Error>(TokioIo::new(tokio::net::UnixStream::connect(path).await?))
-                    }
-                },
-            ));
-        Ok(Self { channel })
+        let channel = endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+            let connector = connector.clone();
+            async move {
+                let connection = connector.connect(Protocol::Grpc).await.map_err(std::io::Error::from)?;
+                Ok::<_, std::io::Error>(TokioIo::new(connection))
+            }
+        }));
+        Self { channel }
     }
 
     /// The channel itself, for the kubelet API.
@@ -309,7 +313,8 @@ mod tests {
     async fn each_call_is_counted_under_the_kubelets_name() {
         metrics::install();
         let dir = tempfile::tempdir().unwrap();
-        let agent = Agent::new(&format!("unix://{}", dir.path().join("nobody.sock").display())).unwrap();
+        let nobody = link::Endpoint::Unix(dir.path().join("nobody.sock"));
+        let agent = Agent::new(Connector::new(nobody, None).unwrap());
         agent.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap_err();
         agent.stop_container("c", 0).await.unwrap_err();
         assert!(agent.ensure_image(host::ImageEnsureRequest::default()).await.is_err());

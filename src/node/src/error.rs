@@ -16,17 +16,11 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The agent cannot be reached.
-    #[error("could not reach the agent at {endpoint}")]
-    AgentConnect {
-        /// Its endpoint.
-        endpoint: String,
-        /// Why.
-        #[source]
-        source: tonic::transport::Error,
-    },
-    /// The agent answered a call with an error.
-    #[error("{call}: {}", .status.message())]
+    /// The link to the agent.
+    #[error(transparent)]
+    Link(#[from] moxlet_cri::link::Error),
+    /// The agent answered a call with an error, or not at all.
+    #[error("{call}: {}", agent_says(.status))]
     Agent {
         /// The CRI call.
         call: &'static str,
@@ -135,6 +129,23 @@ impl Error {
             _ => None,
         }
     }
+}
+
+/// What an agent answered, or why it did not: where a connection fails, the status itself says no more than that.
+fn agent_says(status: &tonic::Status) -> String {
+    const NOTHING: &str = "transport error";
+    let mut text = status.message().to_owned();
+    let mut next = std::error::Error::source(status);
+    while let Some(cause) = next {
+        let more = cause.to_string();
+        if text == NOTHING {
+            text = more;
+        } else if more != NOTHING && !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        next = cause.source();
+    }
+    text
 }
 
 /// An error with all its causes on one line.

@@ -38,7 +38,7 @@ mod volumes;
 use std::{sync::Arc, time::Duration};
 
 use kube::Client;
-use moxlet_cri::host;
+use moxlet_cri::{host, link::Connector};
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -87,16 +87,20 @@ async fn first_info(agent: &dyn Runtime, stop: &CancellationToken) -> Option<hos
 ///
 /// # Errors
 /// When the configuration, the identity, the agent's endpoint or the API's address cannot be used.
-pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
+pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     for text in &config.register_taints {
         register::taint(text)?;
     }
     metrics::install();
     let bound = api::bind(&config).await?;
-    let agent = Agent::new(&config.agent_endpoint)?;
+    let connector = Connector::new(config.agent_endpoint.clone(), config.link_files.clone())?;
+    let agent = Agent::new(connector.clone());
     let channel = agent.channel();
     let agent: Arc<dyn Runtime> = Arc::new(agent);
     let Some(info) = first_info(agent.as_ref(), &stop).await else { return Ok(()) };
+    if config.node_ip.is_none() {
+        config.node_ip = connector.local_address().await;
+    }
     let identity = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         identity = identity::establish(&config, &stop) => identity?,
@@ -140,7 +144,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<()> {
         // The senders' last owner must outlive the manager's loop.
         drop(updates);
     });
-    let context = api::ApiContext { config, identity, registry, agent: channel };
+    let context = api::ApiContext { config, identity, registry, agent: channel, connector };
     tasks.all.spawn(api::serve(bound, context, token));
     tasks.joined().await
 }

@@ -116,7 +116,7 @@ impl HostService for Agent {
 fn node(name: &str, dir: &Path, stop: CancellationToken) -> tokio::task::JoinHandle<moxlet_node::Result<()>> {
     let config = moxlet_node::Config {
         node_name: name.to_owned(),
-        agent_endpoint: format!("unix://{}/agent.sock", dir.display()),
+        agent_endpoint: format!("unix://{}/agent.sock", dir.display()).parse().unwrap(),
         kubeconfig: Some(Cluster::get().kubeconfig.clone()),
         client_ca_file: Some(Cluster::get().dir.join("control-plane/ca.crt")),
         state_dir: dir.join("node"),

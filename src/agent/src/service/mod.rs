@@ -1,13 +1,15 @@
-//! The gRPC services of an agent on its unix socket: CRI's RuntimeService and ImageService, and `moxlet.host.v1`.
+//! The gRPC services of an agent, on its unix socket and on a port for a node elsewhere: CRI's RuntimeService and ImageService, and
+//! `moxlet.host.v1`.
 //!
 //! A file a service; each method checks its request and calls the part that does the work.
 
 mod host;
 mod images;
+mod remote;
 mod runtime;
 mod store;
 
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, stream};
 use moxlet_cri::{
@@ -15,7 +17,10 @@ use moxlet_cri::{
     v1::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
 };
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Response, Status, transport::Server};
+use tonic::{
+    Response, Status,
+    transport::{Server, server::Router},
+};
 use tracing::{error, info};
 
 use crate::{
@@ -66,26 +71,36 @@ fn selected<'a>(
     selector.iter().all(|(key, value)| label(key) == Some(value))
 }
 
+/// The services; `keep_alive` is how often a client that says nothing is asked whether it is there.
+fn router(service: Service, keep_alive: Option<Duration>) -> Router {
+    Server::builder()
+        .http2_keepalive_interval(keep_alive)
+        .http2_keepalive_timeout(keep_alive.map(|k| k / 2))
+        .add_service(RuntimeServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
+        .add_service(ImageServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
+        .add_service(
+            ImageStoreServer::new(ImageStoreService::new(service.core.images.clone()))
+                .max_decoding_message_size(MAX_REQUEST),
+        )
+        .add_service(HostServiceServer::new(service).max_decoding_message_size(MAX_REQUEST))
+}
+
 /// Serves until the agent stops.
 ///
 /// # Errors
-/// The socket cannot be made.
-pub(crate) fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result<()> {
+/// The socket cannot be made, or the port for a node elsewhere cannot be served.
+pub(crate) async fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result<()> {
     let path = core.config.cri_socket.clone();
     let listener = listen_unix(&path)?;
     let service = Service { core: core.clone(), streaming };
+    if let Some(link) = &core.config.link {
+        remote::serve(service.clone(), link).await?;
+    }
     let stop = core.stop.clone();
     core.tasks.spawn(async move {
-        let server = Server::builder()
-            .add_service(RuntimeServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
-            .add_service(ImageServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
-            .add_service(
-                ImageStoreServer::new(ImageStoreService::new(service.core.images.clone()))
-                    .max_decoding_message_size(MAX_REQUEST),
-            )
-            .add_service(HostServiceServer::new(service).max_decoding_message_size(MAX_REQUEST));
+        let served = router(service, None);
         // Streams (logs, events) end by the same token, so that nobody is waited for.
-        let served = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled());
+        let served = served.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled());
         if let Err(error) = served.await {
             error!(%error, "the CRI socket failed");
         }

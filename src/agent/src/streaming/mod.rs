@@ -3,7 +3,7 @@
 //!
 //! Two listeners serve the same paths: a unix socket for the node, which may be spoken to by root only, and a loopback TCP
 //! port for other clients of the CRI socket such as crictl, which take the URL as it stands. On that port the token is the
-//! only guard, so it cannot be guessed and cannot be used twice.
+//! only guard, so it cannot be guessed and cannot be used twice. A node on another machine comes by the agent's own port.
 
 mod copy;
 mod exec_sync;
@@ -23,6 +23,7 @@ use std::{
 };
 
 use moxlet_cri::v1;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::{
     core::{Container, Core, RunState, lock},
@@ -110,7 +111,20 @@ impl Streaming {
         Ok(streaming)
     }
 
-    /// Where the node finds it: `unix:///…`.
+    /// The agent that it is of.
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// Serves a connection that came by another way than its own listeners, until it is upgraded or ended.
+    pub(crate) async fn serve_connection(
+        self: Arc<Self>,
+        io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ) {
+        server::one(self, io).await;
+    }
+
+    /// Where the node finds it on the same host: `unix:///…`.
     pub(crate) fn endpoint(&self) -> String {
         format!("unix://{}", self.socket.display())
     }

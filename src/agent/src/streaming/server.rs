@@ -128,12 +128,9 @@ pub(super) async fn serve(streaming: Arc<Streaming>, listener: impl Listener) {
         };
         match accepted {
             Ok(io) => {
-                let (own, stop) = (streaming.clone(), stop.clone());
+                let own = streaming.clone();
                 streaming.core.tasks.spawn(async move {
-                    tokio::select! {
-                        () = stop.cancelled() => {}
-                        _ = timeout(HTTP_WITHIN, connection(own, io)) => {}
-                    }
+                    one(own, io).await;
                     drop(slot);
                 });
             }
@@ -142,6 +139,15 @@ pub(super) async fn serve(streaming: Arc<Streaming>, listener: impl Listener) {
                 sleep(PAUSE).await;
             }
         }
+    }
+}
+
+/// Serves one connection until it is upgraded, ended, too slow, or the agent stops.
+pub(super) async fn one(streaming: Arc<Streaming>, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+    let stop = streaming.core.stop.clone();
+    tokio::select! {
+        () = stop.cancelled() => {}
+        _ = timeout(HTTP_WITHIN, connection(streaming, io)) => {}
     }
 }
 

@@ -24,7 +24,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use moxlet_cri::host::{self, host_service_client::HostServiceClient};
+use moxlet_cri::{
+    host::{self, host_service_client::HostServiceClient},
+    link::{Connection, Connector, Endpoint, Protocol},
+};
 use tokio::sync::OnceCell;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -54,6 +57,8 @@ pub struct ApiContext {
     pub registry: PodRegistry,
     /// The agent, for CRI and `moxlet.host.v1`.
     pub agent: tonic::transport::Channel,
+    /// The way to its streaming server, if it is on another machine.
+    pub connector: Connector,
 }
 
 /// What the routes share.
@@ -61,9 +66,10 @@ pub(crate) struct Api {
     config: Config,
     registry: PodRegistry,
     agent: tonic::transport::Channel,
+    /// The way to the agent's streaming server, once asked for.
+    streams: OnceCell<Connector>,
+    connector: Connector,
     gate: Gate,
-    /// The agent's streaming server, once asked for.
-    stream_endpoint: OnceCell<String>,
     /// Upgraded connections.
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -85,7 +91,7 @@ pub async fn bind(config: &Config) -> Result<Bound> {
 /// # Errors
 /// When TLS cannot be set up.
 pub async fn serve(bound: Bound, context: ApiContext, stop: CancellationToken) -> Result<()> {
-    let ApiContext { config, identity, registry, agent } = context;
+    let ApiContext { config, identity, registry, agent, connector } = context;
     let acceptor = tls::acceptor(&identity)?;
     let reviewer = identity
         .client()
@@ -95,7 +101,8 @@ pub async fn serve(bound: Bound, context: ApiContext, stop: CancellationToken) -
         registry,
         agent,
         gate: Gate::new(reviewer),
-        stream_endpoint: OnceCell::new(),
+        streams: OnceCell::new(),
+        connector,
         tasks: TaskTracker::new(),
         stop: stop.clone(),
     });
@@ -204,13 +211,18 @@ impl Api {
         view.ok_or_else(|| Failure::not_found(format!("pod does not exist: \"{namespace}/{name}\"")))
     }
 
-    /// Where the agent's streaming server is.
-    async fn stream_endpoint(&self) -> Result<&str> {
+    /// A connection to the agent's streaming server: on the same host it has a socket of its own, on another machine it is behind
+    /// the agent's port.
+    async fn stream(&self) -> Result<Connection> {
         let ask = || async {
+            if let Endpoint::Tls { .. } = self.connector.endpoint() {
+                return Ok(self.connector.clone());
+            }
             let answer = HostServiceClient::new(self.agent.clone()).info(host::InfoRequest {}).await;
-            Ok::<_, Error>(answer.map_err(Error::agent("Info"))?.into_inner().stream_endpoint)
+            let endpoint = answer.map_err(Error::agent("Info"))?.into_inner().stream_endpoint;
+            Ok::<_, Error>(Connector::new(endpoint.parse()?, None)?)
         };
-        Ok(self.stream_endpoint.get_or_try_init(ask).await?)
+        Ok(self.streams.get_or_try_init(ask).await?.connect(Protocol::Streams).await?)
     }
 }
 

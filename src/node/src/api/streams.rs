@@ -13,14 +13,14 @@ use http_body_util::Empty;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use moxlet_cri::v1::{self, runtime_service_client::RuntimeServiceClient};
-use tokio::{net::UnixStream, time::timeout};
+use tokio::time::timeout;
 use tracing::debug;
 
 use super::{
     Api, Failure, container,
     query::{self, Streams},
 };
-use crate::{Error, metrics::runtime_operation};
+use crate::{Error, error::chain, metrics::runtime_operation};
 
 /// How long the agent may take to answer the upgrade.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -133,10 +133,6 @@ async fn forward(api: &Arc<Api>, mut request: Request, url: &str) -> Result<Resp
     let failed =
         |text: String| Failure::new(StatusCode::BAD_GATEWAY, format!("the agent's streaming server: {text}"));
     let path = url.parse::<Uri>().map_err(|e| failed(e.to_string()))?.path().to_owned();
-    let endpoint = api.stream_endpoint().await?;
-    let socket = endpoint
-        .strip_prefix("unix://")
-        .ok_or_else(|| failed(format!("{endpoint} is no unix:// endpoint")))?;
     let onward = hyper::Request::builder()
         .method(request.method().clone())
         .uri(path)
@@ -145,7 +141,7 @@ async fn forward(api: &Arc<Api>, mut request: Request, url: &str) -> Result<Resp
     let mut onward = onward.map_err(|e| failed(e.to_string()))?;
     onward.headers_mut().extend(upgrade_headers(request.headers()));
 
-    let stream = UnixStream::connect(socket).await.map_err(|e| failed(format!("{socket}: {e}")))?;
+    let stream = api.stream().await.map_err(|e| failed(chain(&e)))?;
     let (mut sender, connection) =
         http1::handshake(TokioIo::new(stream)).await.map_err(|e| failed(e.to_string()))?;
     api.tasks.spawn(async move {
