@@ -1,7 +1,7 @@
 //! A host of Proxmox VE in a guest, seen from outside: its shell by ssh, its API by curl, and all that pods could leave on it.
 //!
-//! `tests/lab/pve` makes it. Node and agent are one process there (`moxlet up`), since the two meet on a unix socket only; the
-//! control plane, kubectl and these tests are on the machine that the guest runs on.
+//! `tests/lab/pve` makes it. The agent is in the guest; the node, the control plane, kubectl and these tests are on the machine that
+//! the guest runs on.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::missing_panics_doc)]
 
 use std::{collections::BTreeSet, path::PathBuf, process::Command};
@@ -25,6 +25,13 @@ cd /var/lib/moxlet && find pve addresses ledger pods volumes storage/roots -mind
 systemctl list-units --all --plain --no-legend 'pve-container@*' | awk '$3 != "failed" { print "unit " $1, $3 }'
 pgrep -a lxc-start | sed 's/^[0-9]* /process /'
 "#;
+
+/// The CTs of somebody else that stand on the host all the time.
+#[must_use]
+pub fn foreign() -> Vec<u32> {
+    let all = std::env::var("MOXLET_LAB_FOREIGN").unwrap_or_default();
+    all.split_whitespace().map(|vmid| vmid.parse().unwrap()).collect()
+}
 
 /// The guest that is the host.
 #[derive(Debug)]
@@ -83,13 +90,28 @@ impl Guest {
         ));
     }
 
-    /// The CTs that Proxmox VE lists, by their pods' names.
+    /// Kills the node, as a crash would, and starts it again.
+    pub fn kill_node(&self) {
+        let var = |name: &str| std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set"));
+        let pid = std::fs::read_to_string(var("MOXLET_LAB_NODE_PID")).unwrap();
+        let pid = pid.split(' ').next().unwrap().to_owned();
+        let killed = Command::new("kill").args(["-KILL", &pid]).status().unwrap();
+        assert!(killed.success(), "the node did not run any more");
+        while PathBuf::from(format!("/proc/{pid}/exe")).exists() {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let started = Command::new(var("MOXLET_LAB_NODE_START")).status().unwrap();
+        assert!(started.success());
+    }
+
+    /// The CTs of pods that Proxmox VE lists, by their pods' names.
     #[must_use]
     pub fn cts(&self) -> Vec<(String, u32)> {
         let listed = self.api("GET", "/nodes/pve1/lxc");
         let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), ToOwned::to_owned);
         let all = listed.as_array().into_iter().flatten();
         let mut all: Vec<_> = all.map(|ct| (text(&ct["name"]), text(&ct["vmid"]).parse().unwrap())).collect();
+        all.retain(|(_, vmid)| !foreign().contains(vmid));
         all.sort();
         all
     }

@@ -1,4 +1,4 @@
-//! kill -9 of agent and simulator while CTs are made, started and removed: each pod comes up in one CT or is gone.
+//! kill -9 of agent, node and simulator while CTs are made, started and removed: each pod comes up in one CT or is gone.
 
 use std::{
     thread::sleep,
@@ -6,7 +6,7 @@ use std::{
 };
 
 use moxlet_tests_e2e::{Namespace, busybox, eventually};
-use moxlet_tests_lab::Guest;
+use moxlet_tests_lab::{Guest, foreign};
 
 use crate::pod::{IDLE, warm};
 
@@ -15,8 +15,12 @@ const KILLS: &str = "MOXLET_TEST_KILLS";
 const USUAL: u32 = 6;
 const PODS: [&str; 2] = ["a", "b"];
 
+/// Kills the agent, the simulator, or both; and the node beside every other.
 fn kill(guest: &Guest, round: u32) {
     let units = ["moxlet", "pve-sim", "moxlet pve-sim"][round as usize % 3];
+    if round.is_multiple_of(2) {
+        guest.kill_node();
+    }
     let _ = guest.sh(&format!("systemctl kill --signal=KILL --kill-whom=main {units}"));
 }
 
@@ -34,6 +38,7 @@ fn run(ns: &Namespace, guest: &Guest) {
     assert_eq!(cts.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), PODS, "one CT a pod");
     let running = guest.sh("lxc-ls --running -1");
     let mut running: Vec<u32> = running.split_whitespace().map(|n| n.parse().unwrap()).collect();
+    running.retain(|vmid| !foreign().contains(vmid));
     running.sort_unstable();
     let mut numbers: Vec<u32> = cts.into_iter().map(|(_, n)| n).collect();
     numbers.sort_unstable();
