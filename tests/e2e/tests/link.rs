@@ -193,7 +193,10 @@ fn a_node_and_an_agent_apart_serve_pods_and_either_may_go_and_come() {
         status["containerID"].as_str().unwrap().to_owned()
     };
     let first = container(&ns);
-    assert_eq!(ns.logs("far").trim(), "begun");
+    eventually("the pod's log", || {
+        let log = ns.logs("far");
+        if log.trim() == "begun" { Ok(()) } else { Err(log) }
+    });
     assert_eq!(ns.exec("far", "hostname").text().trim(), "far");
     let (sent, came) = (apart.path("sent"), apart.path("came"));
     let bytes = large(&sent);
@@ -204,6 +207,13 @@ fn a_node_and_an_agent_apart_serve_pods_and_either_may_go_and_come() {
     kill(&mut apart.agent);
     apart.wait_ready("False", "https://localhost");
     apart.agent = apart.start("agent");
+    apart.wait_ready("True", "");
+    // A host that is gone without a word: nothing ends the connection.
+    let agent = apart.agent.as_ref().unwrap().id().to_string();
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &agent]).status().unwrap().success());
+    signal("-STOP");
+    apart.wait_ready("False", "");
+    signal("-CONT");
     apart.wait_ready("True", "");
     kill(&mut apart.node);
     apart.node = apart.start("node");
