@@ -256,6 +256,7 @@ pub(crate) struct Parts {
 impl Core {
     /// Puts the parts together.
     pub(crate) fn new(parts: Parts) -> Arc<Self> {
+        let ledger = Arc::new(parts.ledger);
         Arc::new(Self {
             pods_dir: parts.config.root_dir.join("pods"),
             logs_dir: parts.config.root_dir.join("logs"),
@@ -267,14 +268,14 @@ impl Core {
             cgroups: Arc::new(parts.cgroups),
             volumes: parts.volumes,
             shifted: parts.shifted,
-            ledger: Arc::new(parts.ledger),
+            notices: Notices::open(ledger.clone()),
+            ledger,
             init_binary: parts.init_binary,
             tasks: TaskTracker::new(),
             stop: parts.stop,
             sandboxes: Mutex::default(),
             containers: Mutex::default(),
             events: broadcast::Sender::new(EVENTS),
-            notices: Notices::default(),
         })
     }
 

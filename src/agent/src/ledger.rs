@@ -1,4 +1,4 @@
-//! What the agent remembers on disk: one small file for each sandbox and container.
+//! What the agent remembers on disk: one small file for each sandbox and container, and one of the last notices.
 //!
 //! A file is replaced as a whole (temporary file, fsync, rename), so that a crash leaves the old or the new one. What a
 //! host really has (CTs, mounts, roots, addresses) is compared with it at the start; see `recover`. No environment
@@ -212,9 +212,34 @@ impl ContainerRecord {
     }
 }
 
+/// What somebody did to a CT on the host; empty where it is no pod's.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct NoticeRecord {
+    pub(crate) sandbox: String,
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    pub(crate) reason: String,
+    pub(crate) message: String,
+    pub(crate) warning: bool,
+    pub(crate) at_ns: i64,
+}
+
+/// The last notices.
+#[derive(Debug, Serialize, Deserialize)]
+struct NoticesRecord {
+    version: u32,
+    notices: Vec<NoticeRecord>,
+}
+
+/// The name of the file of notices.
+const NOTICES: &str = "notices";
+
 /// The files.
 #[derive(Debug)]
 pub(crate) struct Ledger {
+    dir: PathBuf,
     sandboxes: PathBuf,
     containers: PathBuf,
 }
@@ -279,7 +304,8 @@ fn read_all<T: DeserializeOwned>(dir: &Path) -> Result<Vec<T>> {
 impl Ledger {
     /// Opens or makes the directory of the ledger.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
-        let ledger = Self { sandboxes: dir.join("sandboxes"), containers: dir.join("containers") };
+        let (sandboxes, containers) = (dir.join("sandboxes"), dir.join("containers"));
+        let ledger = Self { dir: dir.to_owned(), sandboxes, containers };
         for dir in [&ledger.sandboxes, &ledger.containers] {
             fs::create_dir_all(dir).map_err(|e| fault(dir, e))?;
         }
@@ -306,7 +332,24 @@ impl Ledger {
         remove(&self.containers, id.as_str())
     }
 
-    /// All that is remembered.
+    /// Writes the last notices, few and short ones.
+    pub(crate) fn put_notices(&self, notices: Vec<NoticeRecord>) -> Result<()> {
+        replace(&self.dir, NOTICES, &NoticesRecord { version: VERSION, notices })
+    }
+
+    /// The notices as they were written last.
+    ///
+    /// # Errors
+    /// The file cannot be read. No pod hangs on it.
+    pub(crate) fn notices(&self) -> Result<Vec<NoticeRecord>> {
+        let path = self.dir.join(format!("{NOTICES}.json"));
+        if !path.exists() {
+            return Ok(Vec::new());
+        }
+        read::<NoticesRecord>(&path).map(|record| record.notices)
+    }
+
+    /// All that is remembered of sandboxes and containers.
     ///
     /// # Errors
     /// A file that cannot be read stops the agent: to guess would be to lose a pod.

@@ -1,5 +1,9 @@
 //! What somebody else did to pods' CTs on the host: looked for, logged, and told to whoever turns it into events of the pods.
 
+//!
+//! The last ones lie in the ledger as well, before anybody is told: those that a node has not fetched when the agent is killed are
+//! told after its start, once. What an engine's look found just before a kill it finds again, with the same time.
+
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex},
@@ -7,46 +11,112 @@ use std::{
 };
 
 use moxlet_cri::host;
+use moxlet_sandbox::Observation;
 use tokio::sync::broadcast;
 use tracing::{info, warn};
 
 use crate::{
     config::EngineSettings,
-    core::{Core, Sandbox, lock, now_ns},
+    core::{Core, Sandbox, blocking, lock},
     error::chain,
+    ledger::{Ledger, NoticeRecord},
 };
 
 /// How often is looked. Only local files are read.
 const PERIOD: Duration = Duration::from_secs(2);
 /// Notices that are kept for a node that comes later.
 const KEPT: usize = 256;
+/// The longest message, in bytes: an event has no longer ones.
+const MAX_MESSAGE: usize = 1024;
 
 /// Those of late, and who wants to hear the next ones.
 pub(crate) struct Notices {
+    ledger: Arc<Ledger>,
     late: Mutex<VecDeque<host::Notice>>,
     next: broadcast::Sender<host::Notice>,
 }
 
-impl Default for Notices {
-    fn default() -> Self {
-        Self { late: Mutex::default(), next: broadcast::Sender::new(KEPT) }
-    }
-}
-
 impl Notices {
+    /// Takes over those of the ledger. Without them nobody but people misses anything.
+    pub(crate) fn open(ledger: Arc<Ledger>) -> Self {
+        let late = ledger.notices().unwrap_or_else(|error| {
+            warn!(error = chain(&error), "what was last done to CTs is forgotten");
+            Vec::new()
+        });
+        let late = Mutex::new(late.into_iter().map(notice).collect());
+        Self { ledger, late, next: broadcast::Sender::new(KEPT) }
+    }
+
     /// Those of late that are younger than this time (nanoseconds since 1970), and the next ones; nothing falls between.
     pub(crate) fn since(&self, at_ns: i64) -> (Vec<host::Notice>, broadcast::Receiver<host::Notice>) {
         let late = lock(&self.late);
         (late.iter().filter(|n| n.at_ns > at_ns).cloned().collect(), self.next.subscribe())
     }
 
-    fn say(&self, notice: host::Notice) {
-        let mut late = lock(&self.late);
-        if late.len() == KEPT {
-            late.pop_front();
+    /// Whether it is one of those of late. What is no pod's has no memory but this: after a start it is found as if it were new.
+    fn is_known(&self, new: &host::Notice, started: bool) -> bool {
+        let pods = !new.pod_sandbox_id.is_empty();
+        lock(&self.late).iter().any(|old| {
+            let same_time = old.at_ns == new.at_ns || (started && !pods);
+            same_time
+                && (&old.pod_sandbox_id, &old.reason, &old.message)
+                    == (&new.pod_sandbox_id, &new.reason, &new.message)
+        })
+    }
+
+    /// Keeps new ones, on disk first, and tells them.
+    async fn say(&self, new: Vec<host::Notice>) {
+        if new.is_empty() {
+            return;
         }
-        late.push_back(notice.clone());
-        let _ = self.next.send(notice);
+        let records = {
+            let mut late = lock(&self.late).clone();
+            late.extend(new.iter().cloned());
+            late.drain(..late.len().saturating_sub(KEPT));
+            late.into_iter().map(record).collect()
+        };
+        let ledger = self.ledger.clone();
+        let written = blocking("writing the ledger", move || ledger.put_notices(records)).await;
+        if let Err(error) = written {
+            warn!(
+                error = chain(&error),
+                "what was done to CTs is told now; if the agent is killed, not again"
+            );
+        }
+        let mut late = lock(&self.late);
+        for notice in new {
+            if late.len() == KEPT {
+                late.pop_front();
+            }
+            late.push_back(notice.clone());
+            let _ = self.next.send(notice);
+        }
+    }
+}
+
+fn notice(r: NoticeRecord) -> host::Notice {
+    host::Notice {
+        pod_sandbox_id: r.sandbox,
+        pod_namespace: r.namespace,
+        pod_name: r.name,
+        pod_uid: r.uid,
+        reason: r.reason,
+        message: r.message,
+        warning: r.warning,
+        at_ns: r.at_ns,
+    }
+}
+
+fn record(n: host::Notice) -> NoticeRecord {
+    NoticeRecord {
+        sandbox: n.pod_sandbox_id,
+        namespace: n.pod_namespace,
+        name: n.pod_name,
+        uid: n.pod_uid,
+        reason: n.reason,
+        message: n.message,
+        warning: n.warning,
+        at_ns: n.at_ns,
     }
 }
 
@@ -61,8 +131,9 @@ pub(crate) fn spawn(core: &Arc<Core>) {
         for sandbox in core.sandboxes() {
             ask_holder(&core, &sandbox).await;
         }
+        let mut started = true;
         loop {
-            look(&core).await;
+            look(&core, std::mem::take(&mut started)).await;
             tokio::select! {
                 () = core.stop.cancelled() => return,
                 () = tokio::time::sleep(PERIOD) => {}
@@ -81,34 +152,50 @@ async fn ask_holder(core: &Core, sandbox: &Sandbox) {
     }
 }
 
-async fn look(core: &Core) {
+/// Looks once; `started` is whether it is the first time since the start.
+async fn look(core: &Core, started: bool) {
     let seen = match core.engine.look().await {
         Ok(seen) => seen,
         Err(error) => return warn!(error = chain(&error), "cannot look what was done to the CTs"),
     };
+    let mut new = Vec::new();
     for observation in seen {
         let sandbox = observation.sandbox.as_ref().and_then(|id| core.sandbox(id.as_str()).ok());
         if let Some(sandbox) = &sandbox {
             ask_holder(core, sandbox).await;
         }
-        let record = sandbox.map(|s| s.record());
-        let pod = record.as_ref().map_or_else(String::new, |r| format!("{}/{}", r.namespace, r.name));
-        if observation.warning {
-            warn!(pod, reason = observation.reason, "{}", observation.message);
-        } else {
-            info!(pod, reason = observation.reason, "{}", observation.message);
+        let notice = of_pod(observation, sandbox.as_deref());
+        if core.notices.is_known(&notice, started) {
+            continue;
         }
-        let record = record.as_ref();
-        core.notices.say(host::Notice {
-            pod_sandbox_id: record.map(|r| r.id.to_string()).unwrap_or_default(),
-            pod_namespace: record.map(|r| r.namespace.clone()).unwrap_or_default(),
-            pod_name: record.map(|r| r.name.clone()).unwrap_or_default(),
-            pod_uid: record.map(|r| r.uid.to_string()).unwrap_or_default(),
-            reason: observation.reason.to_owned(),
-            message: observation.message,
-            warning: observation.warning,
-            at_ns: now_ns(),
-        });
+        let pod = match &*notice.pod_name {
+            "" => String::new(),
+            name => format!("{}/{name}", notice.pod_namespace),
+        };
+        if notice.warning {
+            warn!(pod, reason = notice.reason, "{}", notice.message);
+        } else {
+            info!(pod, reason = notice.reason, "{}", notice.message);
+        }
+        new.push(notice);
+    }
+    core.notices.say(new).await;
+}
+
+fn of_pod(observation: Observation, sandbox: Option<&Sandbox>) -> host::Notice {
+    let record = sandbox.map(Sandbox::record);
+    let record = record.as_ref();
+    let mut message = observation.message;
+    message.truncate(message.floor_char_boundary(MAX_MESSAGE));
+    host::Notice {
+        pod_sandbox_id: record.map(|r| r.id.to_string()).unwrap_or_default(),
+        pod_namespace: record.map(|r| r.namespace.clone()).unwrap_or_default(),
+        pod_name: record.map(|r| r.name.clone()).unwrap_or_default(),
+        pod_uid: record.map(|r| r.uid.to_string()).unwrap_or_default(),
+        reason: observation.reason.to_owned(),
+        message,
+        warning: observation.warning,
+        at_ns: observation.at_ns,
     }
 }
 
@@ -129,18 +216,67 @@ async fn described(core: &Core, sandbox: &Sandbox) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
-    #[test]
-    fn a_late_listener_hears_what_was_before_and_old_ones_are_forgotten() {
-        let notices = Notices::default();
-        for at_ns in 1..=300 {
-            notices.say(host::Notice { at_ns, ..host::Notice::default() });
+    fn of(at_ns: i64, sandbox: &str, message: &str) -> host::Notice {
+        host::Notice {
+            at_ns,
+            pod_sandbox_id: sandbox.into(),
+            message: message.into(),
+            ..host::Notice::default()
         }
+    }
+
+    /// The notices of an agent that starts on what another left there.
+    fn started(dir: &std::path::Path) -> Notices {
+        Notices::open(Arc::new(Ledger::open(dir).unwrap()))
+    }
+
+    #[tokio::test]
+    async fn a_late_listener_hears_what_was_before_and_old_ones_are_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let notices = started(dir.path());
+        notices.say((1..=300).map(|at_ns| of(at_ns, "", "")).collect()).await;
         assert_eq!(notices.since(0).0.len(), KEPT);
         let (late, mut next) = notices.since(299);
         assert_eq!(late.len(), 1);
-        notices.say(host::Notice { at_ns: 301, ..host::Notice::default() });
+        notices.say(vec![of(301, "", "")]).await;
         assert_eq!(next.try_recv().map(|n| n.at_ns).ok(), Some(301));
+        assert_eq!(started(dir.path()).since(0).0.len(), KEPT, "the file holds no more either");
+    }
+
+    #[tokio::test]
+    async fn what_was_not_fetched_before_a_kill_is_told_after_the_next_start_and_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let notices = started(dir.path());
+        notices.say(vec![of(1, "s", "edited"), of(2, "", "a stranger")]).await;
+        // Nothing is done at its end.
+        std::mem::forget(notices);
+        let notices = started(dir.path());
+        let (late, mut next) = notices.since(0);
+        assert_eq!(late, [of(1, "s", "edited"), of(2, "", "a stranger")]);
+        // The engine finds again what it found just before the kill; what is no pod's, with another time.
+        assert!(
+            notices.is_known(&of(1, "s", "edited"), true) && notices.is_known(&of(9, "", "a stranger"), true)
+        );
+        // Later it is news.
+        assert!(
+            !notices.is_known(&of(9, "s", "edited"), true)
+                && !notices.is_known(&of(9, "", "a stranger"), false)
+        );
+        notices.say(vec![of(9, "s", "edited")]).await;
+        assert_eq!(next.try_recv().ok(), Some(of(9, "s", "edited")));
+    }
+
+    #[tokio::test]
+    async fn a_file_of_notices_that_cannot_be_read_keeps_no_agent_from_starting() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("notices.json"), "{").unwrap();
+        let notices = started(dir.path());
+        assert!(notices.since(0).0.is_empty());
+        notices.say(vec![of(1, "s", "edited")]).await;
+        assert_eq!(started(dir.path()).since(0).0.len(), 1);
+        assert!(Ledger::open(dir.path()).unwrap().load().unwrap().0.is_empty());
     }
 }

@@ -195,7 +195,8 @@ pub trait Engine: Send + Sync {
     async fn check(&self) -> Result<()> {
         Ok(())
     }
-    /// What somebody else has done to CTs since the last look.
+    /// What somebody else has done to CTs since the last look. What is of a sandbox is remembered with it until the next look: whoever
+    /// is killed between finds it in the first look after the start, with the same time.
     async fn look(&self) -> Result<Vec<Observation>> {
         Ok(Vec::new())
     }
@@ -212,4 +213,6 @@ pub struct Observation {
     pub warning: bool,
     /// What was seen and what follows from it.
     pub message: String,
+    /// When it was seen, in nanoseconds since 1970.
+    pub at_ns: i64,
 }

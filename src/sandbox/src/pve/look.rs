@@ -6,7 +6,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    sync::PoisonError,
+    sync::{MutexGuard, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use moxlet_ids::{SandboxId, Vmid};
@@ -67,14 +68,67 @@ enum Cluster {
     Away,
 }
 
-/// What was said that is of no CT of ours; forgotten with the process.
+/// What was said and is remembered with no CT; forgotten with the process.
 #[derive(Debug, Default)]
 pub(super) struct Told {
+    /// Of whom the last look has told something.
+    sandboxes: BTreeSet<SandboxId>,
     strangers: BTreeSet<Vmid>,
     /// Numbers that no pod gets since the cluster has rules for them.
     pub(super) rules: BTreeSet<Vmid>,
     /// Why a CT could not be looked at, by its record.
     troubles: BTreeMap<String, String>,
+}
+
+/// The reasons that there are.
+const REASONS: [&str; 17] = [
+    "CTBack",
+    "CTDeleted",
+    "CTEdited",
+    "CTForeign",
+    "CTFrozen",
+    "CTLocked",
+    "CTMigrated",
+    "CTNotUnderHA",
+    "CTReaddressed",
+    "CTRelabelled",
+    "CTSnapshot",
+    "CTStopped",
+    "CTThawed",
+    "CTUnderHA",
+    "CTUnlocked",
+    "ClusterBack",
+    "ClusterLost",
+];
+/// What is kept for a look that comes after a kill; there is more only where the agent is killed again and again.
+const UNSAID: usize = 32;
+
+/// Something that was seen, as it is remembered until it is certain that it was said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Unsaid {
+    at_ns: i64,
+    reason: String,
+    warning: bool,
+    message: String,
+}
+
+impl Unsaid {
+    fn new(word: Word) -> Self {
+        Self { at_ns: now_ns(), reason: word.reason.to_owned(), warning: word.warning, message: word.message }
+    }
+
+    /// None of a reason that another version knows.
+    fn observation(self, sandbox: &SandboxId) -> Option<Observation> {
+        let reason = REASONS.iter().find(|reason| **reason == self.reason)?;
+        let word = Word { reason, warning: self.warning, message: self.message };
+        Some(observation(Some(sandbox), word, self.at_ns))
+    }
+}
+
+fn now_ns() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
 /// One thing that was seen.
@@ -85,6 +139,7 @@ struct Word {
 }
 
 fn word(reason: &'static str, warning: bool, message: impl Into<String>) -> Word {
+    debug_assert!(REASONS.contains(&reason), "{reason}");
     Word { reason, warning, message: message.into() }
 }
 
@@ -109,15 +164,19 @@ impl Inner {
         }
         let all_known = troubles.is_empty();
         let quorate = !matches!(self.folder.check_quorum(Path::new("")), Err(Error::NoQuorum { .. }));
+        let before = std::mem::take(&mut self.told().sandboxes);
         for record in records.iter().filter(|r| r.phase == Phase::Made) {
-            match self.look_at(record, quorate) {
-                Ok(words) => said.extend(words.into_iter().map(|w| observation(Some(&record.id), w))),
+            match self.look_at(record, quorate, before.contains(&record.id)) {
+                Ok(words) => {
+                    said.extend(words.into_iter().filter_map(|word| word.observation(&record.id)));
+                }
                 // It went meanwhile.
                 Err(Error::NotFound(_)) => {}
                 Err(error) => drop(troubles.insert(record.id.to_string(), with_causes(&error))),
             }
         }
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = self.told();
+        told.sandboxes = said.iter().filter_map(|seen| seen.sandbox.clone()).collect();
         for (record, error) in &troubles {
             if told.troubles.get(record) != Some(error) {
                 tracing::warn!(record, error, "cannot look what was done to a CT; it is looked at again");
@@ -131,7 +190,7 @@ impl Inner {
         match self.strangers(&records) {
             Ok(strangers) => {
                 let new = strangers.difference(&told.strangers);
-                said.extend(new.map(|vmid| observation(None, stranger(*vmid))));
+                said.extend(new.map(|vmid| observation(None, stranger(*vmid), now_ns())));
                 told.strangers = strangers;
             }
             Err(error) => tracing::debug!(%error, "cannot look for copies of CTs"),
@@ -139,8 +198,13 @@ impl Inner {
         Ok(said)
     }
 
-    /// What was done to one CT. It is remembered with it and said, or neither.
-    fn look_at(&self, record: &Record, quorate: bool) -> Result<Vec<Word>> {
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was done to one CT. It is remembered with it, and said until the look after: `said` is whether the last one has told of
+    /// it, and nobody was killed since.
+    fn look_at(&self, record: &Record, quorate: bool, said: bool) -> Result<Vec<Unsaid>> {
         let standing = match self.standing(record) {
             Ok(standing) => Some(standing),
             Err(Error::NoClusterFs { .. }) => None,
@@ -155,16 +219,20 @@ impl Inner {
             Some(Standing::Ours(content)) if content.config.lock.is_none() => self.edited(record, content)?,
             _ => None,
         };
-        let mut words = Vec::new();
-        self.records.change(&record.id, |r| {
+        let record = self.records.change(&record.id, |r| {
             let now = Seen { asked_to_end: r.seen.asked_to_end, ..now };
-            words = differences(r, &r.seen, &now);
+            let mut words = differences(r, &r.seen, &now);
             r.seen = now;
             if let Some(edited) = edited.filter(|_| r.phase == Phase::Made) {
                 words.extend(accept(r, edited));
             }
+            if said {
+                r.unsaid.clear();
+            }
+            r.unsaid.extend(words.into_iter().map(Unsaid::new));
+            r.unsaid.drain(..r.unsaid.len().saturating_sub(UNSAID));
         })?;
-        Ok(words)
+        Ok(record.unsaid)
     }
 
     fn seen_of(&self, record: &Record, standing: &Standing, quorate: bool) -> Seen {
@@ -268,12 +336,13 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-fn observation(sandbox: Option<&SandboxId>, word: Word) -> Observation {
+fn observation(sandbox: Option<&SandboxId>, word: Word, at_ns: i64) -> Observation {
     Observation {
         sandbox: sandbox.cloned(),
         reason: word.reason,
         warning: word.warning,
         message: word.message,
+        at_ns,
     }
 }
 
@@ -446,6 +515,18 @@ mod tests {
         assert_eq!(reasons(&differences(&record, &quiet, &snapshot)), ["CTSnapshot"]);
         let backup = Seen { sections: vec!["vzdump".into()], ..Seen::default() };
         assert!(differences(&record, &quiet, &backup).is_empty(), "a backup's own goes with the backup");
+    }
+
+    #[test]
+    fn what_is_remembered_of_a_reason_that_is_not_known_is_left_out() {
+        let id = SandboxId::random();
+        let unsaid = Unsaid::new(word("CTLocked", true, "it is locked"));
+        let seen = unsaid.clone().observation(&id).unwrap();
+        assert_eq!((seen.reason, seen.warning, seen.at_ns), ("CTLocked", true, unsaid.at_ns));
+        assert!(Unsaid { reason: "CTOther".into(), ..unsaid }.observation(&id).is_none());
+        for reason in [Astray::Deleted, Astray::Migrated, Astray::Foreign].map(Astray::reason) {
+            assert!(REASONS.contains(&reason));
+        }
     }
 
     #[test]

@@ -15,7 +15,11 @@ use moxlet_ids::{PodUid, SandboxId, Vmid};
 use moxlet_pve::{NodeName, config::LxcConfig};
 use serde::{Deserialize, Serialize};
 
-use super::{config::Named, look::Seen, marker::Mark};
+use super::{
+    config::Named,
+    look::{Seen, Unsaid},
+    marker::Mark,
+};
 use crate::{Error, IdMap, Result, error::io, process::read_bounded};
 
 const VERSION: u32 = 1;
@@ -65,6 +69,9 @@ pub(super) struct Record {
     /// How it was found by the last look, so that an agent that starts again does not tell it all again.
     #[serde(default)]
     pub(super) seen: Seen,
+    /// What the last look found and may have told nobody, if the agent was killed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) unsaid: Vec<Unsaid>,
     /// What we are about to write, or were when a write failed or a crash came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     next: Option<Box<Written>>,
@@ -101,6 +108,7 @@ impl Record {
             known: String::new(),
             notes: String::new(),
             seen: Seen::default(),
+            unsaid: Vec::new(),
             next: None,
         }
     }

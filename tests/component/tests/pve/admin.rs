@@ -68,6 +68,8 @@ async fn what_was_told_is_not_told_again_by_an_agent_that_starts_again() {
     let resources = world.place.etc_pve().join("ha/resources.cfg");
     fs::write(&resources, format!("ct: {FIRST}\n\tstate started\n")).unwrap();
     assert_eq!(world.seen().await, ["CTLocked", "CTUnderHA"]);
+    // Whoever looks again has told it.
+    assert!(world.seen().await.is_empty());
     let again = || world.place.engine(&world.sim.hosts()[0].url, FIRST + 99, &world.calls);
     let of_pods = async |engine: &moxlet_sandbox::pve::PveEngine| -> Vec<&'static str> {
         let seen = engine.look().await.unwrap();
@@ -80,7 +82,34 @@ async fn what_was_told_is_not_told_again_by_an_agent_that_starts_again() {
     fs::remove_file(world.place.state().join(format!("run/ct/pve1-{FIRST}.json"))).unwrap();
     let engine = again();
     assert_eq!(of_pods(&engine).await, ["CTStopped", "CTUnlocked", "CTNotUnderHA"]);
-    assert!(of_pods(&again()).await.is_empty());
+    assert!(of_pods(&engine).await.is_empty() && of_pods(&again()).await.is_empty());
+    engine.delete(&id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn what_was_seen_just_before_a_kill_is_found_again_as_the_same_and_then_no_more() {
+    let world = World::new().await;
+    let id = world.running("web").await;
+    world.seen().await;
+    let conf = world.place.conf(world.vmid(&id));
+    fs::write(&conf, world.conf(&id).replace("memory: 65", "memory: 300")).unwrap();
+    let again = || world.place.engine(&world.sim.hosts()[0].url, FIRST + 99, &world.calls);
+    let of_pods = async |engine: &moxlet_sandbox::pve::PveEngine| -> Vec<moxlet_sandbox::Observation> {
+        let seen = engine.look().await.unwrap();
+        seen.into_iter().filter(|o| o.sandbox.is_some()).collect()
+    };
+    // Killed before anybody was told.
+    let seen = of_pods(&world.engine).await;
+    assert_eq!(seen.iter().map(|o| o.reason).collect::<Vec<_>>(), ["CTEdited"]);
+    set_lock(&world, &id, Some("backup")).await;
+    let engine = again();
+    let both = of_pods(&engine).await;
+    assert_eq!(both[..1], seen, "the same, its time included");
+    assert_eq!(both[1..].iter().map(|o| o.reason).collect::<Vec<_>>(), ["CTLocked"]);
+    assert!(both[1].at_ns > both[0].at_ns);
+    assert!(of_pods(&engine).await.is_empty() && of_pods(&again()).await.is_empty());
+    set_lock(&world, &id, None).await;
     engine.delete(&id).await.unwrap();
     world.assert_as_before();
 }
