@@ -5,6 +5,7 @@ use std::{
     collections::BTreeSet,
     net::IpAddr,
     sync::{Arc, PoisonError},
+    time::Instant,
 };
 
 use moxlet_ids::Vmid;
@@ -106,8 +107,18 @@ impl Inner {
         Ok(record)
     }
 
+    /// The lowest number that is free and can be started now; where all that are free were started too often of late, the lowest
+    /// of these.
+    fn free(&self, taken: BTreeSet<Vmid>) -> Result<Vmid> {
+        let resting = self.starts().too_many(Instant::now());
+        match self.lowest(&taken | &resting) {
+            Err(Error::NoVmid { .. }) if !resting.is_empty() => self.lowest(taken),
+            found => found,
+        }
+    }
+
     /// The lowest number that is neither taken nor in a rule of the cluster's, which is warned of once.
-    fn free(&self, mut taken: BTreeSet<Vmid>) -> Result<Vmid> {
+    fn lowest(&self, mut taken: BTreeSet<Vmid>) -> Result<Vmid> {
         let rules = vmid::in_rules(self.folder.dir())?;
         loop {
             let vmid = self.config.range.lowest_free(&taken)?;

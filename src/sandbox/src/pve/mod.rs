@@ -50,8 +50,8 @@ use std::{
     net::IpAddr,
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -79,6 +79,9 @@ use crate::{
 
 /// Removals at once: each takes a cluster-wide lock that is waited for only 10 s.
 const DELETES: usize = 2;
+/// Starts at once. The task of each is some Perl programs and a unit of systemd, which outlive the call: as many as there are pods
+/// after a boot would have the host do nothing else.
+const STARTS: usize = 8;
 /// The size of a CT's root: mount points alone.
 const ROOT_BYTES: u64 = 64 << 20;
 /// How long an address may take to come by DHCP.
@@ -133,6 +136,8 @@ struct Inner {
     /// Held while a number is chosen and claimed.
     claiming: tokio::sync::Mutex<()>,
     deletes: Semaphore,
+    starting: Semaphore,
+    starts: Mutex<vmid::Starts>,
     told: Mutex<Told>,
     locks: Locks,
     /// What the API has not been asked yet, and why.
@@ -216,6 +221,8 @@ impl PveEngine {
             numbers,
             claiming: tokio::sync::Mutex::default(),
             deletes: Semaphore::new(DELETES),
+            starting: Semaphore::new(STARTS),
+            starts: Mutex::default(),
             told: Mutex::default(),
             locks: Mutex::default(),
             unchecked: Mutex::default(),
@@ -242,6 +249,10 @@ impl Inner {
 
     fn unchecked(&self) -> Option<(Requirements, String)> {
         self.unchecked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn starts(&self) -> MutexGuard<'_, vmid::Starts> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn lock(&self, id: &SandboxId) -> OwnedMutexGuard<()> {
@@ -338,6 +349,7 @@ impl Inner {
                 reason: "HA looks after it and starts it; remove it from HA".into(),
             });
         }
+        let _few = self.starting.acquire().await.map_err(|_| Error::Host("the engine has ended".into()))?;
         match self.ask_to_start(record.clone()).await {
             Ok(task) => self.until_running(&record, &task).await,
             // An earlier call of ours was taken up after all, or somebody else was quicker.
@@ -356,6 +368,7 @@ impl Inner {
         let record = self.note(&id, |r| (r.needs_api, r.seen.asked_to_end) = (true, false)).await?;
         let asked = async {
             self.pooled(record).await?;
+            self.starts().note(vmid, Instant::now());
             self.client.ct(&self.config.node, vmid).start().await.map_err(api("start", vmid))
         };
         let asked = asked.await;

@@ -10,6 +10,7 @@ use std::{
     fs,
     io::ErrorKind,
     path::Path,
+    time::{Duration, Instant},
 };
 
 use moxlet_ids::Vmid;
@@ -18,6 +19,10 @@ use crate::{Error, Result, error::io, process::read_bounded};
 
 /// The largest file that the cluster's file system takes.
 const MAX: u64 = 1 << 20;
+/// systemd refuses to start a unit, and a CT's is named by its number, that was started five times in this time.
+const WINDOW: Duration = Duration::from_secs(10);
+/// So a number that was started so often gets no new CT; one more is left for somebody else.
+const STARTS: usize = 4;
 
 /// The VMIDs that CTs of pods get, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +99,31 @@ impl VmidRange {
             .ok()
             .filter(|v| self.contains(*v))
             .ok_or(Error::NoVmid { first: self.first, last: self.last })
+    }
+}
+
+/// When CTs of which numbers were started of late.
+#[derive(Debug, Default)]
+pub(super) struct Starts(BTreeMap<Vmid, Vec<Instant>>);
+
+impl Starts {
+    /// Notes a start.
+    pub(super) fn note(&mut self, vmid: Vmid, now: Instant) {
+        self.forget(now);
+        self.0.entry(vmid).or_default().push(now);
+    }
+
+    /// The numbers that had better rest: of CTs that ended at once and were replaced, again and again.
+    pub(super) fn too_many(&mut self, now: Instant) -> BTreeSet<Vmid> {
+        self.forget(now);
+        self.0.iter().filter(|(_, starts)| starts.len() >= STARTS).map(|(vmid, _)| *vmid).collect()
+    }
+
+    fn forget(&mut self, now: Instant) {
+        self.0.retain(|_, starts| {
+            starts.retain(|at| now.saturating_duration_since(*at) < WINDOW);
+            !starts.is_empty()
+        });
     }
 }
 
@@ -226,6 +256,21 @@ mod tests {
             (found[&v(102)].as_str(), found[&v(105)].as_str()),
             ("user.cfg (permissions)", "firewall/105.fw")
         );
+    }
+
+    #[test]
+    fn a_number_that_was_started_too_often_rests_until_systemd_has_forgotten_it() {
+        let (mut starts, begun) = (Starts::default(), Instant::now());
+        let after = |ms| begun + Duration::from_millis(ms);
+        for ms in [0, 2000, 4000] {
+            starts.note(v(100), after(ms));
+            starts.note(v(101), after(ms));
+        }
+        assert!(starts.too_many(after(5000)).is_empty());
+        starts.note(v(100), after(5000));
+        assert_eq!(starts.too_many(after(9999)), BTreeSet::from([v(100)]));
+        assert!(starts.too_many(after(10_000)).is_empty());
+        assert!(starts.too_many(after(15_000)).is_empty() && starts.0.is_empty());
     }
 
     #[test]

@@ -169,3 +169,66 @@ async fn an_engine_that_starts_again_finds_its_cts() {
     again.delete(&id).await.unwrap();
     world.assert_as_before();
 }
+
+#[tokio::test]
+async fn no_more_than_eight_cts_are_started_at_once() {
+    let world = World::new().await;
+    let mut pods = Vec::new();
+    for number in 0..12 {
+        let pod = spec(&format!("pod-{number}"));
+        world.engine.create(&pod).await.unwrap();
+        pods.push(pod.id);
+    }
+    world.fault("tasks", json!({"kind": "vzstart", "do": "never-ends"})).await;
+    world.calls.take();
+    let mut starting = tokio::task::JoinSet::new();
+    for id in pods.clone() {
+        let engine = world.engine.clone();
+        starting.spawn(async move { engine.start(&id).await });
+    }
+    let mut asked = 0;
+    let mut starts = async || {
+        let calls = world.calls.take();
+        asked += calls.iter().filter(|call| call.ends_with("/status/start")).count();
+        asked
+    };
+    while starts().await < 8 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Others are made meanwhile: time enough for those that wait.
+    let late = spec("late");
+    world.engine.create(&late).await.unwrap();
+    assert_eq!(starts().await, 8);
+    // Those that are given up make room.
+    starting.shutdown().await;
+    world.no_faults().await;
+    world.engine.start(&late.id).await.unwrap();
+    for id in pods.iter().chain([&late.id]) {
+        world.engine.delete(id).await.unwrap();
+    }
+    world.assert_as_before();
+}
+
+#[tokio::test]
+async fn a_number_that_was_started_again_and_again_is_passed_over_where_another_is_free() {
+    let world = World::new().await;
+    world
+        .fault("calls", json!({"path": "/status/start$", "do": "error", "code": 500, "message": "no"}))
+        .await;
+    let only = world.place.engine(&world.sim.hosts()[0].url, FIRST, &world.calls);
+    // The foreigners of the world have the next numbers.
+    for (engine, next) in [(&world.engine, FIRST + 4), (&only, FIRST)] {
+        let pod = spec("web");
+        engine.create(&pod).await.unwrap();
+        assert_eq!(engine.vmid(&pod.id).map(Vmid::get), Some(FIRST));
+        for _ in 0..4 {
+            engine.start(&pod.id).await.unwrap_err();
+        }
+        engine.delete(&pod.id).await.unwrap();
+        let late = spec("late");
+        engine.create(&late).await.unwrap();
+        assert_eq!(engine.vmid(&late.id).map(Vmid::get), Some(next));
+        engine.delete(&late.id).await.unwrap();
+    }
+    world.assert_as_before();
+}
