@@ -23,6 +23,8 @@ pub struct ConfigFile {
     pub config: LxcConfig,
     /// The names of the sections after it: `pve:pending` and snapshots.
     pub sections: Vec<String>,
+    /// Where the first of them begins in the text; its end without any.
+    pub main_len: usize,
 }
 
 /// Why a configuration cannot be read or written.
@@ -50,16 +52,18 @@ impl LxcConfig {
         if text.len() > MAX_FILE {
             return Err(InvalidConfig::TooLong(text.len()));
         }
-        let mut file = ConfigFile { config: Self::default(), sections: Vec::new() };
+        let mut file = ConfigFile { config: Self::default(), sections: Vec::new(), main_len: 0 };
         let mut description: Option<String> = None;
-        for line in text.lines() {
-            let line = Line::read(line);
+        for whole in text.split_inclusive('\n') {
+            let line = whole.strip_suffix('\n').unwrap_or(whole);
+            let line = Line::read(line.strip_suffix('\r').unwrap_or(line));
             if let Line::Section(name) = line {
                 file.sections.push(name.to_owned());
             }
             if !file.sections.is_empty() {
                 continue;
             }
+            file.main_len += whole.len();
             match line {
                 Line::Blank | Line::Section(_) => {}
                 Line::Comment(text) => {
@@ -133,8 +137,7 @@ impl<'a> Line<'a> {
         if bare.is_empty() {
             return Self::Blank;
         }
-        if let Some(name) = line.trim_end_matches(BLANKS).strip_prefix('[').and_then(|l| l.strip_suffix(']'))
-        {
+        if let Some(name) = section(line) {
             return Self::Section(name);
         }
         if let Some(comment) = line.strip_prefix('#') {
@@ -147,6 +150,19 @@ impl<'a> Line<'a> {
 
 /// What Perl's `\s` is in a text of bytes.
 const BLANKS: &[char] = &[' ', '\t', '\r', '\x0b', '\x0c'];
+
+/// The section of changes that wait for a start.
+const PENDING: &str = "pve:pending";
+
+/// The name of the section that a line opens. Other texts in brackets open none: Proxmox VE warns of them, and what follows belongs
+/// to the section before.
+fn section(line: &str) -> Option<&str> {
+    let name = line.trim_end_matches(BLANKS).strip_prefix('[')?.strip_suffix(']')?;
+    let well = name.len() > 1
+        && name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    if name.eq_ignore_ascii_case(PENDING) { Some(PENDING) } else { well.then_some(name) }
+}
 
 /// `lxc.key: value` or `lxc.key = value`; only the equals sign may have blanks before it.
 fn raw(line: &str) -> Option<Line<'_>> {

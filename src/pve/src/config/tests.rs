@@ -85,8 +85,17 @@ fn a_value_that_would_make_another_line_is_not_written() {
 
 #[test]
 fn a_line_that_proxmox_ve_only_warns_of_leaves_the_rest_readable_and_stays() {
-    let odd =
-        ["nonsense", "Memory: 2", "foo-bar: 1", "swap:", "lxc.Foo: x", "lxc.include : /x", "\u{1b}[31m\tx"];
+    let odd = [
+        "nonsense",
+        "Memory: 2",
+        "foo-bar: 1",
+        "swap:",
+        "lxc.Foo: x",
+        "lxc.include : /x",
+        "\u{1b}[31m\tx",
+        "[a b]",
+        "[x]",
+    ];
     let text = format!("memory: 1\n{}\nlxc.include: /y\n", odd.join("\n"));
     let mut config = LxcConfig::from_file(&text).unwrap().config;
     assert_eq!((config.memory, config.unread.as_slice()), (Some(1), &odd.map(str::to_owned)[..]));
@@ -96,7 +105,7 @@ fn a_line_that_proxmox_ve_only_warns_of_leaves_the_rest_readable_and_stays() {
     assert_eq!(written, format!("memory: 2\nlxc.include: /y\n{}\n", odd.join("\n")));
     assert_eq!(LxcConfig::from_file(&written).unwrap().config, config);
     // What is kept must not become another line.
-    for bad in ["a\nmemory: 9", "memory: 9", "[x]", "#x", ""] {
+    for bad in ["a\nmemory: 9", "memory: 9", "[snap]", "[PVE:pending]", "#x", ""] {
         let config = LxcConfig { unread: vec![bad.into()], ..LxcConfig::default() };
         assert!(config.to_file().is_err(), "{bad:?}");
     }

@@ -49,10 +49,9 @@ pub(super) struct Content {
 impl Content {
     pub(super) fn parse(text: &str) -> std::result::Result<Self, moxlet_pve::config::InvalidConfig> {
         let read = LxcConfig::from_file(text)?;
-        let at = if read.sections.is_empty() { text.len() } else { section_start(text) };
         Ok(Self {
             config: read.config,
-            rest: text.get(at..).unwrap_or_default().to_owned(),
+            rest: text.get(read.main_len..).unwrap_or_default().to_owned(),
             sections: read.sections,
         })
     }
@@ -90,19 +89,6 @@ pub(super) fn has_address(config: &LxcConfig, address: IpAddr) -> bool {
     let pairs = config.pairs();
     let values = pairs.iter().filter(|(key, _)| key != "description").map(|(_, value)| value);
     values.chain(config.lxc.iter().map(|(_, value)| value)).any(|value| in_words(value))
-}
-
-/// Where the first line begins that opens a section.
-fn section_start(text: &str) -> usize {
-    let mut at = 0;
-    for line in text.split_inclusive('\n') {
-        let bare = line.trim_end();
-        if bare.starts_with('[') && bare.ends_with(']') {
-            return at;
-        }
-        at += line.len();
-    }
-    at
 }
 
 /// The lock of one CT, held.
@@ -449,6 +435,20 @@ mod tests {
     }
 
     #[test]
+    fn a_line_in_brackets_that_opens_no_section_stays_once() {
+        let (_dir, folder) = folder();
+        let rest = "[snap]\nmemory: 7\n";
+        fs::write(folder.path(v(100)), format!("hostname: a\n[no section]\nmemory: 5\n{rest}")).unwrap();
+        let held = folder.lock(v(100)).unwrap();
+        let content = folder.read(v(100)).unwrap().unwrap();
+        assert_eq!((content.config.memory, content.sections.as_slice()), (Some(5), &["snap".to_owned()][..]));
+        folder.replace(&held, &content).unwrap();
+        let text = fs::read_to_string(folder.path(v(100))).unwrap();
+        assert_eq!(text, format!("hostname: a\nmemory: 5\n[no section]\n\n{rest}"));
+        assert_eq!(folder.read(v(100)).unwrap().unwrap(), content);
+    }
+
+    #[test]
     fn no_quorum_is_told_apart() {
         let (dir, folder) = folder();
         fs::write(
@@ -477,7 +477,7 @@ mod tests {
     #[test]
     fn volumes_and_addresses_of_a_ct_are_found_as_whole_words() {
         let text = "#10.0.0.9 on subvol-9-disk-0\nnet0: name=eth0,gw=10.0.0.1,ip=10.0.0.7/24,ip6=fd00::7/64\n\
-            rootfs: local-zfs:subvol-100-disk-0,size=1G\nlxc.net.1.ipv4.address: 10.0.0.8/24\n\n[a]\nmp0: z:subvol-8-disk-1,mp=/x\n";
+            rootfs: local-zfs:subvol-100-disk-0,size=1G\nlxc.net.1.ipv4.address: 10.0.0.8/24\n\n[snap]\nmp0: z:subvol-8-disk-1,mp=/x\n";
         let content = Content::parse(text).unwrap();
         assert!(content.uses("subvol-100-disk-0") && content.uses("subvol-8-disk-1"));
         assert!(!content.uses("subvol-10-disk-0") && !content.uses("subvol-9-disk-0"));
