@@ -141,16 +141,18 @@ async fn gate(
     next: Next,
 ) -> Response {
     let begun = Instant::now();
-    metrics::request_begun();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let shown = request.extensions().get::<MatchedPath>().map_or("other", |p| first_part(p.as_str()));
-    let response = match api.gate.admit(caller.as_ref(), &method, &path, request.headers()).await {
-        Ok(_) => next.run(request).await,
-        Err(refusal) => {
-            tracing::debug!(%method, path, status = refusal.status.as_u16(), "a caller is turned away");
-            (refusal.status, refusal.text).into_response()
+    let answer = async {
+        match api.gate.admit(caller.as_ref(), &method, &path, request.headers()).await {
+            Ok(_) => next.run(request).await,
+            Err(refusal) => {
+                tracing::debug!(%method, path, status = refusal.status.as_u16(), "a caller is turned away");
+                (refusal.status, refusal.text).into_response()
+            }
         }
     };
+    let response = metrics::in_flight(answer).await;
     let method = if method == Method::GET { "GET" } else { "POST" };
     metrics::request_done(method, shown, response.status().as_u16(), begun.elapsed());
     response

@@ -159,14 +159,25 @@ pub fn queue_depth(queue: &'static str, depth: usize) {
     gauge!("workqueue_depth", "name" => queue).set(depth as f64);
 }
 
-/// A request of the kubelet API has come.
-pub(crate) fn request_begun() {
-    gauge!("kubelet_http_inflight_requests").increment(1.0);
+/// Takes one from the requests under way, however its answer ends.
+struct InFlight;
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        gauge!("kubelet_http_inflight_requests").decrement(1.0);
+    }
 }
 
-/// It has been answered (a stream: its answer has begun); `path` is the first part of its path.
+/// Answers a request of the kubelet API, which is under way meanwhile: until it is answered, or its client hangs up and nobody waits
+/// for the answer any more.
+pub(crate) async fn in_flight<T>(answer: impl Future<Output = T>) -> T {
+    gauge!("kubelet_http_inflight_requests").increment(1.0);
+    let _until = InFlight;
+    answer.await
+}
+
+/// A request has been answered (a stream: its answer has begun); `path` is the first part of its path.
 pub(crate) fn request_done(method: &'static str, path: &'static str, code: u16, took: Duration) {
-    gauge!("kubelet_http_inflight_requests").decrement(1.0);
     counter!("kubelet_http_requests_total", "method" => method, "path" => path, "code" => code.to_string())
         .increment(1);
     histogram!("kubelet_http_requests_duration_seconds", "method" => method, "path" => path).record(took);
@@ -218,6 +229,24 @@ fn platform() -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_request_whose_client_hangs_up_is_under_way_no_more() {
+        use futures::FutureExt as _;
+
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let shown = recorder.handle();
+        let has = |line: &str| shown.render().lines().any(|l| l == line);
+        ::metrics::with_local_recorder(&recorder, || {
+            let mut answer = Box::pin(in_flight(std::future::pending::<()>()));
+            assert!(answer.as_mut().now_or_never().is_none());
+            assert!(has("kubelet_http_inflight_requests 1"), "{}", shown.render());
+            drop(answer);
+            assert!(has("kubelet_http_inflight_requests 0"), "{}", shown.render());
+            assert_eq!(in_flight(async { 7 }).now_or_never(), Some(7));
+            assert!(has("kubelet_http_inflight_requests 0"), "{}", shown.render());
+        });
+    }
 
     #[test]
     fn what_is_reported_is_shown() {
