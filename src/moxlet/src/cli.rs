@@ -16,7 +16,7 @@ use crate::image::ImageArgs;
 
 /// Pods as LXC containers: one Kubernetes node out of Proxmox hosts, or out of this machine.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 100)]
+#[command(version, max_term_width = 100)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,

@@ -65,16 +65,24 @@ use crate::{
 /// Updates of pods that wait for the manager.
 const UPDATES: usize = 1024;
 
-/// Waits for the agent's first word.
+/// Waits for the agent's first word; each reason why there is none is told once in a row.
 async fn first_info(agent: &dyn Runtime, stop: &CancellationToken) -> Option<host::InfoResponse> {
     let mut pause = Duration::from_millis(50);
+    let mut told = String::new();
     loop {
-        tokio::select! {
+        let answer = tokio::select! {
             () = stop.cancelled() => return None,
-            answer = agent.info(host::InfoRequest {}) => match answer {
-                Ok(info) => return Some(info),
-                Err(error) => warn!(error = %chain(&error), "the agent does not answer yet"),
-            },
+            answer = agent.info(host::InfoRequest {}) => answer,
+        };
+        match answer {
+            Ok(info) => return Some(info),
+            Err(error) => {
+                let error = chain(&error);
+                if error != told {
+                    warn!(error, "the agent does not answer yet");
+                    told = error;
+                }
+            }
         }
         tokio::select! {
             () = stop.cancelled() => return None,
