@@ -93,9 +93,11 @@ impl Agent {
         let pods = root.join("pods");
         blocking("making the pods' directory shared", move || Ok(mounts::make_shared_dir(&pods)?)).await?;
         let init_binary = init_binary::install(config.init_binary.as_deref(), &root.join("init"))?;
+        // Proxmox VE activates its storage when the engine asks after it, and takes a pool for active of which anything is mounted: the
+        // store's own mounts come after.
+        let Opened { engine, cgroups, network } = engine::open(&config).await?;
         let place = place(&config).open().await?;
         let driver = place.driver();
-        let Opened { engine, cgroups, network } = engine::open(&config).await?;
         let images = place
             .images(moxlet_image::Config {
                 plain_http_hosts: config.plain_http_registries.clone(),

@@ -72,6 +72,11 @@ impl Drop for Started {
 }
 
 async fn agent(world: &World, changed: &[(&'static str, &str)]) -> Started {
+    agent_with(world, "", changed).await
+}
+
+/// The same with more keys before the section `[pve]`.
+async fn agent_with(world: &World, more: &str, changed: &[(&'static str, &str)]) -> Started {
     let (moxlet, init) = tokio::task::spawn_blocking(|| (program(), init_binary())).await.unwrap();
     let root = tempfile::Builder::new().prefix("moxlet-start-").tempdir().unwrap();
     fs::set_permissions(root.path(), fs::Permissions::from_mode(0o711)).unwrap();
@@ -83,7 +88,7 @@ async fn agent(world: &World, changed: &[(&'static str, &str)]) -> Started {
     let file = root.path().join("moxlet.toml");
     let addresses = "address_first = \"10.10.1.1\"\naddress_last = \"10.10.1.9\"\naddress_prefix = 16\n";
     let text = format!(
-        "root_dir = {:?}\nengine = \"pve\"\ninit_binary = {init:?}\n[pve]\n{addresses}{pve}",
+        "root_dir = {:?}\nengine = \"pve\"\ninit_binary = {init:?}\n{more}[pve]\n{addresses}{pve}",
         root.path().join("r")
     );
     fs::write(&file, text).unwrap();
@@ -95,7 +100,10 @@ async fn agent(world: &World, changed: &[(&'static str, &str)]) -> Started {
 
 /// What the agent writes until it ends, with these keys changed. It has touched nothing.
 async fn complaint(world: &World, changed: &[(&'static str, &str)]) -> String {
-    let mut started = agent(world, changed).await;
+    said_by(world, agent(world, changed).await).await
+}
+
+async fn said_by(world: &World, mut started: Started) -> String {
     let ended = tokio::time::timeout(Duration::from_secs(120), started.command.output()).await;
     let ended = ended.unwrap().unwrap();
     let said = String::from_utf8_lossy(&ended.stderr).into_owned();
@@ -186,6 +194,16 @@ async fn all_that_is_missing_is_said_at_once() {
         &text,
         &["there is no bridge vmbr77 on this host (key bridge)", "of type dir", "there is no pool pods"],
     );
+}
+
+#[tokio::test]
+async fn proxmox_ve_activates_its_storage_before_the_store_is_opened_on_the_same_pool() {
+    let world = World::new().await;
+    let store = "storage = \"zfs\"\nzfs_dataset = \"moxlet-no-such-pool/store\"\n";
+    world.control("PUT", "/storages/local-zfs", json!({"fault": "inactive"})).await;
+    let text = said_by(&world, agent_with(&world, store, &[]).await).await;
+    has(&text, &["the storage local-zfs is not active on pve1"]);
+    assert!(!text.contains("moxlet-no-such-pool"), "{text}");
 }
 
 #[tokio::test]
