@@ -156,8 +156,9 @@ pub(super) fn include_text(spec: &SandboxSpec, vmid: Vmid) -> Result<String> {
 }
 
 /// What lets no CT of another number start with this file: a copy of the CT finds it while the pod lives. LXC runs it by a shell
-/// on the host, as root, before anything is mounted. It is the program that the CT's own PID 1 is, so that it is there for as
-/// long as the CT can start; without it nothing starts.
+/// on the host, as root, before it mounts anything, and behind Proxmox VE's own hook, which sees to the CT's volumes and stands in a file
+/// that is included before. It is the program that the CT's own PID 1 is, so that it is there for as long as the CT can start;
+/// without it nothing starts.
 fn hook(spec: &SandboxSpec, vmid: Vmid) -> Result<String> {
     mount_path("init binary", &spec.init_binary)?;
     let program = spec.init_binary.display().to_string();
