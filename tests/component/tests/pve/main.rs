@@ -5,6 +5,7 @@ mod admin;
 mod away;
 mod bad_input;
 mod crash;
+mod hook;
 mod life;
 mod network;
 mod quorum;

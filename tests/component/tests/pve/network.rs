@@ -77,6 +77,34 @@ async fn gateway_mtu_vlan_and_further_bridges_stand_in_the_configuration() {
 }
 
 #[tokio::test]
+async fn a_static_ipv6_address_stands_in_the_configuration_and_is_no_other_pods() {
+    let world = World::new().await;
+    let six = NicAddress::Static {
+        address: "fd00:10::7".parse().unwrap(),
+        prefix: 64,
+        gateway: Some("fd00:10::1".parse().unwrap()),
+    };
+    let on_bridge = || vec![Nic { ipv6: Some(six), ..nic("eth0", "vmbr0") }];
+    let mut pod = spec("web");
+    pod.nics = on_bridge();
+    world.engine.create(&pod).await.unwrap();
+    let ct = world.admin.ct(&world.node, Vmid::new(FIRST).unwrap());
+    let net = ct.config().await.unwrap().net.remove(&0).unwrap();
+    let written = IpConfig::Static { address: "fd00:10::7".parse().unwrap(), prefix: 64 };
+    assert_eq!((net.ip6, net.gw6), (Some(written), Some("fd00:10::1".parse().unwrap())));
+    assert_eq!((net.ip, net.gw, net.host_managed), (None, None, Some(true)));
+    world.engine.start(&pod.id).await.unwrap();
+    let given: [std::net::IpAddr; 1] = ["fd00:10::7".parse().unwrap()];
+    assert_eq!(world.engine.addresses(&pod.id).await.unwrap().unwrap(), given);
+    let mut other = spec("other");
+    other.nics = on_bridge();
+    let error = world.engine.create(&other).await.unwrap_err();
+    assert!(matches!(error, Error::AddressTaken { address, .. } if address == given[0]), "{}", words(&error));
+    world.engine.delete(&pod.id).await.unwrap();
+    world.assert_as_before();
+}
+
+#[tokio::test]
 async fn a_host_that_goes_down_gives_a_ct_its_pods_grace_and_ten_seconds() {
     let world = World::new().await;
     for (grace, line) in [(0, "startup: down=10"), (600, "startup: down=610")] {
