@@ -9,4 +9,5 @@ mod recovery;
 mod refusals;
 mod sandboxes;
 mod storage;
+mod uninstall;
 mod volumes;
