@@ -9,12 +9,12 @@ use axum::{
     routing::{get, post, put},
 };
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::Mutex;
 
 use crate::{
     api,
-    faults::{CallRule, FaultSet, StorageFault, TaskRule},
+    faults::{BackupStep, CallRule, FaultSet, StorageFault, TaskRule},
     pmxcfs::Held,
     sim::Sim,
     tls::Validity,
@@ -42,6 +42,8 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/quorum", put(set_quorum))
         .route("/storages/{name}", put(set_storage))
         .route("/version", put(set_version))
+        .route("/backups", put(hold_backups))
+        .route("/pvesh", post(pvesh))
         .route("/certificates/{name}", put(renew))
         .route("/locks/{file}", put(set_lock))
         .route("/counts", get(counts).delete(reset_counts))
@@ -175,6 +177,38 @@ struct VersionState {
 async fn set_version(State(admin): State<Admin>, Json(state): Json<VersionState>) -> Answer {
     admin.sim.faults.change(|c| c.version = state.version);
     done()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Backups {
+    /// Absent or null: they go on.
+    hold: Option<BackupStep>,
+}
+
+async fn hold_backups(State(admin): State<Admin>, Json(backups): Json<Backups>) -> Answer {
+    admin.sim.faults.change(|c| c.backups = backups.hold);
+    done()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pvesh {
+    /// The host that it is called on.
+    host: String,
+    method: String,
+    path: String,
+    #[serde(default)]
+    parameters: Map<String, Value>,
+}
+
+/// A call of root@pam on a host, which no token may do: as `pvesh` there. Its data, or what the refusal says.
+async fn pvesh(State(admin): State<Admin>, Json(asked): Json<Pvesh>) -> Answer {
+    let Pvesh { host, method, path, parameters } = asked;
+    match api::call_as_root(&admin.sim, &host, &method, &path, parameters).await {
+        Ok(data) => Ok(Json(json!({ "data": data.data }))),
+        Err(refusal) => Err((StatusCode::CONFLICT, refusal.body().to_string())),
+    }
 }
 
 #[derive(Deserialize)]

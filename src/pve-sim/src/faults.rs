@@ -8,6 +8,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+/// How often a backup that is held looks whether it may go on.
+const HOLD_POLL: Duration = Duration::from_millis(10);
+
 /// What happens to calls that a rule is for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
@@ -127,6 +130,18 @@ pub(crate) enum StorageFault {
     Inactive,
 }
 
+/// A moment of a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum BackupStep {
+    /// The CT is frozen: for its snapshot, or while it is copied.
+    Frozen,
+    /// The archive is being written.
+    Archive,
+    /// The CT is not locked any more; what the backup made of it is still there, and it was not started again.
+    Unlocked,
+}
+
 /// Lasting conditions of the cluster.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -137,6 +152,8 @@ pub(crate) struct Conditions {
     pub(crate) storages: BTreeMap<String, StorageFault>,
     /// What `/version` tells instead of the configured version.
     pub(crate) version: Option<String>,
+    /// Where backups stop until this is another step, or none.
+    pub(crate) backups: Option<BackupStep>,
 }
 
 /// A fault file: what the admin port takes at `/faults`, too.
@@ -231,6 +248,13 @@ impl Faults {
         let set = self.set();
         let storages = &set.conditions.storages;
         storages.get(&format!("{node}/{storage}")).or_else(|| storages.get(storage)).copied()
+    }
+
+    /// Returns once no backup is held at this step.
+    pub(crate) async fn passed(&self, step: BackupStep) {
+        while self.set().conditions.backups == Some(step) {
+            tokio::time::sleep(HOLD_POLL).await;
+        }
     }
 
     /// The faults of one call: delays first, then at most one other.

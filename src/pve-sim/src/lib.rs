@@ -51,7 +51,7 @@ use std::{
     sync::Arc,
 };
 
-pub use backend::lxc::hook::run as run_ct_hook;
+pub use backend::lxc::{archive::run as run_ct_tar, hook::run as run_ct_hook};
 pub use config::Config;
 pub use error::{Error, Result};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};

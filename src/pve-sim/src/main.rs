@@ -38,17 +38,20 @@ struct Args {
     ready_file: Option<PathBuf>,
 }
 
-/// What liblxc calls before it starts a CT: `pve-sim ct-hook DIR ID lxc pre-start`.
-fn hook() -> Option<anyhow::Result<()>> {
+/// What liblxc calls before it starts a CT, `pve-sim ct-hook DIR ID lxc pre-start`, and what a backup does in a process of its
+/// own, `pve-sim ct-tar FILE`.
+fn helper() -> Option<anyhow::Result<()>> {
     let mut args = std::env::args_os().skip(1);
-    (args.next()? == "ct-hook").then(|| {
-        let dir = args.next().context("ct-hook: no directory")?;
-        Ok(moxlet_pve_sim::run_ct_hook(dir.as_ref())?)
-    })
+    let run = match args.next()?.to_str()? {
+        "ct-hook" => moxlet_pve_sim::run_ct_hook,
+        "ct-tar" => moxlet_pve_sim::run_ct_tar,
+        _ => return None,
+    };
+    Some(args.next().context("no path").and_then(|path| Ok(run(path.as_ref())?)))
 }
 
 fn main() -> anyhow::Result<()> {
-    if let Some(done) = hook() {
+    if let Some(done) = helper() {
         return done;
     }
     let filter = tracing_subscriber::EnvFilter::try_from_env("PVE_SIM_LOG").unwrap_or_else(|_| "info".into());

@@ -238,6 +238,11 @@ impl Pmxcfs {
             .ok_or_else(|| Refusal::died(format!("can't lock file '{real}' - got timeout")))
     }
 
+    /// The lock that lets a node make one backup at a time; none if it is not got in time.
+    pub(crate) async fn lock_backups(&self, node: &str, limit: Duration) -> Result<Option<Held>> {
+        lock(&self.locks.join(format!("vzdump-{node}")), limit).await
+    }
+
     /// The cluster-wide lock of a configuration file such as `user.cfg`.
     pub(crate) async fn lock_cfs(&self, file: &str, limit: Duration) -> Answered<Held> {
         self.check_quorum()?;

@@ -182,6 +182,25 @@ impl Tasks {
         F: Future<Output = std::result::Result<(), String>> + Send + 'static,
         W: FnOnce(TaskLog) -> F,
     {
+        let interrupted = || async { "received interrupt".to_owned() };
+        self.fork_tidied(node, kind, id, caller, |log| (work(log), interrupted()))
+    }
+
+    /// Starts a task that has something to put right when it is interrupted: its second future does that, and says how the task
+    /// has ended.
+    pub(crate) fn fork_tidied<F, T, W>(
+        &self,
+        node: &str,
+        kind: &str,
+        id: &str,
+        caller: &Caller,
+        work: W,
+    ) -> Result<String>
+    where
+        F: Future<Output = std::result::Result<(), String>> + Send + 'static,
+        T: Future<Output = String> + Send + 'static,
+        W: FnOnce(TaskLog) -> (F, T),
+    {
         let pid = self.next_pid.fetch_add(1, Ordering::Relaxed);
         let pstart = u32::try_from(self.started.elapsed().as_millis() / 10).unwrap_or(u32::MAX);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -193,14 +212,14 @@ impl Tasks {
         let cancel = CancellationToken::new();
         self.running().insert(text.clone(), cancel.clone());
         let fault = self.faults.task(kind, id);
-        let work = work(log.clone());
+        let (work, tidy) = work(log.clone());
         let running = Arc::clone(&self.running);
         let upid = text.clone();
         let least = self.least;
         self.tracker.spawn(async move {
             let outcome = tokio::select! {
                 outcome = run(work, fault.clone(), least) => outcome,
-                () = cancel.cancelled() => Err("received interrupt".into()),
+                () = cancel.cancelled() => Err(tidy.await),
             };
             let truncated = matches!(fault, Some(TaskFault::CutLog));
             if !truncated {

@@ -4,6 +4,7 @@
 //! asks for. What the real methods check beyond that, they check here.
 
 mod access;
+mod backup;
 mod cluster;
 mod firewall;
 mod ha;
@@ -22,6 +23,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     access::{Caller, Rights, UserCfg},
     answer::{Answered, Data, Refusal},
+    schema::check_parameters,
     sim::Sim,
 };
 
@@ -101,6 +103,31 @@ impl Call {
     }
 }
 
+/// Does a call as root@pam does it on a host, without HTTP.
+pub(crate) async fn call_as_root(
+    sim: &Arc<Sim>,
+    host: &str,
+    method: &str,
+    path: &str,
+    parameters: Map<String, Value>,
+) -> Answered<Data> {
+    let found = sim.schema.find(method, path);
+    let found =
+        found.ok_or_else(|| Refusal::new(501, format!("Method '{method} {path}' not implemented")))?;
+    let mut given = parameters;
+    given.extend(found.in_path.into_iter().map(|(name, value)| (name, json!(value))));
+    sim.host(host)?;
+    let call = Call {
+        sim: Arc::clone(sim),
+        host: host.to_owned(),
+        caller: Caller::parse("root@pam"),
+        method: method.to_owned(),
+        template: found.template.to_owned(),
+        given: check_parameters(found.method, given)?,
+    };
+    dispatch(call).await
+}
+
 /// Does a call.
 pub(crate) async fn dispatch(call: Call) -> Answered<Data> {
     let template = call.template.clone();
@@ -141,6 +168,7 @@ async fn dispatch_node(call: &Call, template: &str) -> Option<Answered> {
         "tasks" => tasks::dispatch(call).await,
         "storage" => storage::dispatch_node(call).await,
         "network" => network::dispatch(call),
+        "vzdump" => backup::dispatch(call).await,
         _ => nodes::dispatch(call).await,
     }
 }

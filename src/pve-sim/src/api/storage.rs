@@ -1,8 +1,10 @@
 //! `/storage` and `/nodes/{node}/storage`: what storages there are, their room and their volumes.
 
+use std::{fs, path::PathBuf};
+
 use serde_json::{Value, json};
 
-use super::Call;
+use super::{Call, backup};
 use crate::{
     answer::{Answered, Refusal},
     backend::VolumeInfo,
@@ -131,11 +133,39 @@ fn to_json(storage: &Storage, volume: &VolumeInfo) -> Value {
     json
 }
 
+/// The backups of a storage that the caller may see, each as its file has it.
+fn backups(call: &Call, node: &str, storage: &Storage) -> Answered<Vec<Value>> {
+    if !storage.content.iter().any(|c| c == "backup") {
+        return Ok(Vec::new());
+    }
+    let path = format!("/storage/{}", storage.name);
+    let (all, some) =
+        (call.has_any(&path, &["Datastore.Allocate"])?, call.has_any(&path, &["Datastore.AllocateSpace"])?);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(call.sim.backend.dump_dir(node, storage)?).into_iter().flatten().flatten() {
+        let name = format!("backup/{}", entry.file_name().to_string_lossy());
+        let Some(named) = backup::named(&name) else { continue };
+        if all || (some && call.has_any(&format!("/vms/{}", named.vmid), &["VM.Backup"])?) {
+            let size = entry.metadata().map_or(0, |m| m.len());
+            found.push(json!({
+                "volid": format!("{}:{name}", storage.name), "content": "backup", "subtype": "lxc",
+                "format": named.compression.extension(), "size": size, "ctime": named.at, "vmid": named.vmid,
+            }));
+        }
+    }
+    found.sort_by_key(|b| b["volid"].to_string());
+    Ok(found)
+}
+
 async fn content(call: &Call) -> Answered {
     let node = call.node()?;
     let storage = call.sim.storage(node, call.needed("storage")?)?;
     let vmid = call.integer("vmid");
-    let all: Vec<Value> = call
+    let fits = |b: &Value| {
+        call.text("content").is_none_or(|c| c == "backup")
+            && vmid.is_none_or(|id| b["vmid"].as_i64() == Some(id))
+    };
+    let mut all: Vec<Value> = call
         .sim
         .backend
         .volumes(node, &storage)
@@ -145,7 +175,17 @@ async fn content(call: &Call) -> Answered {
         .filter(|v| vmid.is_none_or(|id| v.vmid.map(i64::from) == Some(id)))
         .map(|v| to_json(&storage, v))
         .collect();
+    all.extend(backups(call, node, &storage)?.into_iter().filter(fits));
     Ok(json!(all).into())
+}
+
+/// The file of a backup that is there.
+fn backup_file(call: &Call, node: &str, storage: &Storage, name: &str) -> Answered<Option<PathBuf>> {
+    if backup::named(name).is_none() {
+        return Ok(None);
+    }
+    let file = name.strip_prefix("backup/").unwrap_or(name);
+    Ok(Some(call.sim.backend.dump_dir(node, storage)?.join(file)))
 }
 
 /// The storage and the name of the volume that a call is for: `storage:name`, or the name alone.
@@ -165,6 +205,12 @@ async fn volume(call: &Call) -> Answered {
     if !call.has_any(&format!("/storage/{}", storage.name), MAY_SEE)? {
         return Err(Refusal::forbidden(&format!("/storage/{}, Datastore.Audit", storage.name)));
     }
+    if let Some(file) = backup_file(call, call.node()?, &storage, &name)? {
+        let gone = |_| Refusal::died(format!("volume_size_info on '{}:{name}' failed", storage.name));
+        let size = fs::metadata(&file).map_err(gone)?.len();
+        let format = backup::named(&name).map_or("tar", |n| n.compression.extension());
+        return Ok(json!({ "path": file, "format": format, "size": size, "used": size }).into());
+    }
     let found = call.sim.backend.volumes(call.node()?, &storage).await?;
     match found.iter().find(|v| v.name == name) {
         Some(v) => {
@@ -179,6 +225,9 @@ async fn volume(call: &Call) -> Answered {
 async fn delete(call: &Call) -> Answered {
     let (storage, name) = addressed(call)?;
     let node = call.node()?.to_owned();
+    if let Some(file) = backup_file(call, &node, &storage, &name)? {
+        return delete_backup(call, &node, &storage, &name, file);
+    }
     let owner = name.split('-').nth(1).and_then(|v| v.parse::<u32>().ok());
     if !call.has_any(&format!("/storage/{}", storage.name), &["Datastore.Allocate"])? {
         let allowed = owner
@@ -203,6 +252,19 @@ async fn delete(call: &Call) -> Answered {
     call.fork(&node.clone(), "imgdel", &format!("{id}@{}", storage.name), |log| async move {
         sim.backend.destroy_volume(&node, &storage, &name).await.map_err(|e| e.to_string())?;
         log.line(&format!("Removed volume '{}:{name}'", storage.name));
+        Ok(())
+    })
+}
+
+fn delete_backup(call: &Call, node: &str, storage: &Storage, name: &str, file: PathBuf) -> Answered {
+    let vmid = backup::named(name).map_or(0, |n| n.vmid);
+    call.check(&format!("/storage/{}", storage.name), &["Datastore.AllocateSpace"])?;
+    call.check(&format!("/vms/{vmid}"), &["VM.Backup"])?;
+    let id = format!("{vmid}@{}", storage.name);
+    let volid = format!("{}:{name}", storage.name);
+    call.fork(node, "imgdel", &id, |log| async move {
+        fs::remove_file(&file).map_err(|e| format!("removing archive {} failed: {e}", file.display()))?;
+        log.line(&format!("Removed volume '{volid}'"));
         Ok(())
     })
 }

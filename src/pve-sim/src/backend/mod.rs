@@ -6,12 +6,20 @@ pub(crate) mod lxc;
 pub(crate) mod records;
 mod tool;
 
-use std::{fmt::Debug, path::Path};
+use std::{
+    fmt::Debug,
+    path::{Path, PathBuf},
+};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::{Result, config::Storage, guest::CtConf, tasks::TaskLog};
+use crate::{
+    Result,
+    config::Storage,
+    guest::{CtConf, backup::Compression},
+    tasks::TaskLog,
+};
 
 /// Whether a CT runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +109,31 @@ pub(crate) struct Room {
     pub(crate) used: u64,
 }
 
+/// A volume that is in a backup.
+#[derive(Debug, Clone)]
+pub(crate) struct BackedUp {
+    pub(crate) storage: Storage,
+    pub(crate) volume: String,
+    /// Where it is in the CT: `/` is the root.
+    pub(crate) target: String,
+}
+
+/// What goes into a backup's archive, and where that is written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Backup<'a> {
+    /// The root first.
+    pub(crate) volumes: &'a [BackedUp],
+    /// The snapshot that is read; none: the volumes as they are.
+    pub(crate) snapshot: Option<&'a str>,
+    /// Below it lie the files of `etc/vzdump`.
+    pub(crate) meta: &'a Path,
+    /// Names with wildcards that are left out, from the CT's root on.
+    pub(crate) excluded: &'a [&'a str],
+    pub(crate) unprivileged: bool,
+    pub(crate) compression: Compression,
+    pub(crate) file: &'a Path,
+}
+
 /// How a CT is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -156,6 +189,10 @@ pub(crate) trait Backend: Debug + Send + Sync {
         unprivileged: bool,
         log: &TaskLog,
     ) -> Result<()>;
+    /// The directory of a storage's backups.
+    fn dump_dir(&self, node: &str, storage: &Storage) -> Result<PathBuf>;
+    /// Writes a backup's archive.
+    async fn back_up(&self, backup: Backup<'_>) -> Result<()>;
     /// Snapshots a volume.
     async fn snapshot_volume(&self, node: &str, storage: &Storage, volume: &str, name: &str) -> Result<()>;
     /// Removes a snapshot of a volume; one that is gone: nothing.

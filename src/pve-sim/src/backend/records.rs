@@ -1,4 +1,4 @@
-//! The back end without LXC: which CT runs is a file, a volume is a file with its size.
+//! The back end without LXC: which CT runs is a file, a volume is a file with its size, a backup holds the config alone.
 
 use std::{
     collections::hash_map::DefaultHasher,
@@ -14,10 +14,16 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
-use super::{Backend, Ct, Interface, Mount, Room, RunState, Stop, Usage, VolumeInfo};
+use super::{Backend, Backup, Ct, Interface, Mount, Room, RunState, Stop, Usage, VolumeInfo};
 use crate::{
-    Error, Result, config::Storage, drafts::Drafts, error::io, guest::parse_pairs, pmxcfs::read_text,
-    sim::now, tasks::TaskLog,
+    Error, Result,
+    config::Storage,
+    drafts::Drafts,
+    error::io,
+    guest::{backup, parse_pairs},
+    pmxcfs::read_text,
+    sim::now,
+    tasks::TaskLog,
 };
 
 /// States and volumes below the state directory.
@@ -27,6 +33,7 @@ pub(crate) struct Records {
     /// What is being written; a kill leaves it here, where nobody looks.
     drafts: Drafts,
     volumes: PathBuf,
+    dumps: PathBuf,
     next_pid: AtomicU32,
 }
 
@@ -39,13 +46,13 @@ struct Run {
 
 impl Records {
     pub(crate) fn open(state: &Path) -> Result<Self> {
-        let (run, volumes) = (state.join("run/ct"), state.join("volumes"));
-        for dir in [&run, &volumes] {
+        let (run, volumes, dumps) = (state.join("run/ct"), state.join("volumes"), state.join("dumps"));
+        for dir in [&run, &volumes, &dumps] {
             fs::create_dir_all(dir).map_err(io("create", dir))?;
         }
         let drafts = state.join("run/drafts/ct");
         let drafts = Drafts::open(&drafts).map_err(io("open", &drafts))?;
-        Ok(Self { run, drafts, volumes, next_pid: AtomicU32::new(200_000) })
+        Ok(Self { run, drafts, volumes, dumps, next_pid: AtomicU32::new(200_000) })
     }
 
     fn run_file(&self, node: &str, vmid: u32) -> PathBuf {
@@ -248,6 +255,17 @@ impl Backend for Records {
     ) -> Result<()> {
         log.line(&format!("extracting archive '{}'", archive.display()));
         Ok(())
+    }
+
+    fn dump_dir(&self, node: &str, storage: &Storage) -> Result<PathBuf> {
+        let owner = if storage.shared { "shared" } else { node };
+        Ok(self.dumps.join(owner).join(&storage.name))
+    }
+
+    async fn back_up(&self, backup: Backup<'_>) -> Result<()> {
+        let names = [backup::CONF, backup::FIREWALL];
+        let written = backup::write(backup.file, backup.compression, backup.meta, &names);
+        written.map_err(io("write", backup.file))
     }
 
     async fn delete_snapshot(&self, _: &str, _: &Storage, _: &str, _: &str) -> Result<()> {

@@ -1,5 +1,6 @@
 //! A CT's configuration file and the values in it.
 
+pub(crate) mod backup;
 mod conf;
 mod raw;
 mod volume;

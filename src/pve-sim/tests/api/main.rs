@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
 mod access;
+mod backup;
 mod cluster;
 mod config_file;
 mod crash;
@@ -10,5 +11,6 @@ mod http;
 mod lifecycle;
 mod processes;
 mod resources;
+mod restore;
 mod tasks;
 mod vmids;

@@ -77,6 +77,13 @@ pub const EXCEPTIONS: &[Exception] = &[
     },
     Exception {
         method: "GET",
+        path: "/nodes/{node}/storage/{storage}/content",
+        kind: Kind::UndeclaredField,
+        place: "answer.subtype",
+        why: "a backup says what kind of guest it is of",
+    },
+    Exception {
+        method: "GET",
         path: "/nodes",
         kind: Kind::UndeclaredField,
         place: "answer.",

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use super::{
     Call, power,
     refusals::{Changes, check_changes},
-    text,
+    restore, text,
 };
 use crate::{
     answer::{Answered, Refusal},
     api::plain,
+    config::Storage,
     faults::StorageFault,
     guest::{CtConf, Volume, VolumeKind, parse_pairs, size_bytes},
     sim::Sim,
@@ -50,7 +51,7 @@ pub(super) async fn create(call: &Call) -> Answered {
     let (node, vmid) = (call.node()?.to_owned(), call.vmid()?);
     call.sim.cfs.check_quorum()?;
     if call.flag("restore") {
-        return Err(Refusal::new(501, "restore is not simulated"));
+        return restore::restore(call).await;
     }
     let pool = call.text("pool").map(str::to_owned);
     check_allocate(call, vmid, pool.as_deref())?;
@@ -59,12 +60,7 @@ pub(super) async fn create(call: &Call) -> Answered {
         // Privileged CTs need more than their own path.
         call.check("/", &["Sys.Modify"])?;
     }
-    let changes: Changes = call
-        .given
-        .iter()
-        .filter(|(name, _)| !NOT_OPTIONS.contains(&name.as_str()))
-        .map(|(name, value)| (name.clone(), Some(plain(value))))
-        .collect();
+    let changes = options(call);
     check_changes(call, vmid, pool.as_deref(), &CtConf::default(), &changes, unprivileged)?;
     let storage = call.text("storage").unwrap_or("local").to_owned();
     let ostemplate = call.needed("ostemplate")?;
@@ -75,12 +71,7 @@ pub(super) async fn create(call: &Call) -> Answered {
         .or_else(|_| call.check(&format!("/storage/{}", archive.0), &["Datastore.AllocateSpace"]))?;
     let root_storage = root_storage(changes.get("rootfs").and_then(Option::as_deref), &storage);
     call.check(&format!("/storage/{root_storage}"), &["Datastore.AllocateSpace"])?;
-    let known = call.sim.storage(&node, &root_storage)?;
-    if !known.content.iter().any(|c| c == "rootdir") {
-        return Err(Refusal::died(format!(
-            "storage '{root_storage}' does not support container directories"
-        )));
-    }
+    check_holds_roots(&call.sim, &node, &root_storage)?;
     let mut conf = CtConf::default();
     conf.main.values = changes.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
     if let Some(description) = call.text("description") {
@@ -93,7 +84,13 @@ pub(super) async fn create(call: &Call) -> Answered {
     call.fork(&node, "vzcreate", &vmid.to_string(), |log| async move { run(&sim, work, &log).await })
 }
 
-fn check_allocate(call: &Call, vmid: u32, pool: Option<&str>) -> Answered<()> {
+/// The parameters that are options of the config.
+pub(super) fn options(call: &Call) -> Changes {
+    let given = call.given.iter().filter(|(name, _)| !NOT_OPTIONS.contains(&name.as_str()));
+    given.map(|(name, value)| (name.clone(), Some(plain(value)))).collect()
+}
+
+pub(super) fn check_allocate(call: &Call, vmid: u32, pool: Option<&str>) -> Answered<()> {
     if let Some(pool) = pool {
         if !call.users()?.pools.contains_key(pool) {
             return Err(Refusal::died(format!("pool '{pool}' does not exist")));
@@ -108,8 +105,16 @@ fn check_allocate(call: &Call, vmid: u32, pool: Option<&str>) -> Answered<()> {
     Err(Refusal::forbidden(&format!("/vms/{vmid}, VM.Allocate")))
 }
 
+/// Whether a storage can hold roots of CTs.
+pub(super) fn check_holds_roots(sim: &Sim, node: &str, storage: &str) -> Answered<()> {
+    if sim.storage(node, storage)?.content.iter().any(|c| c == "rootdir") {
+        return Ok(());
+    }
+    Err(Refusal::died(format!("storage '{storage}' does not support container directories")))
+}
+
 /// The config with `lock: create`, so that the VMID is taken before the task begins.
-fn reserve(sim: &Sim, node: &str, vmid: u32) -> Answered<()> {
+pub(super) fn reserve(sim: &Sim, node: &str, vmid: u32) -> Answered<()> {
     if let Some(other) = sim.vmlist()?.get(&vmid) {
         return Err(Refusal::died(format!("CT {vmid} already exists on node '{other}'")));
     }
@@ -142,7 +147,7 @@ pub(super) fn complete_net(net: &mut String) {
     }
 }
 
-fn root_storage(rootfs: Option<&str>, default: &str) -> String {
+pub(super) fn root_storage(rootfs: Option<&str>, default: &str) -> String {
     match rootfs.and_then(|value| Volume::parse("rootfs", value)).map(|v| v.kind) {
         Some(VolumeKind::Storage { storage, .. }) => storage,
         _ => default.to_owned(),
@@ -152,13 +157,16 @@ fn root_storage(rootfs: Option<&str>, default: &str) -> String {
 /// `storage:8` or `storage:8,…` asks for a new volume of so many GiB.
 fn root_size(rootfs: Option<&str>) -> u64 {
     let asked = rootfs.and_then(|value| Volume::parse("rootfs", value)).and_then(|v| match v.kind {
-        VolumeKind::Storage { volume, .. } => volume.parse::<f64>().ok(),
+        VolumeKind::Storage { volume, .. } => new_size(&volume),
         _ => None,
     });
-    match asked {
-        Some(gib) if gib.is_finite() && gib > 0.0 => (gib * f64::from(1u32 << 30)) as u64,
-        _ => size_bytes(DEFAULT_SIZE).unwrap_or(4 << 30),
-    }
+    asked.unwrap_or_else(|| size_bytes(DEFAULT_SIZE).unwrap_or(4 << 30))
+}
+
+/// The bytes of a volume that is named by its GiB alone.
+pub(super) fn new_size(volume: &str) -> Option<u64> {
+    let gib: f64 = volume.parse().ok()?;
+    (gib.is_finite() && gib > 0.0).then_some((gib * f64::from(1u32 << 30)) as u64)
 }
 
 async fn run(sim: &Arc<Sim>, mut work: Create, log: &TaskLog) -> Result<(), String> {
@@ -172,15 +180,27 @@ async fn run(sim: &Arc<Sim>, mut work: Create, log: &TaskLog) -> Result<(), Stri
         let _ = sim.cfs.remove(&Sim::conf_name(&node, vmid));
         return Err(format!("unable to create CT {vmid} - {why}"));
     }
-    if let Some(pool) = &work.pool {
+    finish(sim, &node, vmid, work.pool.as_deref(), work.start, log).await
+}
+
+/// What comes after a CT has been made: its pool, and its start.
+pub(super) async fn finish(
+    sim: &Sim,
+    node: &str,
+    vmid: u32,
+    pool: Option<&str>,
+    start: bool,
+    log: &TaskLog,
+) -> Result<(), String> {
+    if let Some(pool) = pool {
         let _held = sim.cfs.lock_cfs("user.cfg", sim.lock_wait()).await.map_err(text)?;
         let mut users = sim.users().map_err(|e| e.to_string())?;
-        users.pools.entry(pool.clone()).or_default().vms.insert(vmid);
+        users.pools.entry(pool.to_owned()).or_default().vms.insert(vmid);
         sim.cfs.write("user.cfg", &users.format()).map_err(text)?;
     }
-    if work.start {
+    if start {
         let _held = sim.cfs.lock_ct(vmid, sim.lock_wait()).await.map_err(text)?;
-        power::start_locked(sim, &node, vmid, false, log).await?;
+        power::start_locked(sim, node, vmid, false, log).await?;
     }
     Ok(())
 }
@@ -197,13 +217,7 @@ async fn fill(sim: &Sim, work: &mut Create, log: &TaskLog) -> Result<(), String>
     let name = root_storage(rootfs.as_deref(), &work.storage);
     let storage = sim.storage(node, &name).map_err(text)?;
     let size = root_size(rootfs.as_deref());
-    if sim.faults.storage(node, &name) == Some(StorageFault::Full) {
-        return Err(format!(
-            "zfs error: cannot create '{}/subvol-{vmid}-disk-0': out of space",
-            storage.pool.as_deref().unwrap_or(&name)
-        ));
-    }
-    let volume = sim.backend.create_volume(node, &storage, vmid, size).await.map_err(|e| e.to_string())?;
+    let volume = new_volume(sim, node, &storage, vmid, size).await?;
     let file = archive.strip_prefix("vztmpl/").unwrap_or(archive);
     let path = from.path.clone().unwrap_or_default().join("template/cache").join(file);
     let unprivileged = work.conf.flag("unprivileged");
@@ -212,8 +226,27 @@ async fn fill(sim: &Sim, work: &mut Create, log: &TaskLog) -> Result<(), String>
         let _ = sim.backend.destroy_volume(node, &storage, &volume).await;
         return Err(error.to_string());
     }
-    let gib = size as f64 / f64::from(1u32 << 30);
-    let size = if gib.fract() == 0.0 { format!("{gib}G") } else { format!("{}M", size >> 20) };
-    work.conf.main.values.insert("rootfs".into(), format!("{name}:{volume},size={size}"));
+    work.conf.main.values.insert("rootfs".into(), format!("{name}:{volume},size={}", written(size)));
     sim.write_conf(node, vmid, &work.conf).map_err(text)
+}
+
+/// A CT's new volume, unless its storage is full.
+pub(super) async fn new_volume(
+    sim: &Sim,
+    node: &str,
+    storage: &Storage,
+    vmid: u32,
+    size: u64,
+) -> Result<String, String> {
+    if sim.faults.storage(node, &storage.name) == Some(StorageFault::Full) {
+        let pool = storage.pool.as_deref().unwrap_or(&storage.name);
+        return Err(format!("zfs error: cannot create '{pool}/subvol-{vmid}-disk-0': out of space"));
+    }
+    sim.backend.create_volume(node, storage, vmid, size).await.map_err(|e| e.to_string())
+}
+
+/// A size as it stands in a config.
+pub(super) fn written(size: u64) -> String {
+    let gib = size as f64 / f64::from(1u32 << 30);
+    if gib.fract() == 0.0 { format!("{gib}G") } else { format!("{}M", size >> 20) }
 }

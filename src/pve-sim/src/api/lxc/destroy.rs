@@ -70,7 +70,10 @@ async fn run(sim: &Sim, work: &Destroy, log: &TaskLog) -> Result<(), String> {
         log.line(&format!("forced to stop CT {vmid} before destroying!"));
         sim.backend.stop(node, vmid, Stop::Kill, log).await.map_err(|e| e.to_string())?;
     }
-    free_volumes(sim, work, &conf, log).await?;
+    free_volumes(sim, node, vmid, &conf, log).await?;
+    if work.unreferenced {
+        free_unreferenced(sim, node, vmid, log).await?;
+    }
     sim.backend.forget(node, vmid).await.map_err(|e| e.to_string())?;
     // The config now says nothing but that it is to go: PVE::LXC::destroy_lxc_container.
     conf = CtConf::default();
@@ -96,7 +99,13 @@ async fn run(sim: &Sim, work: &Destroy, log: &TaskLog) -> Result<(), String> {
 }
 
 /// `zfs destroy -r` of every volume whose name says that it is this CT's.
-async fn free_volumes(sim: &Sim, work: &Destroy, conf: &CtConf, log: &TaskLog) -> Result<(), String> {
+pub(super) async fn free_volumes(
+    sim: &Sim,
+    node: &str,
+    vmid: u32,
+    conf: &CtConf,
+    log: &TaskLog,
+) -> Result<(), String> {
     let mut points = mount_points(conf);
     for n in 0..256 {
         let key = format!("unused{n}");
@@ -105,24 +114,24 @@ async fn free_volumes(sim: &Sim, work: &Destroy, conf: &CtConf, log: &TaskLog) -
     for point in points {
         let VolumeKind::Storage { storage, volume } = &point.kind else { continue };
         let owner = volume.split('-').nth(1).and_then(|v| v.parse::<u32>().ok());
-        if owner != Some(work.vmid) {
-            log.line(&format!("volume '{storage}:{volume}' is not owned by CT {}", work.vmid));
+        if owner != Some(vmid) {
+            log.line(&format!("volume '{storage}:{volume}' is not owned by CT {vmid}"));
             continue;
         }
-        let known = sim.storage(&work.node, storage).map_err(text)?;
-        sim.backend.destroy_volume(&work.node, &known, volume).await.map_err(|e| e.to_string())?;
+        let known = sim.storage(node, storage).map_err(text)?;
+        sim.backend.destroy_volume(node, &known, volume).await.map_err(|e| e.to_string())?;
     }
-    if work.unreferenced {
-        for storage in sim.storages().map_err(|e| e.to_string())? {
-            let Ok(storage) = sim.storage(&work.node, &storage.name) else { continue };
-            let found = sim.backend.volumes(&work.node, &storage).await.map_err(|e| e.to_string())?;
-            for volume in found.into_iter().filter(|v| v.vmid == Some(work.vmid)) {
-                log.line(&format!("destroying unreferenced volume {}:{}", storage.name, volume.name));
-                sim.backend
-                    .destroy_volume(&work.node, &storage, &volume.name)
-                    .await
-                    .map_err(|e| e.to_string())?;
-            }
+    Ok(())
+}
+
+/// The same of volumes that the config does not name.
+async fn free_unreferenced(sim: &Sim, node: &str, vmid: u32, log: &TaskLog) -> Result<(), String> {
+    for storage in sim.storages().map_err(|e| e.to_string())? {
+        let Ok(storage) = sim.storage(node, &storage.name) else { continue };
+        let found = sim.backend.volumes(node, &storage).await.map_err(|e| e.to_string())?;
+        for volume in found.into_iter().filter(|v| v.vmid == Some(vmid)) {
+            log.line(&format!("destroying unreferenced volume {}:{}", storage.name, volume.name));
+            sim.backend.destroy_volume(node, &storage, &volume.name).await.map_err(|e| e.to_string())?;
         }
     }
     Ok(())

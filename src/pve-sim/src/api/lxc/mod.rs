@@ -7,16 +7,21 @@ mod list;
 mod migrate;
 mod power;
 mod refusals;
+mod restore;
 mod snapshot;
 
 pub(super) use list::vmstatus;
 pub(super) use power::stop_all;
+pub(super) use restore::archive_of;
 use serde_json::{Value, json};
+pub(super) use snapshot::{BACKUP, remove as remove_snapshot, take as take_snapshot};
 
 use super::Call;
 use crate::{
     answer::{Answered, Refusal},
     guest::CtConf,
+    sim::Sim,
+    tasks::TaskLog,
 };
 
 pub(super) async fn dispatch(call: &Call) -> Option<Answered> {
@@ -74,14 +79,37 @@ fn text(refusal: Refusal) -> String {
 }
 
 /// A start by the HA manager, with the CT's lock held; one that runs already is as wanted.
-pub(super) async fn start_by_manager(
-    sim: &crate::sim::Sim,
-    node: &str,
-    vmid: u32,
-    log: &crate::tasks::TaskLog,
-) -> Result<(), String> {
+pub(super) async fn start_by_manager(sim: &Sim, node: &str, vmid: u32, log: &TaskLog) -> Result<(), String> {
     if sim.backend.state(node, vmid).await.map_err(|e| e.to_string())?.is_running() {
         return Ok(());
     }
+    power::start_locked(sim, node, vmid, false, log).await
+}
+
+/// PVE::AbstractConfig::set_lock.
+pub(super) async fn set_lock(sim: &Sim, node: &str, vmid: u32, lock: &str) -> Result<(), String> {
+    let _held = sim.cfs.lock_ct(vmid, sim.lock_wait()).await.map_err(text)?;
+    let mut conf = sim.load_conf(node, vmid).map_err(text)?;
+    check_lock(&conf)?;
+    conf.main.values.insert("lock".into(), lock.into());
+    sim.write_conf(node, vmid, &conf).map_err(text)
+}
+
+/// PVE::AbstractConfig::remove_lock, of one of these.
+pub(super) async fn remove_lock(sim: &Sim, node: &str, vmid: u32, locks: &[&str]) -> Result<(), String> {
+    let _held = sim.cfs.lock_ct(vmid, sim.lock_wait()).await.map_err(text)?;
+    let mut conf = sim.load_conf(node, vmid).map_err(text)?;
+    let wanted = locks.first().copied().unwrap_or_default();
+    match conf.lock() {
+        Some(lock) if locks.contains(&lock) => {}
+        Some(lock) => return Err(format!("found lock '{lock}' trying to remove '{wanted}' lock")),
+        None => return Err(format!("no lock found trying to remove '{wanted}'  lock")),
+    }
+    conf.main.values.remove("lock");
+    sim.write_conf(node, vmid, &conf).map_err(text)
+}
+
+/// A start that nobody asked the API for, as a backup does it: without the CT's lock.
+pub(super) async fn start_unlocked(sim: &Sim, node: &str, vmid: u32, log: &TaskLog) -> Result<(), String> {
     power::start_locked(sim, node, vmid, false, log).await
 }

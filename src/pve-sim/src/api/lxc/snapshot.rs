@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use super::{Call, check_lock, is_running, text};
 use crate::{
     answer::{Answered, Refusal},
-    guest::{CtConf, VolumeKind, mount_points},
+    faults::BackupStep,
+    guest::{CtConf, Volume, VolumeKind, backup, mount_points},
     sim::{Sim, now},
 };
 
@@ -50,7 +51,7 @@ pub(super) async fn list(call: &Call) -> Answered {
 pub(super) async fn create(call: &Call) -> Answered {
     let (node, vmid) = (call.node()?.to_owned(), call.vmid()?);
     let name = call.needed("snapname")?.to_owned();
-    if matches!(name.as_str(), "current" | "pending" | "vzdump") {
+    if matches!(name.as_str(), "current" | "pending" | BACKUP) {
         return Err(Refusal::died(format!("unable to use snapshot name '{name}' (reserved name)")));
     }
     let description = call.text("description").unwrap_or("").to_owned();
@@ -58,26 +59,83 @@ pub(super) async fn create(call: &Call) -> Answered {
     let sim = Arc::clone(&call.sim);
     call.fork(&node.clone(), "vzsnapshot", &vmid.to_string(), |_| async move {
         let _held = sim.cfs.lock_ct(vmid, sim.lock_wait()).await.map_err(text)?;
-        let mut conf = sim.load_conf(&node, vmid).map_err(text)?;
-        check_lock(&conf)?;
-        if !has_feature(&conf) {
-            return Err("snapshot feature is not available".into());
-        }
-        if conf.snapshots.contains_key(&name) {
-            return Err(format!("snapshot name '{name}' already used"));
-        }
-        for point in mount_points(&conf) {
-            let VolumeKind::Storage { storage, volume } = &point.kind else { continue };
-            let known = sim.storage(&node, storage).map_err(text)?;
-            sim.backend.snapshot_volume(&node, &known, volume, &name).await.map_err(|e| e.to_string())?;
-        }
-        let mut keys = conf.main.clone();
-        keys.values.insert("snaptime".into(), now().to_string());
-        keys.description = if description.is_empty() { String::new() } else { format!("{description}\n") };
-        conf.main.values.insert("parent".into(), name.clone());
-        conf.snapshots.insert(name, keys);
-        sim.write_conf(&node, vmid, &conf).map_err(text)
+        take(&sim, &node, vmid, &name, &description).await
     })
+}
+
+/// The name of a backup's snapshot, for which only what is backed up counts.
+pub(in crate::api) const BACKUP: &str = "vzdump";
+
+fn points_of(conf: &CtConf, name: &str) -> Vec<Volume> {
+    if name == BACKUP { backup::backed_up(conf) } else { mount_points(conf) }
+}
+
+/// PVE::AbstractConfig::snapshot_create, with the CT's lock held: its `lock: snapshot` stands for as long as the CT is frozen.
+pub(in crate::api) async fn take(
+    sim: &Sim,
+    node: &str,
+    vmid: u32,
+    name: &str,
+    description: &str,
+) -> Result<(), String> {
+    let mut conf = sim.load_conf(node, vmid).map_err(text)?;
+    check_lock(&conf)?;
+    let points = points_of(&conf, name);
+    if points.iter().any(|p| p.kind_name() != "volume") {
+        return Err("snapshot feature is not available".into());
+    }
+    if conf.snapshots.contains_key(name) {
+        return Err(format!("snapshot name '{name}' already used"));
+    }
+    let mut keys = conf.main.clone();
+    keys.values.retain(|key, _| !key.starts_with("unused"));
+    keys.values.insert("snaptime".into(), now().to_string());
+    keys.description = if description.is_empty() { String::new() } else { format!("{description}\n") };
+    let mut prepared = conf.clone();
+    prepared.main.values.insert("lock".into(), "snapshot".into());
+    let section = prepared.snapshots.entry(name.to_owned()).or_insert_with(|| keys.clone());
+    section.values.insert("snapstate".into(), "prepare".into());
+    sim.write_conf(node, vmid, &prepared).map_err(text)?;
+    if let Err(why) = of_volumes(sim, node, vmid, &points, name).await {
+        for point in &points {
+            let _ = delete_volume(sim, node, point, name).await;
+        }
+        sim.write_conf(node, vmid, &conf).map_err(text)?;
+        return Err(why);
+    }
+    conf.main.values.insert("parent".into(), name.to_owned());
+    conf.snapshots.insert(name.to_owned(), keys);
+    sim.write_conf(node, vmid, &conf).map_err(text)
+}
+
+/// Snapshots the volumes of a CT, which is frozen meanwhile if it runs.
+async fn of_volumes(sim: &Sim, node: &str, vmid: u32, points: &[Volume], name: &str) -> Result<(), String> {
+    let running = sim.backend.state(node, vmid).await.map_err(|e| e.to_string())?.is_running();
+    if running {
+        sim.backend.freeze(node, vmid, true).await.map_err(|e| e.to_string())?;
+    }
+    let snapshots = async {
+        for point in points {
+            let VolumeKind::Storage { storage, volume } = &point.kind else { continue };
+            let known = sim.storage(node, storage).map_err(text)?;
+            sim.backend.snapshot_volume(node, &known, volume, name).await.map_err(|e| e.to_string())?;
+        }
+        if name == BACKUP {
+            sim.faults.passed(BackupStep::Frozen).await;
+        }
+        Ok(())
+    };
+    let taken = snapshots.await;
+    if running {
+        sim.backend.freeze(node, vmid, false).await.map_err(|e| e.to_string())?;
+    }
+    taken
+}
+
+async fn delete_volume(sim: &Sim, node: &str, point: &Volume, name: &str) -> Result<(), String> {
+    let VolumeKind::Storage { storage, volume } = &point.kind else { return Ok(()) };
+    let known = sim.storage(node, storage).map_err(text)?;
+    sim.backend.delete_snapshot(node, &known, volume, name).await.map_err(|e| e.to_string())
 }
 
 /// Removes a snapshot; those that descend from it then descend from its parent.
@@ -87,27 +145,39 @@ pub(super) async fn delete(call: &Call) -> Answered {
     call.sim.load_conf(&node, vmid)?;
     let sim = Arc::clone(&call.sim);
     call.fork(&node.clone(), "vzdelsnapshot", &vmid.to_string(), |_| async move {
-        let _held = sim.cfs.lock_ct(vmid, sim.lock_wait()).await.map_err(text)?;
-        let mut conf = sim.load_conf(&node, vmid).map_err(text)?;
-        check_lock(&conf)?;
-        let Some(gone) = conf.snapshots.remove(&name) else {
-            return Err(format!("snapshot '{name}' does not exist"));
-        };
-        for point in mount_points(&conf) {
-            let VolumeKind::Storage { storage, volume } = &point.kind else { continue };
-            let known = sim.storage(&node, storage).map_err(text)?;
-            sim.backend.delete_snapshot(&node, &known, volume, &name).await.map_err(|e| e.to_string())?;
-        }
-        let parent = gone.values.get("parent");
-        let sections = conf.snapshots.values_mut().chain([&mut conf.main]);
-        for keys in sections.filter(|k| k.values.get("parent") == Some(&name)) {
-            match parent {
-                Some(parent) => keys.values.insert("parent".into(), parent.clone()),
-                None => keys.values.remove("parent"),
-            };
-        }
-        sim.write_conf(&node, vmid, &conf).map_err(text)
+        remove(&sim, &node, vmid, &name).await
     })
+}
+
+/// PVE::AbstractConfig::snapshot_delete: between its steps only `lock: snapshot-delete` keeps others away.
+pub(in crate::api) async fn remove(sim: &Sim, node: &str, vmid: u32, name: &str) -> Result<(), String> {
+    let missing = || format!("snapshot '{name}' does not exist");
+    let conf = {
+        let _held = sim.cfs.lock_ct(vmid, sim.lock_wait()).await.map_err(text)?;
+        let mut conf = sim.load_conf(node, vmid).map_err(text)?;
+        check_lock(&conf)?;
+        let section = conf.snapshots.get_mut(name).ok_or_else(missing)?;
+        section.values.insert("snapstate".into(), "delete".into());
+        conf.main.values.insert("lock".into(), "snapshot-delete".into());
+        sim.write_conf(node, vmid, &conf).map_err(text)?;
+        conf
+    };
+    for point in points_of(&conf, name) {
+        delete_volume(sim, node, &point, name).await?;
+    }
+    let _held = sim.cfs.lock_ct(vmid, sim.lock_wait()).await.map_err(text)?;
+    let mut conf = sim.load_conf(node, vmid).map_err(text)?;
+    let gone = conf.snapshots.remove(name).ok_or_else(missing)?;
+    let parent = gone.values.get("parent");
+    let sections = conf.snapshots.values_mut().chain([&mut conf.main]);
+    for keys in sections.filter(|k| k.values.get("parent").is_some_and(|p| p == name)) {
+        match parent {
+            Some(parent) => keys.values.insert("parent".into(), parent.clone()),
+            None => keys.values.remove("parent"),
+        };
+    }
+    conf.main.values.remove("lock");
+    sim.write_conf(node, vmid, &conf).map_err(text)
 }
 
 pub(super) async fn clone(call: &Call) -> Answered {

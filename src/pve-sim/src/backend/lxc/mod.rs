@@ -1,5 +1,6 @@
 //! The back end with real containers: liblxc's programs, ZFS volumes, systemd units where systemd is PID 1.
 
+pub(crate) mod archive;
 mod config;
 pub(crate) mod hook;
 mod stats;
@@ -16,7 +17,9 @@ use std::{
 
 use async_trait::async_trait;
 
-use super::{Backend, Ct, Interface, Mount, MountSource, Room, RunState, Stop, Usage, VolumeInfo, tool::run};
+use super::{
+    Backend, Backup, Ct, Interface, Mount, MountSource, Room, RunState, Stop, Usage, VolumeInfo, tool::run,
+};
 use crate::{
     Error, Result,
     config::{LxcBackend, Storage},
@@ -234,6 +237,15 @@ impl Backend for Lxc {
     ) -> Result<String> {
         let taken = self.volumes(node, storage).await?;
         zfs::copy(zfs::pool(storage)?, volume, vmid, size, &taken).await
+    }
+
+    fn dump_dir(&self, _: &str, storage: &Storage) -> Result<PathBuf> {
+        let none = || Error::Backend(format!("storage '{}' has no directory", storage.name));
+        storage.path.as_ref().map(|path| path.join("dump")).ok_or_else(none)
+    }
+
+    async fn back_up(&self, backup: Backup<'_>) -> Result<()> {
+        archive::write(&self.config.hook_program(), backup).await
     }
 
     async fn snapshot_volume(&self, _: &str, storage: &Storage, volume: &str, name: &str) -> Result<()> {

@@ -7,7 +7,7 @@ use crate::{Error, Result, backend::tool::command};
 
 /// How often a busy dataset is tried again.
 const BUSY_TRIES: u32 = 6;
-const LONG: Duration = Duration::from_secs(3600);
+pub(super) const LONG: Duration = Duration::from_secs(3600);
 
 /// The dataset that holds a storage's volumes.
 pub(super) fn pool(storage: &Storage) -> Result<&str> {
@@ -75,11 +75,21 @@ pub(super) async fn snapshot(pool: &str, volume: &str, name: &str) -> Result<()>
 }
 
 pub(super) async fn destroy_snapshot(pool: &str, volume: &str, name: &str) -> Result<()> {
-    check(volume)?;
-    match run("zfs", &["destroy", &format!("{pool}/{volume}@{name}")], QUICK).await {
-        Err(Error::Tool { stderr, .. }) if stderr.contains("could not find any snapshots") => Ok(()),
-        other => other.map(|_| ()),
+    destroy_snapshot_by("zfs", &snapshot_name(pool, volume, name)?, Duration::from_secs(1)).await
+}
+
+/// One that was mounted is busy until its mount is really gone, and so is tried again.
+async fn destroy_snapshot_by(zfs: &str, name: &str, pause: Duration) -> Result<()> {
+    for n in 1.. {
+        match run(zfs, &["destroy", name], QUICK).await {
+            Err(Error::Tool { stderr, .. }) if stderr.contains("could not find any snapshots") => break,
+            Err(Error::Tool { stderr, .. }) if stderr.contains("busy") && n < BUSY_TRIES => {
+                tokio::time::sleep(pause).await;
+            }
+            other => return other.map(|_| ()),
+        }
     }
+    Ok(())
 }
 
 pub(super) async fn copy(
@@ -146,8 +156,8 @@ pub(super) async fn room(pool: &str) -> Result<Room> {
     Ok(Room { total: used + figures.next().unwrap_or(0), used })
 }
 
-/// Unpacks an archive into a fresh volume, an unprivileged CT's with its ids shifted.
-pub(super) async fn unpack(pool: &str, volume: &str, archive: &Path, unprivileged: bool) -> Result<()> {
+/// Where a volume is mounted, which it is afterwards.
+pub(super) async fn mounted(pool: &str, volume: &str) -> Result<String> {
     check(volume)?;
     let dataset = format!("{pool}/{volume}");
     let mountpoint = run("zfs", &["get", "-H", "-o", "value", "mountpoint", &dataset], QUICK).await?;
@@ -155,13 +165,27 @@ pub(super) async fn unpack(pool: &str, volume: &str, archive: &Path, unprivilege
     if !mountpoint.starts_with('/') {
         return Err(Error::Backend(format!("dataset {dataset} is mounted nowhere ({mountpoint})")));
     }
+    activate(&dataset).await?;
+    Ok(mountpoint.to_owned())
+}
+
+/// The snapshot of a volume.
+pub(super) fn snapshot_name(pool: &str, volume: &str, name: &str) -> Result<String> {
+    check(volume)?;
+    Ok(format!("{pool}/{volume}@{name}"))
+}
+
+/// Unpacks an archive into a fresh volume, an unprivileged CT's with its ids shifted. A backup's config stays behind.
+pub(super) async fn unpack(pool: &str, volume: &str, archive: &Path, unprivileged: bool) -> Result<()> {
+    let mountpoint = mounted(pool, volume).await?;
+    let mountpoint = mountpoint.as_str();
     let archive = archive.display().to_string();
-    let tar =
-        ["tar", "-xpf", &archive, "--numeric-owner", "-C", mountpoint, "--anchored", "--exclude", "./dev/*"];
+    let mut tar = vec!["tar", "-xpf", &archive, "--numeric-owner", "-C", mountpoint, "--anchored"];
+    tar.extend(["--exclude", "./dev/*", "--exclude", "./etc/vzdump/pct.*"]);
     if unprivileged {
         run("chown", &["100000:100000", mountpoint], QUICK).await?;
         let mut args = vec!["-m", "u:0:100000:65536", "-m", "g:0:100000:65536", "--"];
-        args.extend(tar);
+        args.append(&mut tar);
         run("lxc-usernsexec", &args, LONG).await?;
     } else {
         run("tar", tar.get(1..).unwrap_or_default(), LONG).await?;
@@ -176,6 +200,15 @@ mod tests {
 
     use super::*;
     use crate::backend::tool::script;
+
+    #[tokio::test]
+    async fn a_snapshot_that_is_still_mounted_is_destroyed_when_it_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let busy = "[ $(wc -l <\"$(dirname \"$0\")/asked\") = 3 ] || { echo 'dataset is busy' >&2; exit 1; }";
+        let (zfs, asked) = script(dir.path(), busy);
+        destroy_snapshot_by(&zfs, "p/subvol-1-disk-0@vzdump", Duration::ZERO).await.unwrap();
+        assert_eq!(fs::read_to_string(asked).unwrap(), "destroy p/subvol-1-disk-0@vzdump\n".repeat(3));
+    }
 
     #[tokio::test]
     async fn a_volume_is_mounted_on_the_host_unless_it_is() {
