@@ -23,6 +23,9 @@ use super::{
 };
 use crate::{Error, Observation, Result};
 
+/// Keys that go with what is told by itself: a lock, and the snapshot that a CT descends from. A backup's snapshot stands there for a
+/// moment without the backup's lock.
+const BESIDE: [&str; 2] = ["lock", "parent"];
 /// Keys that say what a CT is rather than what it may use.
 const LABELS: [&str; 3] = ["description", "hostname", "tags"];
 
@@ -432,7 +435,7 @@ fn edits(record: &Record, known: &LxcConfig, now: &LxcConfig) -> Vec<Word> {
     let pairs = |config: &LxcConfig| -> BTreeMap<String, String> {
         let raw = config.lxc.iter().map(|(k, v)| (format!("{k} {v}"), String::new()));
         let raw = raw.chain(config.unread.iter().map(|line| (line.clone(), String::new())));
-        config.pairs().into_iter().filter(|(k, _)| k != "lock").chain(raw).collect()
+        config.pairs().into_iter().filter(|(k, _)| !BESIDE.contains(&k.as_str())).chain(raw).collect()
     };
     let (old, new) = (pairs(known), pairs(now));
     let mut labels = Vec::new();
@@ -545,5 +548,11 @@ mod tests {
         assert_eq!(reasons(&words), ["CTRelabelled"]);
         assert!(words[0].message.contains("hostname a to b") && words[0].message.contains("description"));
         assert!(edits(&record(), &known, &known).is_empty());
+        let backed_up =
+            LxcConfig::from_file(&format!("{}parent: vzdump\n", known.to_file().unwrap())).unwrap();
+        assert!(
+            edits(&record(), &known, &backed_up.config).is_empty(),
+            "what a backup leaves until it cleans up"
+        );
     }
 }

@@ -3,6 +3,7 @@
 
 mod admin;
 mod away;
+mod backup;
 mod bad_input;
 mod crash;
 mod hook;
