@@ -1,10 +1,11 @@
 //! An agent's core for tests: an engine in memory, stores below a directory, no network.
 #![allow(clippy::unwrap_used)]
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
+use moxlet_ids::SandboxId;
 use moxlet_network::{Cni, CniConfig};
-use moxlet_sandbox::{cgroup::ContainerCgroups, fake::FakeEngine};
+use moxlet_sandbox::{Limits, SandboxSpec, cgroup::ContainerCgroups, fake::FakeEngine};
 use moxlet_storage::{IdMap, OverlayDriver, idmap};
 use tokio_util::sync::CancellationToken;
 
@@ -51,4 +52,24 @@ pub(crate) async fn core(root: &Path, engine: Arc<FakeEngine>) -> Arc<Core> {
         stop: CancellationToken::new(),
         config,
     })
+}
+
+/// What the engine is asked for of a sandbox that says nothing else.
+pub(crate) fn spec(id: &SandboxId) -> SandboxSpec {
+    SandboxSpec {
+        id: id.clone(),
+        pod_namespace: "default".into(),
+        pod_name: "web".into(),
+        pod_uid: "uid-1".parse().unwrap(),
+        attempt: 0,
+        hostname: "web".into(),
+        map: IdMap::default(),
+        shared_dir: "/x".into(),
+        init_binary: "/x".into(),
+        init_args: Vec::new(),
+        limits: Limits::default(),
+        sysctls: BTreeMap::new(),
+        stop_grace: Duration::ZERO,
+        nics: Vec::new(),
+    }
 }

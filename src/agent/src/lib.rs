@@ -35,6 +35,7 @@ mod network;
 mod notices;
 mod prepare;
 mod recover;
+mod restarted;
 mod sandboxes;
 mod service;
 mod spec;

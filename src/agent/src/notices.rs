@@ -20,6 +20,7 @@ use crate::{
     core::{Core, Sandbox, blocking, lock},
     error::chain,
     ledger::{Ledger, NoticeRecord},
+    restarted,
 };
 
 /// How often is looked. Only local files are read.
@@ -33,6 +34,8 @@ const MAX_MESSAGE: usize = 1024;
 pub(crate) struct Notices {
     ledger: Arc<Ledger>,
     late: Mutex<VecDeque<host::Notice>>,
+    /// Held while some are kept and told: the ledger has all of them.
+    saying: tokio::sync::Mutex<()>,
     next: broadcast::Sender<host::Notice>,
 }
 
@@ -44,7 +47,7 @@ impl Notices {
             Vec::new()
         });
         let late = Mutex::new(late.into_iter().map(notice).collect());
-        Self { ledger, late, next: broadcast::Sender::new(KEPT) }
+        Self { ledger, late, saying: tokio::sync::Mutex::default(), next: broadcast::Sender::new(KEPT) }
     }
 
     /// Those of late that are younger than this time (nanoseconds since 1970), and the next ones; nothing falls between.
@@ -69,6 +72,7 @@ impl Notices {
         if new.is_empty() {
             return;
         }
+        let _one = self.saying.lock().await;
         let records = {
             let mut late = lock(&self.late).clone();
             late.extend(new.iter().cloned());
@@ -134,6 +138,7 @@ pub(crate) fn spawn(core: &Arc<Core>) {
         let mut started = true;
         loop {
             look(&core, std::mem::take(&mut started)).await;
+            restarted::end(&core);
             tokio::select! {
                 () = core.stop.cancelled() => return,
                 () = tokio::time::sleep(PERIOD) => {}
@@ -168,18 +173,29 @@ async fn look(core: &Core, started: bool) {
         if core.notices.is_known(&notice, started) {
             continue;
         }
-        let pod = match &*notice.pod_name {
-            "" => String::new(),
-            name => format!("{}/{name}", notice.pod_namespace),
-        };
-        if notice.warning {
-            warn!(pod, reason = notice.reason, "{}", notice.message);
-        } else {
-            info!(pod, reason = notice.reason, "{}", notice.message);
-        }
+        log(&notice);
         new.push(notice);
     }
     core.notices.say(new).await;
+}
+
+fn log(notice: &host::Notice) {
+    let pod = match &*notice.pod_name {
+        "" => String::new(),
+        name => format!("{}/{name}", notice.pod_namespace),
+    };
+    if notice.warning {
+        warn!(pod, reason = notice.reason, "{}", notice.message);
+    } else {
+        info!(pod, reason = notice.reason, "{}", notice.message);
+    }
+}
+
+/// Tells one thing of a pod's CT that no look of the engine finds.
+pub(crate) async fn tell(core: &Core, sandbox: &Sandbox, observation: Observation) {
+    let notice = of_pod(observation, Some(sandbox));
+    log(&notice);
+    core.notices.say(vec![notice]).await;
 }
 
 fn of_pod(observation: Observation, sandbox: Option<&Sandbox>) -> host::Notice {

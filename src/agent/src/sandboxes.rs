@@ -278,7 +278,7 @@ pub(crate) async fn not_held(core: &Core, sandbox: &Sandbox) -> Result<()> {
 }
 
 /// Stops a CT and releases its network; the caller holds the sandbox.
-async fn stop_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
+pub(crate) async fn stop_parts(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
     let running = matches!(core.engine.state(&sandbox.id).await?, Some(SandboxState::Running { .. }));
     if running {
         not_held(core, sandbox).await?;
