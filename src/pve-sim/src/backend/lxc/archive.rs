@@ -65,7 +65,8 @@ pub(super) async fn write(program: &str, backup: Backup<'_>) -> Result<()> {
     let path = backup.meta.join("tar.json");
     fs::write(&path, serde_json::to_vec(&work).unwrap_or_default()).map_err(io("write", &path))?;
     let out = fs::File::create(backup.file).map_err(io("create", backup.file))?;
-    let child = command(program).arg("ct-tar").arg(&path).stdout(out).stderr(Stdio::piped()).output();
+    // Not `output`, which takes the standard output for itself.
+    let child = command(program).arg("ct-tar").arg(&path).stdout(out).stderr(Stdio::piped()).spawn();
     let failed = |status: String, stderr: &[u8]| {
         let text = String::from_utf8_lossy(stderr);
         let skip = text.chars().count().saturating_sub(STDERR_MAX);
@@ -76,7 +77,8 @@ pub(super) async fn write(program: &str, backup: Backup<'_>) -> Result<()> {
             stderr: text.chars().skip(skip).collect::<String>().trim().to_owned(),
         }
     };
-    match tokio::time::timeout(zfs::LONG, child).await {
+    let child = child.map_err(|error| failed(error.to_string(), &[]))?;
+    match tokio::time::timeout(zfs::LONG, child.wait_with_output()).await {
         Ok(Ok(output)) if output.status.success() => Ok(()),
         Ok(Ok(output)) => Err(failed(output.status.to_string(), &output.stderr)),
         Ok(Err(error)) => Err(failed(error.to_string(), &[])),
@@ -201,5 +203,25 @@ mod tests {
         assert!(
             tar(&Backup { unprivileged: false, ..backup }).join(" ").starts_with("tar -cpf - --gzip --one")
         );
+    }
+
+    #[tokio::test]
+    async fn what_the_program_writes_is_the_archive_and_a_failure_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("x.dat");
+        let backup = |file| Backup {
+            volumes: &[],
+            snapshot: None,
+            meta: dir.path(),
+            excluded: &[],
+            unprivileged: true,
+            compression: Compression::Gzip,
+            file,
+        };
+        write("echo", backup(&file)).await.unwrap();
+        let written = fs::read_to_string(&file).unwrap();
+        assert_eq!(written, format!("ct-tar {}\n", dir.path().join("tar.json").display()));
+        assert!(write("false", backup(&file)).await.is_err());
+        assert!(write("/nonexistent/tar", backup(&file)).await.is_err());
     }
 }
