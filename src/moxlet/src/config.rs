@@ -215,8 +215,9 @@ impl Config {
     pub(crate) fn host(args: &HostArgs) -> Result<Self> {
         let mut config = Self::of_program(&args.program)?;
         config.override_host(args);
-        // Whether it ran with a node in it or without is the same to what it left.
-        config.agent_listen = None;
+        // How it was reached is the same to what it left.
+        (config.agent_listen, config.agent_endpoint) = (None, None);
+        (config.link_certificate_file, config.link_key_file, config.link_ca_file) = (None, None, None);
         config.checked(Role::Agent)
     }
 
@@ -357,7 +358,15 @@ impl Config {
             Role::Node if matches!(self.agent_endpoint, Some(Endpoint::Tls { .. })) => {
                 self.need_link_files("an agent_endpoint of https://")
             }
-            _ => self.link_files().map(drop),
+            _ if self.link_files()?.is_some() => bail!(
+                "link_certificate_file and the like are of no use without {}",
+                match role {
+                    Role::Agent => "agent_listen",
+                    Role::Node => "an agent_endpoint of https://",
+                    Role::Up => "`moxlet node` or `moxlet agent`: with `moxlet up` they are one process",
+                }
+            ),
+            _ => Ok(()),
         }
     }
 

@@ -38,7 +38,10 @@ mod volumes;
 use std::{sync::Arc, time::Duration};
 
 use kube::Client;
-use moxlet_cri::{host, link::Connector};
+use moxlet_cri::{
+    host,
+    link::{Connector, Endpoint},
+};
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -101,13 +104,23 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     }
     metrics::install();
     let bound = api::bind(&config).await?;
-    let connector = Connector::new(config.agent_endpoint.clone(), config.link_files.clone())?;
+    let (endpoint, files) = (config.agent_endpoint.clone(), config.link_files.clone());
+    let connector = tokio::task::spawn_blocking(move || Connector::new(endpoint, files)).await;
+    let connector =
+        connector.map_err(|e| Error::Certificate { what: "read certificates", reason: e.to_string() })??;
     let agent = Agent::new(connector.clone());
     let channel = agent.channel();
     let agent: Arc<dyn Runtime> = Arc::new(agent);
     let Some(info) = first_info(agent.as_ref(), &stop).await else { return Ok(()) };
-    if config.node_ip.is_none() {
-        config.node_ip = connector.local_address().await;
+    if config.node_ip.is_none() && matches!(config.agent_endpoint, Endpoint::Tls { .. }) {
+        // The agent's own addresses are of its host, where nobody serves logs and exec.
+        config.node_ip = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            address = connector.local_address() => Some(address.ok_or_else(|| Error::Config {
+                key: "node_ip",
+                reason: format!("the address of this machine is not known by the way to {}: set it", config.agent_endpoint),
+            })?),
+        };
     }
     let identity = tokio::select! {
         () = stop.cancelled() => return Ok(()),

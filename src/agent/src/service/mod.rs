@@ -3,6 +3,7 @@
 //!
 //! A file a service; each method checks its request and calls the part that does the work.
 
+mod callers;
 mod host;
 mod images;
 mod remote;

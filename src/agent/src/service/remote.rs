@@ -1,7 +1,12 @@
 //! The agent's port for a node on another machine: TLS in which each side proves itself, and behind it the same services as on the
 //! sockets. Which one a connection is for is said in the handshake (see [`moxlet_cri::link`]).
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use moxlet_cri::link::{Accepted, Acceptor, Protocol};
 use tokio::{
@@ -9,18 +14,22 @@ use tokio::{
     sync::{Semaphore, mpsc},
     time::sleep,
 };
+use tokio_rustls::server::TlsStream;
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use super::{Service, router};
+use super::{
+    Service,
+    callers::{Callers, Turn},
+    router,
+};
 use crate::{
     config::LinkSettings,
+    core::blocking,
     error::{Error, Result},
     streaming::Streaming,
 };
 
-/// Connections that shake hands at one time; what comes from strangers is bounded by it.
-const MAX_HANDSHAKES: usize = 64;
 /// Streaming connections at one time that are not upgraded yet.
 const MAX_STREAMS: usize = 256;
 /// A node that is gone without a word is noticed after this and half of it again.
@@ -33,7 +42,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// # Errors
 /// The certificates cannot be used, or the address is taken or not this host's.
 pub(super) async fn serve(service: Service, link: &LinkSettings) -> Result<()> {
-    let acceptor = Acceptor::new(link.files.clone())?;
+    let files = link.files.clone();
+    let acceptor = blocking("reading the link's certificates", move || Ok(Acceptor::new(files)?)).await?;
     let listener = listen(link.listen).await?;
     let (core, streaming) = (service.core.clone(), service.streaming.clone());
     let (to_grpc, connections) = mpsc::channel(1);
@@ -44,7 +54,8 @@ pub(super) async fn serve(service: Service, link: &LinkSettings) -> Result<()> {
             tracing::error!(%error, "the services on the agent's port failed");
         }
     });
-    core.tasks.spawn(accept(listener, Arc::new(acceptor), streaming, to_grpc));
+    let (callers, streams) = (Arc::default(), Semaphore::new(MAX_STREAMS));
+    core.tasks.spawn(accept(listener, Port { acceptor, callers, streaming, streams, to_grpc }));
     info!(address = %link.listen, "a node on another machine is served");
     Ok(())
 }
@@ -61,46 +72,57 @@ async fn listen(address: SocketAddr) -> Result<TcpListener> {
     })
 }
 
-/// Takes connections; none waits for another's handshake.
-async fn accept(
-    listener: TcpListener,
-    acceptor: Arc<Acceptor>,
-    streaming: Arc<Streaming>,
-    to_grpc: mpsc::Sender<tokio_rustls::server::TlsStream<TcpStream>>,
-) {
-    let core = streaming.core().clone();
-    let (handshakes, streams) =
-        (Arc::new(Semaphore::new(MAX_HANDSHAKES)), Arc::new(Semaphore::new(MAX_STREAMS)));
+/// Takes connections, all of them: none waits for another's handshake, and who has too many under way is hung up on.
+async fn accept(listener: TcpListener, port: Port) {
+    let core = port.streaming.core().clone();
+    let port = Arc::new(port);
     loop {
-        let Ok(turn) = handshakes.clone().acquire_owned().await else { return };
         let accepted = tokio::select! {
             () = core.stop.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        match accepted {
+            Ok((stream, peer)) => {
+                if let Some(turn) = port.callers.begin(peer.ip()) {
+                    core.tasks.spawn(port.clone().connection(stream, peer, turn));
+                }
+            }
             Err(error) => {
                 warn!(%error, "the agent's port cannot accept a connection");
                 sleep(PAUSE).await;
-                continue;
             }
+        }
+    }
+}
+
+/// What connections have in common.
+struct Port {
+    acceptor: Acceptor,
+    callers: Arc<Callers>,
+    streaming: Arc<Streaming>,
+    streams: Semaphore,
+    to_grpc: mpsc::Sender<TlsStream<TcpStream>>,
+}
+
+impl Port {
+    /// Shakes hands and passes the connection on to what it is for.
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, turn: Turn) {
+        let stop = self.streaming.core().stop.clone();
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = self.acceptor.accept(stream) => accepted,
         };
-        let (acceptor, streaming, streams) = (acceptor.clone(), streaming.clone(), streams.clone());
-        let (to_grpc, stop) = (to_grpc.clone(), core.stop.clone());
-        core.tasks.spawn(async move {
-            let accepted = tokio::select! {
-                () = stop.cancelled() => return,
-                accepted = acceptor.accept(stream) => accepted,
-            };
-            drop(turn);
-            match accepted {
-                Ok(Accepted { protocol: Protocol::Grpc, stream }) => drop(to_grpc.send(stream).await),
-                Ok(Accepted { protocol: Protocol::Streams, stream }) => {
-                    let Ok(_slot) = streams.acquire().await else { return };
-                    streaming.serve_connection(stream).await;
-                }
-                Err(error) => warn!(%error, "a connection to the agent's port is refused"),
+        drop(turn);
+        match accepted {
+            Ok(Accepted { protocol: Protocol::Grpc, stream }) => drop(self.to_grpc.send(stream).await),
+            Ok(Accepted { protocol: Protocol::Streams, stream }) => {
+                let Ok(_slot) = self.streams.acquire().await else { return };
+                self.streaming.clone().serve_connection(stream).await;
             }
-        });
+            Err(error) if self.callers.tells(peer.ip(), Instant::now()) => {
+                warn!(%error, "a connection to the agent's port is refused");
+            }
+            Err(error) => debug!(%error, "a connection to the agent's port is refused"),
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use rustls::{ClientConfig, client::Resumption, sign::SingleCertAndKey};
+use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite},
     net::{TcpStream, UdpSocket, UnixStream},
@@ -17,7 +18,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use super::{
     CertificateFiles, Endpoint, Error, PATIENCE, Protocol, Result,
     files::{Current, Loaded, provider},
-    tls_reason,
+    keep_alive, tls_reason,
 };
 
 /// What bytes go over, either way.
@@ -57,17 +58,23 @@ impl Connector {
         &self.endpoint
     }
 
-    /// The address of this machine from which an agent on another one is reached. Nothing is sent.
+    /// The address of this machine from which an agent on another one is reached. Nothing is sent. None for an agent on this machine,
+    /// also where it is reached by a port.
     pub async fn local_address(&self) -> Option<IpAddr> {
         let Endpoint::Tls { host, port } = &self.endpoint else { return None };
-        let to = tokio::net::lookup_host((&*host.to_str(), *port)).await.ok()?.next()?;
-        let any: SocketAddr = match to {
-            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-        };
-        let socket = UdpSocket::bind(any).await.ok()?;
-        socket.connect(to).await.ok()?;
-        Some(socket.local_addr().ok()?.ip())
+        for to in addresses(&host.to_str(), *port).await.ok()? {
+            let any: SocketAddr = match to {
+                SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+                SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+            };
+            let Ok(socket) = UdpSocket::bind(any).await else { continue };
+            let known = socket.connect(to).await.and_then(|()| socket.local_addr());
+            match known.map(|a| a.ip()) {
+                Ok(ip) if !ip.is_loopback() && !ip.is_unspecified() => return Some(ip),
+                _ => {}
+            }
+        }
+        None
     }
 
     /// Connects. What is spoken on a unix socket is up to who listens there.
@@ -75,34 +82,61 @@ impl Connector {
     /// # Errors
     /// Nobody answers in time, or one side does not accept the other's certificate.
     pub async fn connect(&self, protocol: Protocol) -> Result<Connection> {
-        let to = || self.endpoint.to_string();
-        let (host, port, tls) = match (&self.endpoint, &self.tls) {
-            (Endpoint::Tls { host, port }, Some(tls)) => (host, *port, tls.clone()),
-            (Endpoint::Tls { .. }, None) => return Err(Error::NoCertificates { endpoint: to() }),
-            (Endpoint::Unix(path), _) => {
-                let stream = UnixStream::connect(path).await;
-                let stream = stream.map_err(|source| Error::Connect { to: to(), source })?;
-                return Ok(Box::new(stream));
+        let failed = |source: std::io::Error| Error::Connect { to: self.endpoint.to_string(), source };
+        match (&self.endpoint, &self.tls) {
+            (Endpoint::Unix(path), _) => Ok(Box::new(UnixStream::connect(path).await.map_err(failed)?)),
+            (Endpoint::Tls { host, port }, Some(tls)) => {
+                let stream = reach(&host.to_str(), *port).await.map_err(failed)?;
+                keep_alive(&stream).map_err(failed)?;
+                let late = |_| failed(std::io::ErrorKind::TimedOut.into());
+                let shaken = timeout(PATIENCE, self.shake_hands(stream, host, tls.clone(), protocol));
+                shaken.await.map_err(late)?
             }
-        };
-        let failed = |source: std::io::Error| Error::Connect { to: to(), source };
-        let late = |_| failed(std::io::ErrorKind::TimedOut.into());
-        let name = host.to_str();
-        let stream = timeout(PATIENCE, TcpStream::connect((&*name, port)));
-        let stream = stream.await.map_err(late)?.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
+            (Endpoint::Tls { .. }, None) => {
+                Err(Error::NoCertificates { endpoint: self.endpoint.to_string() })
+            }
+        }
+    }
+
+    async fn shake_hands(
+        &self,
+        stream: TcpStream,
+        host: &ServerName<'static>,
+        tls: Arc<Current<ClientConfig>>,
+        protocol: Protocol,
+    ) -> Result<Connection> {
+        let refused =
+            |e: std::io::Error| Error::Handshake { with: self.endpoint.to_string(), reason: tls_reason(&e) };
         // Files are looked at, on a disk that may hang.
         let config = tokio::task::spawn_blocking(move || tls.get()).await;
-        let mut config = ClientConfig::clone(&*config.map_err(|e| failed(std::io::Error::other(e)))?);
+        let mut config = ClientConfig::clone(&*config.map_err(|e| refused(std::io::Error::other(e)))?);
         config.alpn_protocols = vec![protocol.alpn().to_vec()];
-        let handshake = TlsConnector::from(Arc::new(config)).connect(host.clone(), stream);
-        let refused = |e: std::io::Error| Error::Handshake { with: to(), reason: tls_reason(&e) };
-        let stream = timeout(PATIENCE, handshake).await.map_err(late)?.map_err(refused)?;
+        let stream = TlsConnector::from(Arc::new(config)).connect(host.clone(), stream);
+        let stream = stream.await.map_err(refused)?;
         match protocol {
-            Protocol::Grpc => timeout(PATIENCE, greeted(stream)).await.map_err(late)?.map_err(refused),
+            Protocol::Grpc => greeted(stream).await.map_err(refused),
             Protocol::Streams => Ok(Box::new(stream)),
         }
     }
+}
+
+/// The addresses of a host.
+async fn addresses(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
+    let found = timeout(PATIENCE, tokio::net::lookup_host((host, port))).await;
+    Ok(found.map_err(|_| std::io::Error::other("its name is not resolved in time"))??.collect())
+}
+
+/// Connects to the first of a host's addresses that answers; one that swallows packets does not keep from the next.
+async fn reach(host: &str, port: u16) -> std::io::Result<TcpStream> {
+    let mut last = std::io::Error::other("its name has no address");
+    for address in addresses(host, port).await? {
+        let tried = timeout(PATIENCE, TcpStream::connect(address)).await;
+        match tried.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// Waits for the agent's first word. By TLS 1.3 a client is done before the server has looked at its certificate: what the server

@@ -19,7 +19,9 @@ mod tests;
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
+use rustix::net::sockopt;
 use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
 
 pub use client::{Connection, Connector};
 pub use files::CertificateFiles;
@@ -28,8 +30,27 @@ pub use server::{Accepted, Acceptor};
 /// The DNS name that a node's certificate has to be for.
 pub const NODE_NAME: &str = "moxlet-node";
 
-/// How long it may take to connect, and to shake hands.
+/// How long a node waits for an agent: for each of its addresses to be connected to, and for it to shake hands.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an agent waits for whoever connects: well below the other, so that strangers do not outlast a node.
+const SHORT_PATIENCE: Duration = Duration::from_secs(4);
+/// A connection on which nothing comes is asked whether it is there after so many seconds, then each so many, and given up after
+/// so many questions: streams may be idle for days.
+const KEEP_ALIVE: (u32, u32, u32) = (20, 10, 3);
+
+/// Has the kernel notice that the other machine is gone, also where it went without a word.
+fn keep_alive(stream: &TcpStream) -> std::io::Result<()> {
+    let (idle, interval, count) = KEEP_ALIVE;
+    let seconds = |n: u32| Duration::from_secs(n.into());
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, seconds(idle))?;
+    sockopt::set_tcp_keepintvl(stream, seconds(interval))?;
+    sockopt::set_tcp_keepcnt(stream, count)?;
+    // The same for what was sent and nobody has said to have got; in milliseconds.
+    sockopt::set_tcp_user_timeout(stream, (idle + interval * count) * 1000)?;
+    Ok(())
+}
 
 /// What is spoken on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,22 +188,25 @@ impl From<Error> for std::io::Error {
 
 /// What went wrong with TLS, with what to do about it where the reason does not say.
 fn tls_reason(error: &std::io::Error) -> String {
-    use rustls::{AlertDescription as Alert, Error as Tls};
+    use rustls::{AlertDescription as Alert, CertificateError as Why, Error as Tls};
 
     let inner = error.get_ref().and_then(|e| e.downcast_ref::<Tls>());
     let hint = match inner {
-        Some(Tls::InvalidCertificate(rustls::CertificateError::UnknownIssuer)) => {
+        Some(Tls::InvalidCertificate(Why::UnknownIssuer)) => {
             "its certificate is not of the authority in link_ca_file"
         }
         // Of an authority of the same name.
-        Some(Tls::InvalidCertificate(rustls::CertificateError::BadSignature)) => {
+        Some(Tls::InvalidCertificate(Why::BadSignature)) => {
             "its certificate is not of the authority in link_ca_file, but of one that is called the same"
         }
-        Some(Tls::InvalidCertificate(rustls::CertificateError::Expired)) => {
-            "its certificate has expired: `moxlet certificates` renews it (look at both hosts' clocks, too)"
+        Some(Tls::InvalidCertificate(Why::Expired | Why::ExpiredContext { .. })) => {
+            "`moxlet certificates` renews it (look at both hosts' clocks, too)"
+        }
+        Some(Tls::InvalidCertificate(Why::NotValidYet | Why::NotValidYetContext { .. })) => {
+            "look at both hosts' clocks"
         }
         // Of these the error itself shows no more than the name of a type.
-        Some(Tls::InvalidCertificate(rustls::CertificateError::Other(why))) => return why.0.to_string(),
+        Some(Tls::InvalidCertificate(Why::Other(why))) => return why.0.to_string(),
         Some(Tls::NoCertificatesPresented) => "it showed no certificate",
         Some(Tls::AlertReceived(
             Alert::UnknownCA

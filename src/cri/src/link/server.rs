@@ -16,9 +16,9 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
-    CertificateFiles, Error, NODE_NAME, PATIENCE, Protocol, Result,
+    CertificateFiles, Error, NODE_NAME, Protocol, Result, SHORT_PATIENCE,
     files::{Current, Loaded, provider},
-    tls_reason,
+    keep_alive, tls_reason,
 };
 
 /// A connection of a node that has proved itself.
@@ -50,12 +50,15 @@ impl Acceptor {
     pub async fn accept(&self, stream: TcpStream) -> Result<Accepted> {
         let peer = stream.peer_addr().map_or_else(|_| "a client that has gone".to_owned(), |a| a.to_string());
         let failed = |reason: String| Error::Handshake { with: peer.clone(), reason };
-        stream.set_nodelay(true).map_err(|e| failed(e.to_string()))?;
+        keep_alive(&stream).map_err(|e| failed(e.to_string()))?;
         let tls = self.tls.clone();
-        // Files are looked at, on a disk that may hang.
-        let config =
-            tokio::task::spawn_blocking(move || tls.get()).await.map_err(|e| failed(e.to_string()))?;
-        let stream = timeout(PATIENCE, TlsAcceptor::from(config).accept(stream))
+        let shaken = async {
+            // Files are looked at, on a disk that may hang.
+            let config =
+                tokio::task::spawn_blocking(move || tls.get()).await.map_err(std::io::Error::other)?;
+            TlsAcceptor::from(config).accept(stream).await
+        };
+        let stream = timeout(SHORT_PATIENCE, shaken)
             .await
             .map_err(|_| failed("it took too long".to_owned()))?
             .map_err(|e| failed(tls_reason(&e)))?;

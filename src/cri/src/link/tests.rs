@@ -131,7 +131,7 @@ async fn whoever_is_no_node_is_refused_with_the_reason() {
         (ours.files(&node.join("2"), NODE_NAME, SERVER), "certificate"),
         (other.files(&node.join("3"), NODE_NAME, CLIENT), "authority"),
         (Authority::new("ours").files(&node.join("5"), NODE_NAME, CLIENT), "authority"),
-        (ours.aged(&node.join("4"), NODE_NAME, CLIENT, -1), "expired"),
+        (ours.aged(&node.join("4"), NODE_NAME, CLIENT, -1), "`moxlet certificates` renews"),
     ] {
         // It trusts the agent all the same.
         std::fs::write(&files.ca, &ours.pem).unwrap();
@@ -155,7 +155,7 @@ async fn a_node_refuses_whoever_is_not_the_agent_that_it_asked_for() {
     for (acceptor, word) in [
         (agent(ours.files(&at("1"), "pve2", SERVER)), "localhost"),
         (agent(other.files(&at("2"), "localhost", SERVER)), "authority"),
-        (agent(ours.aged(&at("3"), "localhost", SERVER, -1)), "expired"),
+        (agent(ours.aged(&at("3"), "localhost", SERVER, -1)), "`moxlet certificates` renews"),
         (agent(ours.files(&at("4"), "localhost", CLIENT)), "certificate"),
     ] {
         let (_, client) = meet(&acceptor, node.clone(), "localhost", Protocol::Grpc).await;
@@ -199,4 +199,14 @@ fn a_file_that_cannot_be_used_is_named() {
     refused(&mixed, &other.key, "not the key");
     let error = Connector::new("https://pve1:1".parse().unwrap(), None).err().unwrap().to_string();
     assert!(error.contains("moxlet certificates"), "{error}");
+}
+
+#[tokio::test]
+async fn the_address_towards_an_agent_is_none_of_this_machine_alone() {
+    let (dir, ours) = (tempfile::tempdir().unwrap(), Authority::new("ours"));
+    let node = ours.files(dir.path(), NODE_NAME, CLIENT);
+    for endpoint in ["https://127.0.0.1:10353", "https://localhost:10353", "unix:///run/moxlet/agent.sock"] {
+        let connector = Connector::new(endpoint.parse().unwrap(), Some(node.clone())).unwrap();
+        assert_eq!(connector.local_address().await, None, "{endpoint}");
+    }
 }

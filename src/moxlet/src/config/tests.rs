@@ -6,10 +6,10 @@ use super::*;
 
 /// The configuration of a program whose file holds that.
 fn load_as(role: Role, text: &str) -> Result<Config> {
-    let path = std::env::temp_dir().join(format!("moxlet-config-{}-{:x}", std::process::id(), text.len()));
-    std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
-    let program = ProgramArgs { config: Some(path.clone()), ..ProgramArgs::default() };
-    let loaded = match role {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    let program = ProgramArgs { config: Some(file.path().to_owned()), ..ProgramArgs::default() };
+    match role {
         Role::Node => Config::node(&NodeArgs { program, ..NodeArgs::default() }),
         Role::Agent => {
             let host = HostArgs { program, ..HostArgs::default() };
@@ -19,9 +19,7 @@ fn load_as(role: Role, text: &str) -> Result<Config> {
             let host = HostArgs { program, ..HostArgs::default() };
             Config::up(&UpArgs { host, ..UpArgs::default() })
         }
-    };
-    std::fs::remove_file(path).unwrap();
-    loaded
+    }
 }
 
 fn load(text: &str) -> Result<Config> {
@@ -37,16 +35,15 @@ fn a_link_needs_all_of_its_certificates_and_two_programs() {
         load_as(Role::Node, &format!("{remote}{files}")).unwrap().agent_endpoint().to_string(),
         "https://pve1:10353"
     );
-    // One file for both, on one host.
     let both = format!("{listen}{remote}{files}");
-    for role in [Role::Agent, Role::Node] {
-        load_as(role, &both).unwrap();
-    }
     for (role, text, word) in [
         (Role::Agent, listen.to_owned(), "moxlet certificates"),
         (Role::Node, remote.to_owned(), "moxlet certificates"),
         (Role::Node, format!("{remote}link_ca_file = \"/a\""), "all three"),
         (Role::Up, both.clone(), "one process"),
+        (Role::Up, files.to_owned(), "one process"),
+        (Role::Agent, files.to_owned(), "agent_listen"),
+        (Role::Node, files.to_owned(), "agent_endpoint"),
         (Role::Node, "agent_endpoint = \"pve1:10353\"".to_owned(), "https://HOST:PORT"),
     ] {
         let error = load_as(role, &text).unwrap_err().to_string();
