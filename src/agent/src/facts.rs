@@ -53,6 +53,7 @@ pub(crate) fn read(root: &Path) -> host::InfoResponse {
         ephemeral_storage_inodes_free: disk.map_or(0, |s| s.f_ffree),
         addresses: addresses().iter().map(ToString::to_string).collect(),
         cpu_usage_core_nano_seconds: busy_ns(&text("/proc/stat")),
+        resolv_conf: text("/etc/resolv.conf"),
         memory_working_set_bytes: total.saturating_sub(meminfo(&memory, "MemAvailable:")),
         ..host::InfoResponse::default()
     }

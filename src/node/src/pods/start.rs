@@ -204,7 +204,6 @@ impl Worker {
         given: Given<'_>,
     ) -> crate::error::Result<v1::CreateContainerRequest> {
         let config = container::config(pod, c, given)?;
-        let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
         let info = self.shared.info.borrow().clone();
         let sandbox_config = super::sandbox::config(
             pod,
@@ -212,7 +211,7 @@ impl Worker {
             &self.shared.config,
             &info.pod_logs_dir,
             info.sandbox_overhead_memory_bytes,
-            &resolv,
+            &info.resolv_conf,
         )?;
         Ok(v1::CreateContainerRequest {
             pod_sandbox_id: sandbox.id.clone(),

@@ -428,7 +428,6 @@ impl Worker {
             // What came of a start that failed has an address and a number that the next one may need.
             self.remove_emptied(&state.sandboxes, state).await?;
         }
-        let resolv = tokio::fs::read_to_string("/etc/resolv.conf").await.unwrap_or_default();
         let info = shared.info.borrow().clone();
         let config = sandbox::config(
             pod,
@@ -436,7 +435,7 @@ impl Worker {
             &shared.config,
             &info.pod_logs_dir,
             info.sandbox_overhead_memory_bytes,
-            &resolv,
+            &info.resolv_conf,
         )?;
         agent
             .run_pod_sandbox(v1::RunPodSandboxRequest {
