@@ -136,9 +136,10 @@ pub(crate) fn spawn(core: &Arc<Core>) {
             ask_holder(&core, &sandbox).await;
         }
         let mut started = true;
+        let pauses = Arc::default();
         loop {
             look(&core, std::mem::take(&mut started)).await;
-            restarted::end(&core);
+            restarted::end(&core, &pauses);
             tokio::select! {
                 () = core.stop.cancelled() => return,
                 () = tokio::time::sleep(PERIOD) => {}

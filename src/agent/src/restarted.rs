@@ -1,25 +1,67 @@
 //! CTs that have ended and were started again by somebody else, as a backup does with what it has stopped: their containers are gone
 //! for good, and the pod has another CT or is to have none. They are ended again, as soon as nobody holds them.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
+use moxlet_ids::SandboxId;
 use moxlet_sandbox::{Observation, SandboxState};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::{
-    core::{Core, Sandbox, now_ns},
+    core::{Core, Sandbox, lock, now_ns},
     error::{Result, chain},
     ledger::Phase,
     notices, sandboxes,
 };
 
+/// The first pause after a failure, doubled each time.
+const FIRST: Duration = Duration::from_secs(2);
+/// The longest pause.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// When those that could not be ended are tried again.
+#[derive(Debug, Default)]
+pub(crate) struct Pauses(Mutex<HashMap<SandboxId, (Instant, Duration)>>);
+
+impl Pauses {
+    fn is_over(&self, id: &SandboxId, now: Instant) -> bool {
+        lock(&self.0).get(id).is_none_or(|(next, _)| *next <= now)
+    }
+
+    /// Notes a failure; whether it is the first in a row.
+    fn failed(&self, id: &SandboxId, now: Instant) -> bool {
+        let mut all = lock(&self.0);
+        let pause = all.get(id).map_or(FIRST, |(_, pause)| (*pause * 2).min(LONGEST));
+        all.insert(id.clone(), (now + pause, pause)).is_none()
+    }
+
+    fn went_well(&self, id: &SandboxId) {
+        lock(&self.0).remove(id);
+    }
+
+    fn keep(&self, ids: &[SandboxId]) {
+        lock(&self.0).retain(|id, _| ids.contains(id));
+    }
+}
+
 /// Looks for such CTs and ends them, beside the caller.
-pub(crate) fn end(core: &Arc<Core>) {
-    for sandbox in core.sandboxes().into_iter().filter(|s| s.phase() == Phase::NotReady) {
-        let core = core.clone();
+pub(crate) fn end(core: &Arc<Core>, pauses: &Arc<Pauses>) {
+    let ended: Vec<_> = core.sandboxes().into_iter().filter(|s| s.phase() == Phase::NotReady).collect();
+    pauses.keep(&ended.iter().map(|s| s.id.clone()).collect::<Vec<_>>());
+    for sandbox in ended.into_iter().filter(|s| pauses.is_over(&s.id, Instant::now())) {
+        let (core, pauses) = (core.clone(), pauses.clone());
         core.tasks.clone().spawn(async move {
-            if let Err(error) = core.clone().whole(ended_again(core, sandbox.clone())).await {
-                debug!(sandbox = %sandbox.id, error = chain(&error), "not ended, will try again");
+            let id = &sandbox.id;
+            match core.clone().whole(ended_again(core, sandbox.clone())).await {
+                Ok(()) => pauses.went_well(id),
+                Err(error) if pauses.failed(id, Instant::now()) => {
+                    warn!(sandbox = %id, error = chain(&error), "a CT that was started again cannot be ended; it is tried again");
+                }
+                Err(error) => debug!(sandbox = %id, error = chain(&error), "not ended, will try again"),
             }
         });
     }
@@ -48,7 +90,6 @@ async fn ended_again(core: Arc<Core>, sandbox: Arc<Sandbox>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use moxlet_ids::SandboxId;
     use moxlet_sandbox::{Engine, fake::FakeEngine};
 
     use super::*;
@@ -87,6 +128,22 @@ mod tests {
         assert_eq!(told, [("CTStarted", "web")], "once");
     }
 
+    #[test]
+    fn what_cannot_be_ended_is_tried_at_growing_intervals_and_told_once() {
+        let (pauses, id, begun) = (Pauses::default(), SandboxId::random(), Instant::now());
+        let after = |s| begun + Duration::from_secs(s);
+        assert!(pauses.is_over(&id, begun) && pauses.failed(&id, begun), "the first is told");
+        assert!(!pauses.is_over(&id, after(1)) && pauses.is_over(&id, after(2)));
+        assert!(!pauses.failed(&id, after(2)));
+        assert!(!pauses.is_over(&id, after(5)) && pauses.is_over(&id, after(6)));
+        for _ in 0..9 {
+            pauses.failed(&id, after(6));
+        }
+        assert!(!pauses.is_over(&id, after(65)) && pauses.is_over(&id, after(66)));
+        pauses.keep(&[]);
+        assert!(pauses.failed(&id, after(66)), "another time");
+    }
+
     #[tokio::test]
     async fn a_ct_that_runs_for_its_pod_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
@@ -94,7 +151,7 @@ mod tests {
         let core = fake::core(dir.path(), engine.clone()).await;
         let sandbox = sandbox(&core, &engine, Phase::Ready).await;
         engine.start(&sandbox.id).await.unwrap();
-        end(&core);
+        end(&core, &Arc::default());
         core.tasks.close();
         core.tasks.wait().await;
         assert!(matches!(engine.state(&sandbox.id).await.unwrap(), Some(SandboxState::Running { .. })));

@@ -240,6 +240,10 @@ async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, config: &v1::PodSandboxC
         nics: core.network.nics(&record).await?,
     };
     core.engine.create(&spec).await?;
+    if core.stop.is_cancelled() {
+        // A host that goes down starts nothing more; the next start of the agent removes what is half made.
+        return Err(Error::Unfit("the agent is stopping".into()));
+    }
     let pid = core.engine.start(&sandbox.id).await?;
     let socket = dir.join("run/init.sock");
     let (ips, client) =

@@ -25,6 +25,10 @@ const MAX_ANSWER: usize = 32 << 20;
 /// How long a call may take that does not wait for a network or a process.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// How long making a sandbox may take, which waits for its turn on a busy host: twice the usual, as of the kubelet
+/// (`runtimeRequestTimeout`).
+const SANDBOX_TIMEOUT: Duration = Duration::from_secs(240);
+
 /// How long a garbage collection may take: layers of many files go file by file.
 const GARBAGE_TIMEOUT: Duration = Duration::from_secs(1800);
 
@@ -35,6 +39,11 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(crate) struct Agent {
     channel: Channel,
+}
+
+/// How long a call of this name may take.
+fn patience(call: &str) -> Duration {
+    if call == "RunPodSandbox" { SANDBOX_TIMEOUT } else { CALL_TIMEOUT }
 }
 
 /// Wraps a message in a request that is given up after a while.
@@ -72,7 +81,7 @@ macro_rules! calls {
         impl Runtime for Agent {
             $(async fn $name(&self, request: $request) -> Result<$response> {
                 runtime_operation($operation, async {
-                    let answer = self.$client().$name(timed(request, CALL_TIMEOUT)).await;
+                    let answer = self.$client().$name(timed(request, patience($call))).await;
                     Ok(answer.map_err(Error::agent($call))?.into_inner())
                 }).await
             })*

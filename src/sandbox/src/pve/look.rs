@@ -106,6 +106,10 @@ const REASONS: [&str; 17] = [
 /// What is kept for a look that comes after a kill; there is more only where the agent is killed again and again.
 const UNSAID: usize = 32;
 
+/// Bytes that are kept of what was seen: a raw line of an edited configuration is as long as somebody likes, and the record that it
+/// is kept in has to be read again.
+const UNSAID_BYTES: usize = 1024;
+
 /// Something that was seen, as it is remembered until it is certain that it was said.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -118,7 +122,9 @@ pub(super) struct Unsaid {
 
 impl Unsaid {
     fn new(word: Word) -> Self {
-        Self { at_ns: now_ns(), reason: word.reason.to_owned(), warning: word.warning, message: word.message }
+        let mut message = word.message;
+        message.truncate(message.floor_char_boundary(UNSAID_BYTES));
+        Self { at_ns: now_ns(), reason: word.reason.to_owned(), warning: word.warning, message }
     }
 
     /// None of a reason that another version knows.

@@ -82,6 +82,8 @@ const DELETES: usize = 2;
 /// Starts at once. The task of each is some Perl programs and a unit of systemd, which outlive the call: as many as there are pods
 /// after a boot would have the host do nothing else.
 const STARTS: usize = 8;
+/// How long a start waits for its turn: what started it gives up after four minutes, of which the start itself may take two.
+const TURN: Duration = Duration::from_secs(120);
 /// The size of a CT's root: mount points alone.
 const ROOT_BYTES: u64 = 64 << 20;
 /// How long an address may take to come by DHCP.
@@ -339,6 +341,15 @@ impl Inner {
         if record.phase != Phase::Made {
             return Err(Error::Busy { vmid, what: "it is half made or half removed".into() });
         }
+        // What is looked at below holds for the start that follows at once.
+        let _turn = match tokio::time::timeout(TURN, self.starting.acquire()).await {
+            Ok(turn) => turn.map_err(|_| Error::Host("the engine has ended".into()))?,
+            Err(_) => {
+                let what =
+                    format!("it waits for its turn: {STARTS} CTs are being started at once, and take long");
+                return Err(Error::Busy { vmid, what });
+            }
+        };
         if let Some(lock) = self.own(&record).await?.config.lock {
             return Err(Error::Locked { vmid, lock });
         }
@@ -349,7 +360,6 @@ impl Inner {
                 reason: "HA looks after it and starts it; remove it from HA".into(),
             });
         }
-        let _few = self.starting.acquire().await.map_err(|_| Error::Host("the engine has ended".into()))?;
         match self.ask_to_start(record.clone()).await {
             Ok(task) => self.until_running(&record, &task).await,
             // An earlier call of ours was taken up after all, or somebody else was quicker.
