@@ -27,8 +27,6 @@ use crate::{
 const PERIOD: Duration = Duration::from_secs(2);
 /// Notices that are kept for a node that comes later.
 const KEPT: usize = 256;
-/// The longest message, in bytes: an event has no longer ones.
-const MAX_MESSAGE: usize = 1024;
 
 /// Those of late, and who wants to hear the next ones.
 pub(crate) struct Notices {
@@ -202,15 +200,13 @@ pub(crate) async fn tell(core: &Core, sandbox: &Sandbox, observation: Observatio
 fn of_pod(observation: Observation, sandbox: Option<&Sandbox>) -> host::Notice {
     let record = sandbox.map(Sandbox::record);
     let record = record.as_ref();
-    let mut message = observation.message;
-    message.truncate(message.floor_char_boundary(MAX_MESSAGE));
     host::Notice {
         pod_sandbox_id: record.map(|r| r.id.to_string()).unwrap_or_default(),
         pod_namespace: record.map(|r| r.namespace.clone()).unwrap_or_default(),
         pod_name: record.map(|r| r.name.clone()).unwrap_or_default(),
         pod_uid: record.map(|r| r.uid.to_string()).unwrap_or_default(),
         reason: observation.reason.to_owned(),
-        message,
+        message: observation.message,
         warning: observation.warning,
         at_ns: observation.at_ns,
     }

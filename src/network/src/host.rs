@@ -3,7 +3,8 @@
 
 use std::{
     collections::BTreeSet,
-    io::{self, ErrorKind},
+    fs::File,
+    io::{ErrorKind, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
 };
@@ -13,6 +14,8 @@ use crate::{Result, error::io};
 /// Where the kernel shows the routes of the namespace.
 const ROUTES_V4: &str = "/proc/net/route";
 const ROUTES_V6: &str = "/proc/net/ipv6_route";
+/// Bytes of such a table that are looked at: ten thousand routes and more.
+const ROUTES_MAX: u64 = 4 << 20;
 
 /// The addresses of all interfaces of this host, and the gateways that its routes name.
 pub(crate) fn addresses() -> Result<BTreeSet<IpAddr>> {
@@ -30,11 +33,13 @@ pub(crate) fn addresses() -> Result<BTreeSet<IpAddr>> {
     Ok(all)
 }
 
-/// A table of routes, which the kernel bounds; one of a family that it does not have is empty.
+/// The beginning of a table of routes, which on a router is as long as the Internet; one of a family that the kernel does not have is
+/// empty.
 fn routes(path: &str) -> Result<String> {
-    match std::fs::read_to_string(path) {
+    let mut text = String::new();
+    match File::open(path).and_then(|file| file.take(ROUTES_MAX).read_to_string(&mut text)) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(String::new()),
-        read => read.map_err(|e: io::Error| io("read", path)(e)),
+        read => read.map(|_| text).map_err(io("read", path)),
     }
 }
 

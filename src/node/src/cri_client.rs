@@ -41,11 +41,6 @@ pub(crate) struct Agent {
     channel: Channel,
 }
 
-/// How long a call of this name may take.
-fn patience(call: &str) -> Duration {
-    if call == "RunPodSandbox" { SANDBOX_TIMEOUT } else { CALL_TIMEOUT }
-}
-
 /// Wraps a message in a request that is given up after a while.
 fn timed<T>(message: T, timeout: Duration) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
@@ -54,7 +49,7 @@ fn timed<T>(message: T, timeout: Duration) -> tonic::Request<T> {
 }
 
 macro_rules! calls {
-    ($($(#[$doc:meta])* $client:ident.$name:ident($request:ty) -> $response:ty, $call:literal as $operation:literal;)*) => {
+    ($($(#[$doc:meta])* $client:ident.$name:ident($request:ty) -> $response:ty, $call:literal as $operation:literal $(within $patience:ident)?;)*) => {
         /// What a node asks of an agent.
         #[async_trait]
         pub(crate) trait Runtime: Send + Sync {
@@ -81,7 +76,9 @@ macro_rules! calls {
         impl Runtime for Agent {
             $(async fn $name(&self, request: $request) -> Result<$response> {
                 runtime_operation($operation, async {
-                    let answer = self.$client().$name(timed(request, patience($call))).await;
+                    // Its own patience, or the usual.
+                    let patience = [$($patience,)? CALL_TIMEOUT][0];
+                    let answer = self.$client().$name(timed(request, patience)).await;
                     Ok(answer.map_err(Error::agent($call))?.into_inner())
                 }).await
             })*
@@ -283,7 +280,7 @@ calls! {
     /// One sandbox, with its addresses.
     runtime.pod_sandbox_status(v1::PodSandboxStatusRequest) -> v1::PodSandboxStatusResponse, "PodSandboxStatus" as "podsandbox_status";
     /// Makes and starts a sandbox.
-    runtime.run_pod_sandbox(v1::RunPodSandboxRequest) -> v1::RunPodSandboxResponse, "RunPodSandbox" as "run_podsandbox";
+    runtime.run_pod_sandbox(v1::RunPodSandboxRequest) -> v1::RunPodSandboxResponse, "RunPodSandbox" as "run_podsandbox" within SANDBOX_TIMEOUT;
     /// Stops a sandbox with all that is in it.
     runtime.stop_pod_sandbox(v1::StopPodSandboxRequest) -> v1::StopPodSandboxResponse, "StopPodSandbox" as "stop_podsandbox";
     /// Removes a sandbox with all that is in it.

@@ -94,6 +94,34 @@ async fn first_info(agent: &dyn Runtime, stop: &CancellationToken) -> Option<hos
     }
 }
 
+/// The way to the agent, and its first word; none if the node is stopped before. Settles the node's address.
+async fn meet_agent(
+    config: &mut Config,
+    stop: &CancellationToken,
+) -> Result<Option<(Connector, Agent, host::InfoResponse)>> {
+    let (endpoint, files) = (config.agent_endpoint.clone(), config.link_files.clone());
+    let connector = tokio::task::spawn_blocking(move || Connector::new(endpoint, files)).await;
+    let connector =
+        connector.map_err(|e| Error::Certificate { what: "read certificates", reason: e.to_string() })??;
+    let agent = Agent::new(connector.clone());
+    let Some(info) = first_info(&agent, stop).await else { return Ok(None) };
+    if config.node_ip.is_none() && matches!(config.agent_endpoint, Endpoint::Tls { .. }) {
+        // The agent's own addresses are of its host, where nobody serves logs and exec.
+        let address = tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            address = connector.local_address() => address,
+        };
+        let reason = || {
+            format!(
+                "the address of this machine is not known by the way to {}: set it",
+                config.agent_endpoint
+            )
+        };
+        config.node_ip = Some(address.ok_or_else(|| Error::Config { key: "node_ip", reason: reason() })?);
+    }
+    Ok(Some((connector, agent, info)))
+}
+
 /// Runs the node until the token is cancelled. Pods keep running.
 ///
 /// # Errors
@@ -104,24 +132,9 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     }
     metrics::install();
     let bound = api::bind(&config).await?;
-    let (endpoint, files) = (config.agent_endpoint.clone(), config.link_files.clone());
-    let connector = tokio::task::spawn_blocking(move || Connector::new(endpoint, files)).await;
-    let connector =
-        connector.map_err(|e| Error::Certificate { what: "read certificates", reason: e.to_string() })??;
-    let agent = Agent::new(connector.clone());
+    let Some((connector, agent, info)) = meet_agent(&mut config, &stop).await? else { return Ok(()) };
     let channel = agent.channel();
     let agent: Arc<dyn Runtime> = Arc::new(agent);
-    let Some(info) = first_info(agent.as_ref(), &stop).await else { return Ok(()) };
-    if config.node_ip.is_none() && matches!(config.agent_endpoint, Endpoint::Tls { .. }) {
-        // The agent's own addresses are of its host, where nobody serves logs and exec.
-        config.node_ip = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            address = connector.local_address() => Some(address.ok_or_else(|| Error::Config {
-                key: "node_ip",
-                reason: format!("the address of this machine is not known by the way to {}: set it", config.agent_endpoint),
-            })?),
-        };
-    }
     let identity = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         identity = identity::establish(&config, &stop) => identity?,

@@ -202,6 +202,10 @@ pub trait Engine: Send + Sync {
     }
 }
 
+/// The most bytes of an observation's message: an event has no longer ones, and a raw line of an edited configuration, which is as long
+/// as somebody likes, is kept in records that have to be read again.
+pub const OBSERVATION_BYTES: usize = 1024;
+
 /// What somebody else did to a CT, or to one that looks like ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Observation {
@@ -211,7 +215,7 @@ pub struct Observation {
     pub reason: &'static str,
     /// Whether somebody should do something about it.
     pub warning: bool,
-    /// What was seen and what follows from it.
+    /// What was seen and what follows from it, of at most [`OBSERVATION_BYTES`].
     pub message: String,
     /// When it was seen, in nanoseconds since 1970.
     pub at_ns: i64,

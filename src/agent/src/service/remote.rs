@@ -27,7 +27,7 @@ use crate::{
     config::LinkSettings,
     core::blocking,
     error::{Error, Result},
-    streaming::Streaming,
+    streaming::{Streaming, serve_connection},
 };
 
 /// Streaming connections at one time that are not upgraded yet.
@@ -117,7 +117,7 @@ impl Port {
             Ok(Accepted { protocol: Protocol::Grpc, stream }) => drop(self.to_grpc.send(stream).await),
             Ok(Accepted { protocol: Protocol::Streams, stream }) => {
                 let Ok(_slot) = self.streams.acquire().await else { return };
-                self.streaming.clone().serve_connection(stream).await;
+                serve_connection(self.streaming.clone(), stream).await;
             }
             Err(error) if self.callers.tells(peer.ip(), Instant::now()) => {
                 warn!(%error, "a connection to the agent's port is refused");

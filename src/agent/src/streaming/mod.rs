@@ -23,7 +23,6 @@ use std::{
 };
 
 use moxlet_cri::v1;
-use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::{
     core::{Container, Core, RunState, lock},
@@ -31,7 +30,7 @@ use crate::{
 };
 
 pub(crate) use exec_sync::exec_sync;
-pub(crate) use server::listen_unix;
+pub(crate) use server::{listen_unix, serve_connection};
 
 /// How long a URL may wait for its client.
 const TOKEN_LIFE: Duration = Duration::from_secs(60);
@@ -114,14 +113,6 @@ impl Streaming {
     /// The agent that it is of.
     pub(crate) fn core(&self) -> &Arc<Core> {
         &self.core
-    }
-
-    /// Serves a connection that came by another way than its own listeners, until it is upgraded or ended.
-    pub(crate) async fn serve_connection(
-        self: Arc<Self>,
-        io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    ) {
-        server::one(self, io).await;
     }
 
     /// Where the node finds it on the same host: `unix:///…`.

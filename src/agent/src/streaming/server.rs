@@ -130,7 +130,7 @@ pub(super) async fn serve(streaming: Arc<Streaming>, listener: impl Listener) {
             Ok(io) => {
                 let own = streaming.clone();
                 streaming.core.tasks.spawn(async move {
-                    one(own, io).await;
+                    serve_connection(own, io).await;
                     drop(slot);
                 });
             }
@@ -143,7 +143,10 @@ pub(super) async fn serve(streaming: Arc<Streaming>, listener: impl Listener) {
 }
 
 /// Serves one connection until it is upgraded, ended, too slow, or the agent stops.
-pub(super) async fn one(streaming: Arc<Streaming>, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+pub(crate) async fn serve_connection(
+    streaming: Arc<Streaming>,
+    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) {
     let stop = streaming.core.stop.clone();
     tokio::select! {
         () = stop.cancelled() => {}

@@ -21,7 +21,7 @@ use super::{
     record::{Phase, Record},
     standing::Standing,
 };
-use crate::{Error, Observation, Result};
+use crate::{Error, OBSERVATION_BYTES, Observation, Result};
 
 /// Keys that go with what is told by itself: a lock, and the snapshot that a CT descends from. A backup's snapshot stands there for a
 /// moment without the backup's lock.
@@ -106,10 +106,6 @@ const REASONS: [&str; 17] = [
 /// What is kept for a look that comes after a kill; there is more only where the agent is killed again and again.
 const UNSAID: usize = 32;
 
-/// Bytes that are kept of what was seen: a raw line of an edited configuration is as long as somebody likes, and the record that it
-/// is kept in has to be read again.
-const UNSAID_BYTES: usize = 1024;
-
 /// Something that was seen, as it is remembered until it is certain that it was said.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -122,9 +118,7 @@ pub(super) struct Unsaid {
 
 impl Unsaid {
     fn new(word: Word) -> Self {
-        let mut message = word.message;
-        message.truncate(message.floor_char_boundary(UNSAID_BYTES));
-        Self { at_ns: now_ns(), reason: word.reason.to_owned(), warning: word.warning, message }
+        Self { at_ns: now_ns(), reason: word.reason.to_owned(), warning: word.warning, message: word.message }
     }
 
     /// None of a reason that another version knows.
@@ -149,7 +143,9 @@ struct Word {
 
 fn word(reason: &'static str, warning: bool, message: impl Into<String>) -> Word {
     debug_assert!(REASONS.contains(&reason), "{reason}");
-    Word { reason, warning, message: message.into() }
+    let mut message = message.into();
+    message.truncate(message.floor_char_boundary(OBSERVATION_BYTES));
+    Word { reason, warning, message }
 }
 
 /// A configuration that is not the one that is known.

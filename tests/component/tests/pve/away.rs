@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::world::{Calls, FIRST, World, spec};
 
 /// What an agent on the first host asks for at its start, with a bridge that is shown below this directory.
-fn required(world: &World, net: &Path) -> Requirements {
+pub(crate) fn required(world: &World, net: &Path) -> Requirements {
     fs::create_dir_all(net.join("vmbr0/bridge")).unwrap();
     Requirements {
         client: world.place.client(&world.sim.hosts()[0].url, &Calls::default()),

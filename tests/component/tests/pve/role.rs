@@ -3,14 +3,13 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use moxlet_ids::Vmid;
 use moxlet_sandbox::{
     Engine,
-    pve::{PveConfig, PveEngine, Requirements, VmidRange},
+    pve::{PveConfig, PveEngine, Requirements},
 };
 use moxlet_tests_component::repository;
 
-use crate::world::{Calls, FIRST, World, spec, words};
+use crate::world::{FIRST, World, spec, words};
 
 /// What is granted to the user and to the token: path and privileges.
 type Grants = Vec<(String, Vec<String>)>;
@@ -57,19 +56,9 @@ fn grant(world: &World, grants: &Grants, more: &str) {
     fs::write(world.place.state().join("etc/pve/user.cfg"), text).unwrap();
 }
 
+/// What an agent asks for at its start, with or without a pool.
 fn required(world: &World, net: &Path, pool: bool) -> Requirements {
-    fs::create_dir_all(net.join("vmbr0/bridge")).unwrap();
-    Requirements {
-        client: world.place.client(&world.sim.hosts()[0].url, &Calls::default()),
-        node: world.node.clone(),
-        storage: "local-zfs".parse().unwrap(),
-        bridges: vec!["vmbr0".into()],
-        mtu: None,
-        range: VmidRange::new(Vmid::new(FIRST).unwrap(), Vmid::new(FIRST + 99).unwrap()).unwrap(),
-        cts_pool: pool.then(|| "pods".parse().unwrap()),
-        config_dir: world.place.etc_pve(),
-        net_dir: net.to_owned(),
-    }
+    Requirements { cts_pool: pool.then(|| "pods".parse().unwrap()), ..crate::away::required(world, net) }
 }
 
 fn engine(world: &World, pool: bool) -> PveEngine {
