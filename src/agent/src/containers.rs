@@ -34,6 +34,10 @@ use crate::{
 
 /// How long a killed container may take to be gone.
 const KILLED: Duration = Duration::from_secs(10);
+/// How long an init may take over an answer that needs no work of a container.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long it may take to make a container, or to have its command executed.
+const MADE: Duration = Duration::from_secs(60);
 /// The exit code of a container that could not be started, as containerd has it.
 const START_ERROR: i32 = 128;
 
@@ -116,7 +120,7 @@ async fn run(
     let (cgroups, of, id) = (core.cgroups.clone(), sandbox.id.clone(), container.id.clone());
     let (limits, map) = (pending.limits, core.config.map);
     blocking("making a cgroup", move || Ok(cgroups.create(&of, &id, &limits, map)?)).await?;
-    client.create(pending.request).await?;
+    sandbox.answer("create", MADE, client.create(pending.request)).await?;
     if let Some(adj) = pending.oom_score_adj {
         let (cgroups, of, id) = (core.cgroups.clone(), sandbox.id.clone(), container.id.clone());
         blocking("setting oom_score_adj", move || {
@@ -127,7 +131,7 @@ async fn run(
         })
         .await?;
     }
-    let state = client.start(container.id.as_str()).await?;
+    let state = sandbox.answer("start", MADE, client.start(container.id.as_str())).await?;
     let record = container.record();
     info!(container = %container.id, name = record.name, sandbox = %sandbox.id, image = record.user_image, "container runs");
     reported(core, sandbox, state).await
@@ -141,8 +145,18 @@ pub(crate) async fn not_started(
     error: &Error,
 ) -> Result<()> {
     if let Ok(client) = sandbox.client() {
-        let _ = client.signal(container.id.as_str(), libc_kill(), true).await;
-        let _ = client.remove(container.id.as_str()).await;
+        let id = container.id.as_str();
+        let killed = async {
+            let _ = client.signal(id, libc_kill(), true).await;
+            client.remove(id).await
+        };
+        if let Err(error) = sandbox.answer("remove", ANSWER, killed).await {
+            debug!(
+                container = id,
+                error = chain(&error),
+                "what was begun of a container stays until it is removed"
+            );
+        }
     }
     let exit = Exit {
         code: START_ERROR,
@@ -257,6 +271,7 @@ pub(crate) async fn lost(core: &Arc<Core>, sandbox: &Arc<Sandbox>, container: &A
 /// `StopContainer`: the stop signal, SIGKILL after `seconds`; of one that does not run: nothing.
 ///
 /// # Errors
+/// [`Error::Timeout`] where it has not ended 10 s after that, as when its init hangs.
 /// [`Error::Held`]: somebody else holds the CT. It is not even asked to end then.
 pub(crate) async fn stop(core: &Arc<Core>, id: &str, seconds: i64) -> Result<()> {
     let Ok(container) = core.container(id) else { return Ok(()) };
@@ -267,27 +282,39 @@ pub(crate) async fn stop(core: &Arc<Core>, id: &str, seconds: i64) -> Result<()>
     sandboxes::not_held(core, &sandbox).await?;
     let Ok(client) = sandbox.client() else {
         // Its CT is going or gone; the watch writes down its end.
-        return ended_within(&container, KILLED).await;
+        return within(&container, KILLED, async {
+            container.ended().await;
+            Ok(())
+        })
+        .await;
     };
     let name = container.id.as_str();
     let seconds = u64::try_from(seconds).unwrap_or(0);
+    let end = async |signal, all| {
+        send(client.signal(name, signal, all).await)?;
+        container.ended().await;
+        Ok(())
+    };
     if seconds > 0 {
-        send(client.signal(name, container.record().stop_signal, false).await)?;
-        if tokio::time::timeout(Duration::from_secs(seconds), container.ended()).await.is_ok() {
-            return Ok(());
+        let asked = end(container.record().stop_signal, false);
+        if let Ok(ended) = tokio::time::timeout(Duration::from_secs(seconds), asked).await {
+            return ended;
         }
         // It may be held only since a moment ago.
         sandboxes::not_held(core, &sandbox).await?;
         info!(container = name, seconds, "container did not end in time and is killed");
     }
-    send(client.signal(name, libc_kill(), true).await)?;
-    ended_within(&container, KILLED).await
+    // Whoever waits has StopPodSandbox, which needs no answer of an init.
+    within(&container, KILLED, end(libc_kill(), true)).await
 }
 
-async fn ended_within(container: &Container, limit: Duration) -> Result<()> {
-    let ended = tokio::time::timeout(limit, container.ended()).await;
+async fn within(
+    container: &Container,
+    limit: Duration,
+    ended: impl Future<Output = Result<()>>,
+) -> Result<()> {
     let text = || format!("container {} did not end within {} s of SIGKILL", container.id, limit.as_secs());
-    ended.map_err(|_| Error::Timeout(text()))
+    tokio::time::timeout(limit, ended).await.map_err(|_| Error::Timeout(text()))?
 }
 
 /// A signal that finds no process any more has done its work.
@@ -321,11 +348,13 @@ pub(crate) async fn remove_parts(
 ) -> Result<()> {
     let id = container.id.clone();
     if let Ok(client) = sandbox.client() {
-        match client.remove(id.as_str()).await {
+        let remove = async || sandbox.answer("remove", ANSWER, client.remove(id.as_str())).await;
+        match remove().await {
             Err(e) if matches!(e.class(), Some(ErrorClass::InvalidState)) => {
-                let _ = client.signal(id.as_str(), libc_kill(), true).await;
+                let killed = client.signal(id.as_str(), libc_kill(), true);
+                let _ = sandbox.answer("signal", ANSWER, killed).await;
                 let _ = tokio::time::timeout(KILLED, container.ended()).await;
-                client.remove(id.as_str()).await?;
+                remove().await?;
             }
             Err(e) if e.class().is_none() => {
                 // The CT is on its way out; what is the host's is removed all the same.

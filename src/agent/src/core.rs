@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use moxlet_cri::v1;
@@ -13,7 +13,10 @@ use moxlet_image::ImageStore;
 use moxlet_init_proto::client::Client;
 use moxlet_sandbox::{Engine, cgroup::ContainerCgroups};
 use moxlet_storage::{Driver, idmap};
-use tokio::sync::{broadcast, watch};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch},
+    time::{sleep, timeout},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -28,6 +31,11 @@ use crate::{
 
 /// Events that wait for a slow reader before it loses some; a reader that lost some lists again.
 const EVENTS: usize = 1024;
+/// Commands that `Exec` and `ExecSync` run in a pod at one time. Each takes one of the init's 256 threads for as long as it runs; the rest
+/// stays free for what a pod is run, watched and stopped by.
+pub(crate) const MAX_EXECS: usize = 128;
+/// How long an init may take over an answer once its sandbox is being stopped.
+const LAST_ANSWER: Duration = Duration::from_secs(3);
 
 /// Nanoseconds since 1970.
 pub(crate) fn now_ns() -> i64 {
@@ -81,6 +89,10 @@ pub(crate) struct Sandbox {
     held: Mutex<Option<String>>,
     /// Whether a task removes it in the background.
     pub(crate) goes: AtomicBool,
+    /// How many calls are about to end it.
+    stopping: watch::Sender<usize>,
+    /// Room for commands in its containers.
+    execs: Arc<Semaphore>,
     /// Held through every change of the sandbox as a whole and of its containers, and while its record is written.
     pub(crate) change: tokio::sync::Mutex<()>,
 }
@@ -94,6 +106,8 @@ impl Sandbox {
             client: Mutex::new(None),
             held: Mutex::new(None),
             goes: AtomicBool::new(false),
+            stopping: watch::Sender::new(0),
+            execs: Arc::new(Semaphore::new(MAX_EXECS)),
             change: tokio::sync::Mutex::new(()),
         })
     }
@@ -127,9 +141,58 @@ impl Sandbox {
         *lock(&self.held) = holder;
     }
 
+    /// An answer of its init, which has to come within `limit`. Once the sandbox is being stopped little time is left: a change that waits for
+    /// an init that hangs must not keep the CT from being ended.
+    ///
+    /// # Errors
+    /// What the init says; [`moxlet_init_proto::Error::Timeout`] without an answer.
+    pub(crate) async fn answer<T>(
+        &self,
+        request: &'static str,
+        limit: Duration,
+        answer: impl Future<Output = moxlet_init_proto::Result<T>>,
+    ) -> moxlet_init_proto::Result<T> {
+        let mut stopping = self.stopping.subscribe();
+        let stopped = async {
+            // The sender lives in `self`, so the wait cannot fail.
+            let _ = stopping.wait_for(|calls| *calls > 0).await;
+            sleep(LAST_ANSWER).await;
+        };
+        let late = |limit: Duration| moxlet_init_proto::Error::Timeout { seconds: limit.as_secs(), request };
+        tokio::select! {
+            biased;
+            answer = timeout(limit, answer) => answer.map_err(|_| late(limit))?,
+            () = stopped => Err(late(LAST_ANSWER)),
+        }
+    }
+
+    /// Says that a call is about to end it, for as long as the guard lives.
+    pub(crate) fn stopping(self: &Arc<Self>) -> Stopping {
+        self.stopping.send_modify(|calls| *calls += 1);
+        Stopping(self.clone())
+    }
+
+    /// Room for one more command in its containers, taken until it is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`]: [`MAX_EXECS`] run.
+    pub(crate) fn exec_slot(&self) -> Result<OwnedSemaphorePermit> {
+        let full = || Error::Exhausted(format!("{MAX_EXECS} commands run in sandbox {} already", self.id));
+        self.execs.clone().try_acquire_owned().map_err(|_| full())
+    }
+
     /// Says that its init is reached, or gone.
     pub(crate) fn set_client(&self, client: Option<Client>) {
         *lock(&self.client) = client;
+    }
+}
+
+/// A call that is about to end a sandbox.
+pub(crate) struct Stopping(Arc<Sandbox>);
+
+impl Drop for Stopping {
+    fn drop(&mut self) {
+        self.0.stopping.send_modify(|calls| *calls -= 1);
     }
 }
 

@@ -36,6 +36,9 @@ pub enum Error {
     /// It took longer than allowed.
     #[error("{0}")]
     Timeout(String),
+    /// So much is used at one time that there is no more; the text says of what.
+    #[error("{0}")]
+    Exhausted(String),
     /// The host cannot run pods; the text says what to do.
     #[error("{0}")]
     Unfit(String),
@@ -114,6 +117,21 @@ fn of_image(error: &moxlet_image::Error, text: String) -> Status {
     }
 }
 
+/// The code of what an init answers, or does not.
+fn of_init(error: &moxlet_init_proto::Error, text: String) -> Status {
+    use moxlet_init_proto::{Error as E, ErrorClass as Class};
+    match error {
+        E::Timeout { .. } => Status::deadline_exceeded(text),
+        E::Unreachable { .. } | E::Closed => Status::unavailable(text),
+        E::Remote { class: Class::NotFound, .. } => Status::not_found(text),
+        E::Remote { class: Class::AlreadyExists, .. } => Status::already_exists(text),
+        E::Remote { class: Class::InvalidState, .. } => Status::failed_precondition(text),
+        E::Remote { class: Class::InvalidArgument, .. } => Status::invalid_argument(text),
+        E::Remote { class: Class::Unsupported, .. } => Status::unimplemented(text),
+        _ => Status::unknown(text),
+    }
+}
+
 /// The code of a failure of the store: what an admin has to see to, and what goes by itself afterwards.
 fn of_storage(error: &moxlet_storage::Error, text: String) -> Status {
     use moxlet_storage::Error as E;
@@ -133,6 +151,8 @@ impl From<Error> for Status {
             Error::Refused(_) => Status::unimplemented(text),
             Error::State(_) => Status::failed_precondition(text),
             Error::Timeout(_) => Status::deadline_exceeded(text),
+            Error::Exhausted(_) => Status::resource_exhausted(text),
+            Error::Init(error) => of_init(error, text),
             Error::Unfit(_) | Error::Held { .. } => Status::unavailable(text),
             Error::Sandbox(inner) if inner.is_temporary() => Status::unavailable(text),
             Error::Image(error) => of_image(error, text),

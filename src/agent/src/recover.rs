@@ -99,7 +99,7 @@ async fn sandbox_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<()> {
 
 /// What the init knows of its containers, before anybody can ask: one that ran on must not look like one that never started.
 async fn containers_again(core: &Arc<Core>, sandbox: &Arc<Sandbox>, client: &Client) -> Result<()> {
-    let Ok(known) = client.list().await else { return Ok(()) };
+    let Ok(known) = sandbox.answer("list", HELLO, client.list()).await else { return Ok(()) };
     let names: BTreeSet<String> = known.iter().map(|c| c.id.clone()).collect();
     for state in known {
         match core.container(&state.id) {

@@ -267,7 +267,7 @@ pub(crate) async fn stop(core: &Arc<Core>, id: &str) -> Result<()> {
     let core = core.clone();
     core.clone()
         .whole(async move {
-            let _guard = sandbox.change.lock().await;
+            let _guard = to_end(&core, &sandbox).await?;
             stop_parts(&core, &sandbox).await
         })
         .await
@@ -279,6 +279,16 @@ pub(crate) async fn not_held(core: &Core, sandbox: &Sandbox) -> Result<()> {
         Some(by) => Err(Error::Held { sandbox: sandbox.id.to_string(), by }),
         None => Ok(()),
     }
+}
+
+/// Takes a sandbox for its end: a change that waits for its init gives up soon.
+async fn to_end<'a>(core: &Core, sandbox: &'a Arc<Sandbox>) -> Result<tokio::sync::MutexGuard<'a, ()>> {
+    // What somebody holds goes on as it is.
+    let _stopping = match core.engine.held_by(&sandbox.id).await? {
+        None => Some(sandbox.stopping()),
+        Some(_) => None,
+    };
+    Ok(sandbox.change.lock().await)
 }
 
 /// Stops a CT and releases its network; the caller holds the sandbox.
@@ -318,7 +328,7 @@ pub(crate) async fn remove(core: &Arc<Core>, id: &str) -> Result<()> {
     let core = core.clone();
     core.clone()
         .whole(async move {
-            let _guard = sandbox.change.lock().await;
+            let _guard = to_end(&core, &sandbox).await?;
             // Somebody else may have removed it meanwhile.
             if !core.knows(&sandbox.id) {
                 return Ok(());
@@ -376,7 +386,61 @@ pub(crate) async fn remove_stray(core: &Core, id: &SandboxId) -> Result<()> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::unix::net::UnixListener;
+
+    use moxlet_ids::ContainerId;
+    use moxlet_sandbox::{Engine, fake::FakeEngine};
+
     use super::*;
+    use crate::{core::Container, fake, ledger::ContainerRecord};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_sandbox_is_stopped_though_its_init_hangs_in_the_middle_of_a_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(FakeEngine::default());
+        let core = fake::core(dir.path(), engine.clone()).await;
+        let socket = dir.path().join("init.sock");
+        // It takes connections and answers none.
+        let init = UnixListener::bind(&socket).unwrap();
+        let sandbox = Sandbox::new(SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1));
+        sandbox.set_client(Some(Client::new(&socket)));
+        core.insert_sandbox(sandbox.clone());
+        engine.create(&fake::spec(&sandbox.id)).await.unwrap();
+        engine.start(&sandbox.id).await.unwrap();
+        let changed = tokio::spawn({
+            let sandbox = sandbox.clone();
+            async move {
+                let _guard = sandbox.change.lock().await;
+                let client = sandbox.client().unwrap();
+                sandbox.answer("start", Duration::from_secs(3600), client.start("a")).await
+            }
+        });
+        let (_asked, _) = tokio::task::spawn_blocking(move || init.accept()).await.unwrap().unwrap();
+        stop(&core, sandbox.id.as_str()).await.unwrap();
+        assert_eq!(engine.state(&sandbox.id).await.unwrap(), Some(SandboxState::Stopped));
+        assert!(matches!(
+            changed.await.unwrap(),
+            Err(moxlet_init_proto::Error::Timeout { request: "start", .. })
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_container_whose_init_hangs_is_given_up_with_deadline_exceeded() {
+        let dir = tempfile::tempdir().unwrap();
+        let core = fake::core(dir.path(), Arc::default()).await;
+        let socket = dir.path().join("init.sock");
+        let _init = UnixListener::bind(&socket).unwrap();
+        let sandbox = Sandbox::new(SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1));
+        sandbox.set_client(Some(Client::new(&socket)));
+        core.insert_sandbox(sandbox.clone());
+        let image = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
+        let record = ContainerRecord::new(ContainerId::random(), sandbox.id.clone(), image, 1);
+        let container = Container::new(record);
+        container.state.send_replace(crate::core::RunState::Running { started_at_ns: 1 });
+        core.insert_container(container.clone());
+        let error = containers::stop(&core, container.id.as_str(), 1).await.unwrap_err();
+        assert_eq!(tonic::Status::from(error).code(), tonic::Code::DeadlineExceeded);
+    }
 
     #[test]
     fn a_pods_grace_is_taken_from_its_sandbox_and_refused_by_name_where_it_is_none() {

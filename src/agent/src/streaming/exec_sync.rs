@@ -35,7 +35,8 @@ pub(crate) async fn exec_sync(
     }
     let seconds = u64::try_from(request.timeout)
         .map_err(|_| Error::Invalid(format!("timeout {} is negative", request.timeout)))?;
-    let client = core.sandbox(container.sandbox.as_str())?.client()?;
+    let sandbox = core.sandbox(container.sandbox.as_str())?;
+    let (client, slot) = (sandbox.client()?, sandbox.exec_slot()?);
     let what = format!("command {:?} in container {}", shown(&request.cmd), container.id);
     let gone = CancellationToken::new();
     let _caller = gone.clone().drop_guard();
@@ -48,6 +49,7 @@ pub(crate) async fn exec_sync(
         ..ExecRequest::default()
     };
     core.whole(async move {
+        let _slot = slot;
         let exec = client.exec(ask).await?;
         let limit = async {
             match seconds {

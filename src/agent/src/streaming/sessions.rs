@@ -9,7 +9,12 @@ use moxlet_init_proto::{AsyncFile, ExecRequest, client::Client};
 use moxlet_stream::{
     Forward, Offer, Outcome, PortForward, RemoteCommand, StreamReader, StreamWriter, TerminalSize,
 };
-use tokio::{io::AsyncWriteExt, sync::mpsc, task::JoinSet, time::timeout};
+use tokio::{
+    io::AsyncWriteExt,
+    sync::{OwnedSemaphorePermit, mpsc},
+    task::JoinSet,
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -57,6 +62,7 @@ struct Started {
     exec_id: String,
     ends: moxlet_init_proto::client::Streams,
     terminal: Option<AsyncFile>,
+    slot: OwnedSemaphorePermit,
 }
 
 /// Runs a command for a client.
@@ -84,7 +90,8 @@ async fn begin(
     resize: &mut mpsc::Receiver<TerminalSize>,
 ) -> Result<Started> {
     let container = running(core, &request.container_id)?;
-    let client = core.sandbox(container.sandbox.as_str())?.client()?;
+    let sandbox = core.sandbox(container.sandbox.as_str())?;
+    let (client, slot) = (sandbox.client()?, sandbox.exec_slot()?);
     let mut ask = ExecRequest {
         id: request.container_id,
         args: request.cmd,
@@ -106,7 +113,7 @@ async fn begin(
         ends.stdout = Some(clone()?);
         ends.stdin = request.stdin.then(clone).transpose()?;
     }
-    Ok(Started { client, exec_id, ends, terminal })
+    Ok(Started { client, exec_id, ends, terminal, slot })
 }
 
 /// Carries a command's streams to its end; all its output has been handed on then.
@@ -119,7 +126,7 @@ async fn run(
     [stdout, stderr]: Writers,
     mut resize: mpsc::Receiver<TerminalSize>,
 ) -> Result<Outcome> {
-    let Started { client, exec_id, ends, terminal } = started;
+    let Started { client, exec_id, ends, terminal, slot: _slot } = started;
     let over = CancellationToken::new();
     let wait = async {
         let code = client.wait_exec(&exec_id).await;

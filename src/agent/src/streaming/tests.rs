@@ -121,6 +121,21 @@ impl Place {
 }
 
 #[tokio::test]
+async fn commands_of_a_pod_are_bounded_and_leave_room_for_its_stop() {
+    let place = place().await;
+    let mut slots: Vec<_> = std::iter::from_fn(|| place.sandbox.exec_slot().ok()).collect();
+    assert_eq!(slots.len(), crate::core::MAX_EXECS);
+    let refused = exec_sync(&place.core, place.sync(&["true"], 0)).await.unwrap_err();
+    assert_eq!(tonic::Status::from(refused).code(), tonic::Code::ResourceExhausted);
+    let (_, _, status) = place.run(&["true"]).await;
+    assert!(status.contains("commands run in sandbox"), "{status}");
+    slots.pop();
+    assert_eq!(exec_sync(&place.core, place.sync(&["true"], 0)).await.unwrap().exit_code, 0);
+    let ran = place.run(&["echo", "a"]).await;
+    assert_eq!(ran.0, "a\n", "each gives its room back");
+}
+
+#[tokio::test]
 async fn requests_are_judged_before_there_is_a_url() {
     let place = place().await;
     let request = |offer| place.exec_request(&["true"], offer);

@@ -42,6 +42,11 @@ pub(crate) fn kill_init(sandbox: &str) {
     kill_process(Pid::from_raw(init(sandbox).cast_signed()).unwrap(), Signal::KILL).unwrap();
 }
 
+/// Stops a CT's PID 1 as if it hung; only SIGKILL ends it then.
+pub(crate) fn hang_init(sandbox: &str) {
+    kill_process(Pid::from_raw(init(sandbox).cast_signed()).unwrap(), Signal::STOP).unwrap();
+}
+
 async fn no_process(sandbox: &str) {
     until("the CT's processes to end", async || match processes(sandbox) {
         left if left.is_empty() => Ok(()),

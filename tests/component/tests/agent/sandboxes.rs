@@ -48,6 +48,36 @@ async fn a_sandbox_is_stopped_twice_and_its_containers_have_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pod_whose_init_hangs_is_stopped_and_removed() {
+    let mut host = Host::start().await;
+    for taken_over in [false, true] {
+        let pod = host.pod("hung").await;
+        let id = host.run(&pod, sleeper("main")).await;
+        let made = host.create(&pod, container("made", "true")).await.unwrap();
+        crate::recovery::hang_init(&pod.id);
+        if taken_over {
+            host.stop_agent().await;
+            host.start_agent().await;
+        }
+        let error = host.stop_container(&id, 1).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error:?}");
+        // A start that waits for it does not keep the CT from being stopped; of one taken over it is gone already.
+        let start = async { host.start_container(&made).await.unwrap_err() };
+        let (_, stopped) = tokio::join!(start, host.stop_pod(&pod.id));
+        stopped.unwrap();
+        assert_eq!(crate::recovery::processes(&pod.id), Vec::<u32>::new());
+        assert_eq!(host.status(&id).await.unwrap().state(), v1::ContainerState::ContainerExited);
+        host.remove_pod(&pod.id).await.unwrap();
+        // Without a stop before: RemovePodSandbox ends it by itself.
+        let pod = host.pod("hung").await;
+        crate::recovery::hang_init(&pod.id);
+        host.remove_pod(&pod.id).await.unwrap();
+        host.nothing_is_left().await;
+    }
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn twenty_sandboxes_at_once_have_twenty_addresses_and_leave_nothing() {
     let host = Host::start().await;
     let all = (0..20).map(|n| host.pod_config(&format!("crowd{n}")));
