@@ -1,26 +1,18 @@
-//! Which engine an agent has, opened: the engine, the cgroups of its CTs, and who attaches their networks. An engine that
-//! could not be sure of all that it needs is asked again until it is.
+//! Which engine an agent has, opened: the engine, the cgroups of its CTs, and who attaches their networks; and who
+//! else holds a CT.
 
-use std::{sync::Arc, time::Duration};
-
-use moxlet_network::{Cni, CniConfig, forwarding};
-use moxlet_sandbox::{Engine, LxcConfig, LxcEngine, cgroup::ContainerCgroups, pve::PveHost};
-
-use tracing::{debug, info};
+use std::sync::Arc;
 
 use crate::{
     Config, PATIENCE,
     config::{EngineSettings, PveSettings},
-    core::Core,
-    error::{Error, Result, chain},
+    error::{Error, Result},
     facts,
     network::{EngineNetwork, Network, parse_bridge},
 };
-
-/// The first pause before an engine with a fault is asked again, doubled each time.
-const FIRST: Duration = Duration::from_secs(1);
-/// The longest.
-const LONGEST: Duration = Duration::from_secs(60);
+use moxlet_ids::SandboxId;
+use moxlet_network::{Cni, CniConfig, forwarding};
+use moxlet_sandbox::{Engine, LxcConfig, LxcEngine, cgroup::ContainerCgroups, pve::PveHost};
 
 /// An engine and what goes with it.
 pub(crate) struct Opened {
@@ -40,27 +32,15 @@ pub(crate) async fn open(config: &Config) -> Result<Opened> {
     }
 }
 
-/// Has an engine with a fault look again until it has none or the agent ends.
-pub(crate) fn spawn(core: &Arc<Core>) {
-    let core = core.clone();
-    core.tasks.clone().spawn(async move {
-        let mut pause = FIRST;
-        while core.engine.fault().is_some() {
-            let look = async {
-                tokio::time::sleep(pause).await;
-                core.engine.check().await
-            };
-            let looked = tokio::select! {
-                () = core.stop.cancelled() => return,
-                looked = look => looked,
-            };
-            match looked {
-                Ok(()) => info!("what was in the way of new pods is over"),
-                Err(error) => debug!(error = chain(&error), "new pods have to wait still"),
-            }
-            pause = (pause * 2).min(LONGEST);
-        }
-    });
+/// Refuses a change of a CT, or of what is in it, that somebody else holds: a backup relies on its state.
+///
+/// # Errors
+/// [`Error::Held`], or that it cannot be told.
+pub(crate) async fn not_held(engine: &dyn Engine, id: &SandboxId) -> Result<()> {
+    match engine.held_by(id).await? {
+        Some(by) => Err(Error::Held { sandbox: id.to_string(), by }),
+        None => Ok(()),
+    }
 }
 
 async fn lxc(config: &Config) -> Result<Opened> {
@@ -125,45 +105,5 @@ pub(crate) fn cni(config: &Config) -> CniConfig {
         ip_masq: true,
         write_default: config.cni.use_host_conf.is_none(),
         timeout: PATIENCE,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use moxlet_cri::v1;
-    use moxlet_sandbox::fake::{Call, FakeEngine};
-
-    use super::*;
-    use crate::{fake, sandboxes, status};
-
-    fn condition(core: &Core) -> Option<(bool, String)> {
-        let found = status::conditions(core, None).into_iter().find(|c| c.r#type == status::PROXMOX)?;
-        Some((found.status, found.message))
-    }
-
-    #[tokio::test]
-    async fn new_pods_are_refused_with_the_engines_fault_until_a_look_finds_none() {
-        let dir = tempfile::tempdir().unwrap();
-        let faulty = Arc::new(FakeEngine::default());
-        let core = fake::core(dir.path(), faulty.clone()).await;
-        assert_eq!(condition(&core), None, "an engine of another kind says nothing of it");
-        faulty.break_down("the server is away");
-        faulty.refuse(Call::Check, 1);
-        faulty.refuse(Call::Start, 1);
-        spawn(&core);
-        let metadata =
-            v1::PodSandboxMetadata { name: "web".into(), uid: "uid-1".into(), ..Default::default() };
-        let web = v1::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
-        let refused = sandboxes::run(&core, web.clone(), "").await.unwrap_err();
-        assert!(matches!(&refused, Error::Unfit(why) if why.contains("the server is away")), "{refused}");
-        assert!(core.sandboxes().is_empty(), "nothing is half made");
-        assert_eq!(condition(&core), Some((false, "the server is away".into())));
-        core.tasks.close();
-        core.tasks.wait().await;
-        assert_eq!(core.engine.fault(), None);
-        // It gets as far as its start now.
-        let error = sandboxes::run(&core, web, "").await.unwrap_err();
-        assert!(error.to_string().contains("Start"), "{error}");
     }
 }

@@ -1,5 +1,6 @@
 //! The agent's error and what its callers see of it: a gRPC status.
 
+use moxlet_errors::chain;
 use tonic::Status;
 
 /// What can go wrong on a host.
@@ -83,19 +84,11 @@ impl Error {
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// The error with all its causes, each once.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
+impl From<std::io::Error> for Error {
+    /// Of work that the runtime could not run to its end; whoever calls the system says what was tried, by [`Error::io`].
+    fn from(source: std::io::Error) -> Self {
+        Self::Io { what: "work on a thread of its own did not end".to_owned(), source }
     }
-    text
 }
 
 /// The code of a failed image operation. A kubelet tells pulls apart by their texts, people by both.

@@ -1,4 +1,4 @@
-//! An agent's core for tests: an engine in memory, stores below a directory, no network.
+//! The rooms of an agent for tests: an engine in memory, stores below a directory, no network.
 #![allow(clippy::unwrap_used)]
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
@@ -11,14 +11,18 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Config,
-    core::{Core, Parts},
     ledger::Ledger,
     network::Network,
+    retries::Work,
+    rooms::{Opened, Rooms},
     volumes::Volumes,
 };
 
-/// A core with all of it below this directory.
-pub(crate) async fn core(root: &Path, engine: Arc<FakeEngine>) -> Arc<Core> {
+/// Rooms with all of it below this directory, and what comes to be reconciled.
+pub(crate) async fn rooms(
+    root: &Path,
+    engine: Arc<FakeEngine>,
+) -> (Rooms, tokio::sync::mpsc::UnboundedReceiver<Work>) {
     let driver = Arc::new(OverlayDriver::open(&root.join("storage")).await.unwrap());
     let images = moxlet_image::Config {
         dir: root.join("images"),
@@ -39,7 +43,8 @@ pub(crate) async fn core(root: &Path, engine: Arc<FakeEngine>) -> Arc<Core> {
         timeout: Duration::from_secs(30),
     };
     std::fs::create_dir_all(root.join("pods")).unwrap();
-    Core::new(Parts {
+    std::fs::create_dir_all(root.join("run")).unwrap();
+    Rooms::new(Opened {
         shifted: idmap::Namespace::new(IdMap::default()).unwrap(),
         images: moxlet_image::ImageStore::open(images, driver.clone()).await.unwrap(),
         driver,

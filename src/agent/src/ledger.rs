@@ -1,13 +1,12 @@
 //! What the agent remembers on disk: one small file for each sandbox and container, and one of the last notices.
 //!
 //! A file is replaced as a whole (temporary file, fsync, rename), so that a crash leaves the old or the new one. What a
-//! host really has (CTs, mounts, roots, addresses) is compared with it at the start; see `recover`. No environment
+//! host really has (CTs, mounts, roots, addresses) is compared with it at the start; see `reconcile`. No environment
 //! variable is written: they may hold secrets.
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::{Read, Write},
+    fs,
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -25,7 +24,7 @@ const MAX_FILE: u64 = 2 << 20;
 /// How far a sandbox is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) enum Phase {
+pub(crate) enum SandboxPhase {
     /// Being made; found after a crash it is removed.
     Creating,
     /// Its CT runs and has its network.
@@ -44,7 +43,7 @@ pub(crate) struct SandboxRecord {
     /// Its id, also the CT's name.
     pub(crate) id: SandboxId,
     /// How far it is.
-    pub(crate) phase: Phase,
+    pub(crate) phase: SandboxPhase,
     /// Nanoseconds since 1970.
     pub(crate) created_at_ns: i64,
     /// The pod.
@@ -166,7 +165,7 @@ impl SandboxRecord {
         Self {
             version: VERSION,
             id,
-            phase: Phase::Creating,
+            phase: SandboxPhase::Creating,
             created_at_ns,
             namespace: String::new(),
             name: String::new(),
@@ -252,15 +251,7 @@ fn fault(path: &Path, reason: impl std::fmt::Display) -> Error {
 fn replace(dir: &Path, name: &str, record: &impl Serialize) -> Result<()> {
     let path = dir.join(format!("{name}.json"));
     let bytes = serde_json::to_vec(record).map_err(|e| fault(&path, e))?;
-    let temporary = dir.join(format!(".{name}.tmp"));
-    let written = (|| {
-        let mut file = File::create(&temporary)?;
-        file.write_all(&bytes)?;
-        file.sync_data()?;
-        fs::rename(&temporary, &path)?;
-        File::open(dir)?.sync_all()
-    })();
-    written.map_err(|e| fault(&path, e))
+    moxlet_files::replace(&path, &bytes, 0o600).map_err(|e| fault(&path, e))
 }
 
 fn remove(dir: &Path, name: &str) -> Result<()> {
@@ -272,12 +263,7 @@ fn remove(dir: &Path, name: &str) -> Result<()> {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|e| fault(path, e))?;
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| fault(path, e))?;
-    if bytes.len() as u64 > MAX_FILE {
-        return Err(fault(path, "is too large"));
-    }
+    let bytes = moxlet_files::read_bounded(path, MAX_FILE).map_err(|e| fault(path, e))?;
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| fault(path, e))?;
     match value.get("version").and_then(serde_json::Value::as_u64) {
         Some(v) if v <= u64::from(VERSION) => serde_json::from_value(value).map_err(|e| fault(path, e)),
@@ -385,9 +371,9 @@ mod tests {
     fn a_half_written_replacement_is_swept() {
         let dir = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(dir.path()).unwrap();
-        fs::write(dir.path().join("sandboxes/.x.tmp"), b"{").unwrap();
+        fs::write(dir.path().join("sandboxes/.x.json.new"), b"{").unwrap();
         assert!(ledger.load().unwrap().0.is_empty());
-        assert!(!dir.path().join("sandboxes/.x.tmp").exists());
+        assert!(!dir.path().join("sandboxes/.x.json.new").exists());
     }
 
     #[test]

@@ -1,50 +1,64 @@
 //! The CRI runtime whose pod sandboxes are CTs.
 //!
+//! A request goes down these rooms once and does not come back:
+//!
 //! | room | what it does |
 //! |---|---|
-//! | `core` | sandboxes and containers in memory, the parts below, the stream of events |
-//! | `ledger` | what must survive: one small file for each sandbox and container |
-//! | `again` | what could not be removed is tried again in the background |
-//! | `recover` | at the start: ledger and host are brought in line |
-//! | `sandboxes`, `containers`, `prepare`, `spec` | their lives, and what a container is made of |
-//! | `engine`, `network` | which engine makes the CTs, and who attaches them |
-//! | `notices` | what somebody else did to CTs on the host |
-//! | `watch` | one task a running sandbox: what its init reports, and its end |
-//! | `volumes`, `logs`, `stats`, `facts` | what a node asks of a host besides CRI |
 //! | `service` | the gRPC services, on the unix socket and on a port for a node elsewhere |
-//! | `streaming` | exec, attach and port-forward |
+//! | `streaming`, `logs`, `stats`, `facts` | exec, attach and port-forward; what a node asks of a host besides CRI |
+//! | `reconcile`, `retries` | ledger and host are brought in line; what failed is done again, from one queue |
+//! | `pods` | sandboxes: `create`, `stop`, `remove`, and `watch`, which follows what runs |
+//! | `containers` | containers: `prepare`, `mounts`, `start`, `stop`, `remove`, and `exits`, how they end |
+//! | `spec` | the OCI spec of a container |
+//! | `notices` | what somebody else did to CTs on the host |
+//! | `events`, `status` | the stream of CRI's events; sandboxes and containers as CRI shows them |
+//! | `state`, `ledger` | sandboxes and containers in memory, and what of them must survive |
+//! | `engine`, `network`, `limits`, `volumes` | which engine makes the CTs, who attaches them, what they may use, what is mounted |
+//! | `rooms` | the rooms put together: each gets what it needs |
 //! | `uninstall` | what Moxlet made on a host is taken from it |
 //!
-//! Tasks that live as long as the agent: the gRPC server, the streaming server's listeners, a watch for each running
-//! sandbox, a retry for each that could not be removed, the look at what others do, and at an engine with a fault. All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
+//! Tasks that live as long as the agent, in the order in which they start:
+//!
+//! | task | takes | gives |
+//! |---|---|---|
+//! | a watch for each running sandbox (`pods::watch`) | its init's events, the end of its CT | states of containers, CRI events |
+//! | the reconciler (`reconcile`) | work from `retries`; on Proxmox VE a look every 2 s | a task for each thing that is due |
+//! | the looks and the notes (`notices`), on Proxmox VE | what the engine sees; CRI events | notices; the notes of CTs |
+//! | the streaming server's listeners (`streaming`) | connections of clients | a task for each |
+//! | the gRPC servers (`service`) | requests | changes that run to their end in tasks of their own |
+//!
+//! All belong to one tracker and end by one token; [`Agent::join`] waits for them. Pods outlive all of it.
 
-mod again;
 mod beneath;
+mod clock;
 mod config;
 mod containers;
-mod core;
+mod dirs;
 mod engine;
 mod error;
+mod events;
 mod facts;
 #[cfg(test)]
 mod fake;
 mod init_binary;
 mod ledger;
+mod limits;
 mod logs;
 mod network;
 mod notices;
-mod prepare;
-mod recover;
-mod restarted;
-mod sandboxes;
+mod pods;
+mod reconcile;
+mod retries;
+mod rooms;
 mod service;
 mod spec;
+mod state;
 mod stats;
 mod status;
 mod streaming;
+mod tasks;
 mod uninstall;
 mod volumes;
-mod watch;
 
 use std::{os::unix::fs::DirBuilderExt, path::Path, sync::Arc, time::Duration};
 
@@ -60,17 +74,17 @@ pub use service::ImageStoreService;
 pub use uninstall::{Step, uninstall};
 
 use crate::{
-    core::{Core, Parts, blocking},
-    engine::Opened,
     ledger::Ledger,
-    service::Service,
+    notices::Watcher,
+    rooms::{Opened, Rooms},
     streaming::Streaming,
+    tasks::blocking,
     volumes::Volumes,
 };
 
 /// A running agent.
 pub struct Agent {
-    core: Arc<Core>,
+    rooms: Rooms,
 }
 
 /// How long changes that are under way may take when the agent ends.
@@ -92,11 +106,11 @@ impl Agent {
             make_dir(&root.join(dir), mode)?;
         }
         let pods = root.join("pods");
-        blocking("making the pods' directory shared", move || Ok(mounts::make_shared_dir(&pods)?)).await?;
+        blocking(move || Ok(mounts::make_shared_dir(&pods)?)).await?;
         let init_binary = init_binary::install(config.init_binary.as_deref(), &root.join("init"))?;
         // Proxmox VE activates its storage when the engine asks after it, and takes a pool for active of which anything is mounted: the
         // store's own mounts come after.
-        let Opened { engine, cgroups, network } = engine::open(&config).await?;
+        let engine::Opened { engine, cgroups, network } = engine::open(&config).await?;
         let place = place(&config).open().await?;
         let driver = place.driver();
         let images = place
@@ -109,7 +123,7 @@ impl Agent {
                 ..moxlet_image::Config::default()
             })
             .await?;
-        let core = Core::new(Parts {
+        let (rooms, work) = Rooms::new(Opened {
             network,
             volumes: Volumes::open(root.join("volumes"), config.map)?,
             shifted: idmap::Namespace::new(config.map)?,
@@ -122,37 +136,53 @@ impl Agent {
             stop,
             config,
         });
-        recover::recover(&core).await?;
-        notices::spawn(&core);
-        engine::spawn(&core);
-        let streaming = Streaming::start(core.clone()).await?;
-        service::serve(&core, streaming).await?;
-        Ok(Self { core })
+        rooms.reconciler.start().await?;
+        rooms.reconciler.spawn(work);
+        Self::serve(&rooms).await?;
+        Ok(Self { rooms })
+    }
+
+    /// Starts what others speak to.
+    async fn serve(rooms: &Rooms) -> Result<()> {
+        // CTs of plain LXC are nobody else's business.
+        if matches!(rooms.config.engine, EngineSettings::Pve(_)) {
+            let watcher = Watcher {
+                notices: rooms.notices.clone(),
+                engine: rooms.engine.clone(),
+                state: rooms.state.clone(),
+                tasks: rooms.tasks.clone(),
+            };
+            Arc::new(watcher).spawn(&rooms.events);
+        }
+        let socket = rooms.config.root_dir.join("run/stream.sock");
+        let listen = rooms.config.stream_listen;
+        let streaming = Streaming::start(rooms.state.clone(), rooms.tasks.clone(), socket, listen)?;
+        service::serve(rooms, streaming).await
     }
 
     /// Where the CRI socket is: `unix:///…`.
     #[must_use]
     pub fn cri_endpoint(&self) -> String {
-        format!("unix://{}", self.core.config.cri_socket.display())
+        format!("unix://{}", self.rooms.config.cri_socket.display())
     }
 
     /// Stops all pods, each with this grace.
     pub async fn stop_pods(&self, grace: Duration) {
-        Service::stop_all(&self.core, grace).await;
+        self.rooms.pods.stop_all(grace).await;
     }
 
     /// Waits until all tasks have ended, after the token that the agent was started with is cancelled. A change that hangs in
     /// the kernel or in a program is given up after 30 s: the next start takes it up from what is on disk.
     pub async fn join(self) {
-        self.core.tasks.close();
-        if tokio::time::timeout(AT_THE_END, self.core.tasks.wait()).await.is_err() {
+        self.rooms.tasks.tracker.close();
+        if tokio::time::timeout(AT_THE_END, self.rooms.tasks.tracker.wait()).await.is_err() {
             tracing::warn!(
-                tasks = self.core.tasks.len(),
+                tasks = self.rooms.tasks.tracker.len(),
                 "some changes did not end in time; the next start takes them up"
             );
         }
         // What pods have mounted stays. Without them nothing of ours keeps a pool or file system busy then.
-        match tokio::time::timeout(AT_THE_END, self.core.driver.close()).await {
+        match tokio::time::timeout(AT_THE_END, self.rooms.driver.close()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "the store's own mounts stay until the next start"),
             Err(_) => tracing::warn!("the store's own mounts are not taken down in time"),

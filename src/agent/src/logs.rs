@@ -28,8 +28,9 @@ use tracing::debug;
 
 use crate::{
     beneath,
-    core::{Container, Core, blocking},
     error::{Error, Result},
+    state::{Container, State},
+    tasks::{Tasks, blocking},
 };
 use files::{Place, Reader, Step};
 use record::{Filter, Stream};
@@ -61,7 +62,12 @@ struct Job {
 ///
 /// # Errors
 /// There is no such container, or the request makes no sense; what happens later is in the stream.
-pub(crate) fn stream(core: Arc<Core>, request: host::StreamLogsRequest) -> Result<LogStream> {
+pub(crate) fn stream(
+    state: Arc<State>,
+    tasks: &Tasks,
+    logs: &Path,
+    request: host::StreamLogsRequest,
+) -> Result<LogStream> {
     let host::StreamLogsRequest { container_id, log_path, follow, tail_lines: tail, since_nanos, .. } =
         request;
     let mut filter =
@@ -76,31 +82,32 @@ pub(crate) fn stream(core: Arc<Core>, request: host::StreamLogsRequest) -> Resul
     let (sender, receiver) = mpsc::channel(QUEUE);
     let (place, container) = if container_id.is_empty() {
         let path = beneath::relative(&log_path).map_err(|e| Error::Invalid(format!("log_path: {e}")))?;
-        (Some((core.logs_dir.clone(), path)), None)
+        (Some((logs.to_owned(), path)), None)
     } else {
-        let container = core.container(&container_id)?;
-        (place(&core, &container)?, Some(container))
+        let container = state.container(&container_id)?;
+        (place(&state, &container)?, Some(container))
     };
     let Some((base, path)) = place else { return Ok(ReceiverStream::new(receiver)) };
     let job = Job { base, path, follow, tail, filter };
     let over = CancellationToken::new();
-    core.tasks.clone().spawn(async move {
+    let stop = tasks.stop.clone();
+    tasks.spawn(async move {
         tokio::select! {
-            () = core.stop.cancelled() => {
+            () = stop.cancelled() => {
                 let _ = sender.try_send(Err(Status::unavailable("the agent is stopping")));
             }
             () = sender.closed() => {}
             () = run(job, &over, &sender) => {}
-            () = watch(&core, container, &over) => {}
+            () = watch(&state, container, &over) => {}
         }
     });
     Ok(ReceiverStream::new(receiver))
 }
 
 /// Where a container's log is: a trusted directory and the path below it, which the container's root may change.
-fn place(core: &Core, container: &Container) -> Result<Option<(PathBuf, PathBuf)>> {
+fn place(state: &State, container: &Container) -> Result<Option<(PathBuf, PathBuf)>> {
     let Some(file) = container.record().log_file else { return Ok(None) };
-    let base = core.sandbox(container.sandbox.as_str())?.record().log_directory;
+    let base = state.sandbox(container.sandbox.as_str())?.record().log_directory;
     let below = base.and_then(|base| Some((base.clone(), file.strip_prefix(&base).ok()?.to_owned())));
     match below {
         Some(place) => Ok(Some(place)),
@@ -109,11 +116,11 @@ fn place(core: &Core, container: &Container) -> Result<Option<(PathBuf, PathBuf)
 }
 
 /// Says when nothing more will be written; does not end.
-async fn watch(core: &Core, container: Option<Arc<Container>>, over: &CancellationToken) {
+async fn watch(state: &State, container: Option<Arc<Container>>, over: &CancellationToken) {
     if let Some(container) = container {
         // One that is removed before it was started never ends.
         let removed = async {
-            while core.container(container.id.as_str()).is_ok() {
+            while state.container(container.id.as_str()).is_ok() {
                 sleep(CHECK).await;
             }
         };
@@ -158,7 +165,7 @@ async fn send(job: Job, over: &CancellationToken, sender: &Sender) -> Result<()>
         let sender = sender.clone().downgrade();
         move || sender.upgrade().is_none_or(|s| s.is_closed())
     };
-    let mut reader = blocking("reading a log", move || {
+    let mut reader = blocking(move || {
         let mut reader = Reader::new(place, filter, follow).map_err(|e| Error::io("log", e))?;
         if reader.is_empty() && !follow {
             return Err(Error::io("log", io::Error::from(io::ErrorKind::NotFound)));
@@ -173,7 +180,7 @@ async fn send(job: Job, over: &CancellationToken, sender: &Sender) -> Result<()>
         // Asked before reading: what is written before a container's end is known has been read after it.
         let last = over.is_cancelled();
         let step;
-        (reader, step) = blocking("reading a log", move || {
+        (reader, step) = blocking(move || {
             let step = reader.step().map_err(|e| Error::io("log", e))?;
             Ok((reader, step))
         })
@@ -195,7 +202,7 @@ async fn send(job: Job, over: &CancellationToken, sender: &Sender) -> Result<()>
 
 async fn open(base: &Path, path: &Path) -> Result<Place> {
     let (base, path) = (base.to_owned(), path.to_owned());
-    blocking("opening a log", move || Place::open(&base, &path).map_err(|e| Error::io("log", e))).await
+    blocking(move || Place::open(&base, &path).map_err(|e| Error::io("log", e))).await
 }
 
 /// Sends what there is; `false` when nobody wants it.

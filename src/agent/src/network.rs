@@ -5,13 +5,13 @@ use std::{net::IpAddr, path::Path, path::PathBuf};
 
 use moxlet_ids::SandboxId;
 use moxlet_network::{Cni, Slice, SliceConfig};
-use moxlet_sandbox::{Nic, NicAddress};
+use moxlet_sandbox::{Engine, Nic, NicAddress};
 
 use crate::{
     config::{AddressSource, PveSettings},
-    core::{Core, blocking},
     error::{Error, Result},
     ledger::SandboxRecord,
+    tasks::blocking,
 };
 
 /// The annotation of a pod that puts it on further bridges: a list, parted by commas, of entries of `extra_bridges`.
@@ -76,7 +76,7 @@ impl EngineNetwork {
             None => (Some(NicAddress::Dhcp), None),
             Some(slice) => {
                 let (slice, id) = (slice.clone(), record.id.clone());
-                self.address(blocking("giving out an address", move || Ok(slice.allot(&id)?)).await?)
+                self.address(blocking(move || Ok(slice.allot(&id)?)).await?)
             }
         };
         let first = Nic {
@@ -153,13 +153,18 @@ impl Network {
     }
 
     /// Attaches a started CT, or looks how its engine has; the addresses, the primary one first.
-    pub(crate) async fn attach(&self, core: &Core, record: &SandboxRecord, pid: u32) -> Result<Vec<IpAddr>> {
+    pub(crate) async fn attach(
+        &self,
+        engine: &dyn Engine,
+        record: &SandboxRecord,
+        pid: u32,
+    ) -> Result<Vec<IpAddr>> {
         match self {
             Self::Cni(cni) => {
                 let netns = PathBuf::from(format!("/proc/{pid}/ns/net"));
                 Ok(cni.add(&record.id, &netns, &record.namespace, &record.name).await?.ips)
             }
-            Self::Engine(_) => Ok(core.engine.addresses(&record.id).await?.unwrap_or_default()),
+            Self::Engine(_) => Ok(engine.addresses(&record.id).await?.unwrap_or_default()),
         }
     }
 
@@ -180,7 +185,7 @@ impl Network {
                 None => Ok(()),
                 Some(slice) => {
                     let id = id.clone();
-                    blocking("taking an address back", move || Ok(slice.release(&id)?)).await
+                    blocking(move || Ok(slice.release(&id)?)).await
                 }
             },
         }

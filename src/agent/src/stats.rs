@@ -1,15 +1,16 @@
 //! What sandboxes and containers use, from their cgroups and the storage driver.
 
-use std::sync::Arc;
-
 use moxlet_cri::v1;
 use moxlet_ids::{ContainerId, SandboxId};
 use moxlet_sandbox::cgroup::Stats;
 
 use crate::{
-    core::{Container, Core, RunState, Sandbox, blocking, now_ns},
+    clock::now_ns,
     error::Result,
-    ledger::Phase,
+    ledger::SandboxPhase,
+    rooms::Rooms,
+    state::{Container, RunState, Sandbox},
+    tasks::blocking,
 };
 
 fn number(value: u64) -> Option<v1::UInt64Value> {
@@ -32,13 +33,9 @@ fn memory(stats: &Stats, timestamp: i64, limit: Option<u64>) -> v1::MemoryUsage 
 }
 
 /// What a CT or container uses now; nothing once its cgroup is gone.
-async fn read(
-    core: &Arc<Core>,
-    sandbox: &SandboxId,
-    container: Option<&ContainerId>,
-) -> Result<Option<Stats>> {
-    let (cgroups, sandbox, container) = (core.cgroups.clone(), sandbox.clone(), container.cloned());
-    blocking("reading a cgroup", move || match cgroups.stats(&sandbox, container.as_ref()) {
+async fn read(rooms: &Rooms, sandbox: &SandboxId, container: Option<&ContainerId>) -> Result<Option<Stats>> {
+    let (cgroups, sandbox, container) = (rooms.cgroups.clone(), sandbox.clone(), container.cloned());
+    blocking(move || match cgroups.stats(&sandbox, container.as_ref()) {
         Ok(stats) => Ok(Some(stats)),
         Err(moxlet_sandbox::Error::NoCgroup(_)) => Ok(None),
         Err(error) => Err(error.into()),
@@ -50,14 +47,14 @@ async fn read(
 ///
 /// # Errors
 /// A cgroup that cannot be read.
-pub(crate) async fn container(core: &Arc<Core>, container: &Container) -> Result<v1::ContainerStats> {
+pub(crate) async fn container(rooms: &Rooms, container: &Container) -> Result<v1::ContainerStats> {
     let record = container.record();
     let now = now_ns();
     let running = matches!(container.run_state(), RunState::Running { .. });
-    let stats = if running { read(core, &container.sandbox, Some(&container.id)).await? } else { None };
+    let stats = if running { read(rooms, &container.sandbox, Some(&container.id)).await? } else { None };
     // A root that is just being removed has nothing to tell.
-    let written = core.driver.root_usage(&container.id).await.ok();
-    let mountpoint = core.config.store_dir().display().to_string();
+    let written = rooms.driver.root_usage(&container.id).await.ok();
+    let mountpoint = rooms.config.store_dir().display().to_string();
     Ok(v1::ContainerStats {
         attributes: Some(v1::ContainerAttributes {
             id: record.id.to_string(),
@@ -81,14 +78,15 @@ pub(crate) async fn container(core: &Arc<Core>, container: &Container) -> Result
 ///
 /// # Errors
 /// A cgroup that cannot be read.
-pub(crate) async fn sandbox(core: &Arc<Core>, sandbox: &Sandbox) -> Result<v1::PodSandboxStats> {
+pub(crate) async fn sandbox(rooms: &Rooms, sandbox: &Sandbox) -> Result<v1::PodSandboxStats> {
     let record = sandbox.record();
     let now = now_ns();
-    let stats = if record.phase == Phase::Ready { read(core, &sandbox.id, None).await? } else { None };
+    let stats =
+        if record.phase == SandboxPhase::Ready { read(rooms, &sandbox.id, None).await? } else { None };
     let mut containers = Vec::new();
-    for container in core.containers_of(&sandbox.id) {
+    for container in rooms.state.containers_of(&sandbox.id) {
         if matches!(container.run_state(), RunState::Running { .. }) {
-            containers.push(self::container(core, &container).await?);
+            containers.push(self::container(rooms, &container).await?);
         }
     }
     Ok(v1::PodSandboxStats {

@@ -5,38 +5,16 @@ use std::collections::{BTreeMap, HashMap};
 use moxlet_cri::v1;
 
 use crate::{
-    config::EngineSettings,
-    core::{Container, Core, RunState, Sandbox},
-    ledger::{ContainerRecord, Phase},
+    ledger::{ContainerRecord, SandboxPhase},
+    state::{Container, RunState, Sandbox},
 };
 
-/// The condition that says whether Proxmox VE can be asked for new pods. Those that run need it for nothing, so that
-/// `RuntimeReady`, which costs a Node its pods after a while, holds meanwhile.
-pub(crate) const PROXMOX: &str = "ProxmoxReady";
-
-/// The conditions of the runtime; `network` is what is wrong with the pods' network.
-pub(crate) fn conditions(core: &Core, network: Option<String>) -> Vec<v1::RuntimeCondition> {
-    let condition = |kind: &str, reason: &str, fault: Option<String>| v1::RuntimeCondition {
-        r#type: kind.to_owned(),
-        status: fault.is_none(),
-        reason: if fault.is_some() { reason.to_owned() } else { String::new() },
-        message: fault.unwrap_or_default(),
-    };
-    let mut all = vec![
-        condition("RuntimeReady", "", None),
-        condition("NetworkReady", "NetworkPluginNotReady", network),
-    ];
-    let fault = core.engine.fault();
-    if fault.is_some() || matches!(core.config.engine, EngineSettings::Pve(_)) {
-        all.push(condition(PROXMOX, "ProxmoxNotReady", fault));
-    }
-    all
-}
-
-fn sandbox_state(phase: Phase) -> i32 {
+fn sandbox_state(phase: SandboxPhase) -> i32 {
     match phase {
-        Phase::Ready => v1::PodSandboxState::SandboxReady as i32,
-        Phase::Creating | Phase::NotReady | Phase::Removing => v1::PodSandboxState::SandboxNotready as i32,
+        SandboxPhase::Ready => v1::PodSandboxState::SandboxReady as i32,
+        SandboxPhase::Creating | SandboxPhase::NotReady | SandboxPhase::Removing => {
+            v1::PodSandboxState::SandboxNotready as i32
+        }
     }
 }
 

@@ -13,9 +13,9 @@ use moxlet_storage::mounts;
 use crate::{
     Config, PATIENCE,
     config::EngineSettings,
-    core::blocking,
     engine,
     error::{Error, Result},
+    tasks::blocking,
 };
 
 /// Where a pod that is left has a name: the ledger, and the engines' records.
@@ -39,7 +39,7 @@ pub struct Step {
 pub async fn uninstall(config: &Config, with_files: bool) -> Result<Vec<Step>> {
     let root = config.root_dir.clone();
     let checked = root.clone();
-    blocking("looking for pods", move || no_pods(&checked)).await?;
+    blocking(move || no_pods(&checked)).await?;
     let mut steps = Vec::new();
     let mut step = |what: String, outcome: Result<()>| steps.push(Step { what, outcome });
     if matches!(config.engine, EngineSettings::Lxc) {
@@ -49,11 +49,11 @@ pub async fn uninstall(config: &Config, with_files: bool) -> Result<Vec<Step>> {
             step(what, take_down(&engine::cni(config)).await.map_err(Error::from));
         }
         let record = root.join("ip_forward");
-        let restored = blocking("restoring ip_forward", move || Ok(forwarding::restore(&record)?)).await;
+        let restored = blocking(move || Ok(forwarding::restore(&record)?)).await;
         step("net.ipv4.ip_forward as it was".into(), restored);
     }
     let below = root.clone();
-    let unmounted = blocking("taking mounts down", move || unmount(&below)).await;
+    let unmounted = blocking(move || unmount(&below)).await;
     step(format!("what is mounted below {}", root.display()), unmounted);
     if with_files {
         let what = format!("all files in {}", root.display());
@@ -61,7 +61,7 @@ pub async fn uninstall(config: &Config, with_files: bool) -> Result<Vec<Step>> {
         let outcome = if steps.iter().any(|s| s.outcome.is_err()) {
             Err(Error::State("they stay until nothing else fails".to_owned()))
         } else {
-            blocking("removing files", move || remove(&root)).await
+            blocking(move || remove(&root)).await
         };
         steps.push(Step { what, outcome });
     }

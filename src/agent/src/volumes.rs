@@ -15,17 +15,17 @@ use std::{
     io::Write,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink},
     path::{Component, Path, PathBuf},
-    sync::Mutex,
 };
 
 use moxlet_cri::host::{self, VolumeKind};
 use moxlet_ids::PodUid;
 use moxlet_storage::{IdMap, mounts};
+use parking_lot::Mutex;
 use rustix::mount::{MountFlags, mount};
 
 use crate::{
     beneath,
-    core::lock,
+    clock::now_ns,
     error::{Error, Result},
 };
 
@@ -82,7 +82,7 @@ impl Volumes {
             }
         };
         check_files(&request.files)?;
-        let _guard = lock(&self.change);
+        let _guard = self.change.lock();
         let of_pod = self.dir.join(uid.as_str());
         make_dir(&of_pod, 0o700)?;
         let path = of_pod.join(name);
@@ -118,7 +118,7 @@ impl Volumes {
     /// # Errors
     /// What the system says.
     pub(crate) fn remove_pod(&self, uid: &PodUid) -> Result<()> {
-        let _guard = lock(&self.change);
+        let _guard = self.change.lock();
         let of_pod = self.dir.join(uid.as_str());
         mounts::unmount_all_below(&of_pod)?;
         Ok(moxlet_storage::remove_tree(&of_pod, &self.dir.join(".del"))?)
@@ -222,7 +222,7 @@ fn write_files(dir: &Path, files: &[host::VolumeFile], group: Option<u32>) -> Re
     if is_current(dir, files) {
         return Ok(());
     }
-    let now = crate::core::now_ns();
+    let now = now_ns();
     let fresh_name = format!("..{now}");
     let fresh = dir.join(&fresh_name);
     let written = write_tree(&fresh, files, group).and_then(|()| {

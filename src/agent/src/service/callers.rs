@@ -3,11 +3,11 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use crate::core::lock;
+use parking_lot::Mutex;
 
 /// Connections of one address that shake hands at one time, so that one machine keeps no other out.
 const MAX_OF_ONE: usize = 8;
@@ -39,7 +39,7 @@ impl Callers {
     /// Lets an address shake hands, unless too many do.
     pub(super) fn begin(self: &Arc<Self>, address: IpAddr) -> Option<Turn> {
         let address = address.to_canonical();
-        let mut state = lock(&self.0);
+        let mut state = self.0.lock();
         let own = state.shaking.get(&address).copied().unwrap_or(0);
         if own >= MAX_OF_ONE || state.shaking.values().sum::<usize>() >= MAX_OF_ALL {
             return None;
@@ -50,7 +50,7 @@ impl Callers {
 
     /// Whether a refusal of this address is to be told now: once a minute.
     pub(super) fn tells(&self, address: IpAddr, now: Instant) -> bool {
-        let told = &mut lock(&self.0).told;
+        let told = &mut self.0.lock().told;
         told.retain(|_, at| now.saturating_duration_since(*at) < TELL_EVERY);
         let address = address.to_canonical();
         let tells = told.len() < MAX_TOLD && !told.contains_key(&address);
@@ -63,7 +63,7 @@ impl Callers {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut state = lock(&self.callers.0);
+        let mut state = self.callers.0.lock();
         match state.shaking.get_mut(&self.address) {
             Some(count) if *count > 1 => *count -= 1,
             _ => drop(state.shaking.remove(&self.address)),
@@ -89,7 +89,7 @@ mod tests {
         drop(stranger);
         drop(callers.begin(ip("10.0.0.66")).unwrap());
         drop(node);
-        assert!(lock(&callers.0).shaking.is_empty());
+        assert!(callers.0.lock().shaking.is_empty());
     }
 
     #[test]

@@ -11,9 +11,9 @@ use tonic::{Request, Response, Status};
 use super::{Parts, Service};
 use crate::{
     beneath,
-    core::blocking,
     error::{Error, Result},
-    facts, logs, sandboxes,
+    facts, logs,
+    tasks::blocking,
 };
 
 type Answer<T> = std::result::Result<Response<T>, Status>;
@@ -41,13 +41,13 @@ fn remove_logs(dir: &Path, uid: &PodUid) -> Result<()> {
 #[tonic::async_trait]
 impl HostService for Service {
     async fn info(&self, _: Request<host::InfoRequest>) -> Answer<host::InfoResponse> {
-        let root = self.core.config.root_dir.clone();
-        let facts = blocking("reading facts of the host", move || Ok(facts::read(&root))).await?;
+        let root = self.rooms.config.root_dir.clone();
+        let facts = blocking(move || Ok(facts::read(&root))).await?;
         Ok(Response::new(host::InfoResponse {
-            pod_logs_dir: self.core.logs_dir.display().to_string(),
+            pod_logs_dir: self.rooms.dirs.logs.display().to_string(),
             stream_endpoint: self.streaming.endpoint(),
-            sandbox_overhead_memory_bytes: self.core.config.sandbox_overhead_memory_bytes,
-            memory_reserved_bytes: self.core.config.reserved_memory(facts.memory_bytes),
+            sandbox_overhead_memory_bytes: self.rooms.config.sandbox_overhead_memory_bytes,
+            memory_reserved_bytes: self.rooms.config.reserved_memory(facts.memory_bytes),
             ..facts
         }))
     }
@@ -56,8 +56,8 @@ impl HostService for Service {
         &self,
         request: Request<host::ApplyVolumeRequest>,
     ) -> Answer<host::ApplyVolumeResponse> {
-        let (core, request) = (self.core.clone(), request.into_inner());
-        let path = blocking("making a volume", move || core.volumes.apply(&request)).await?;
+        let (volumes, request) = (self.rooms.volumes.clone(), request.into_inner());
+        let path = blocking(move || volumes.apply(&request)).await?;
         Ok(Response::new(host::ApplyVolumeResponse { host_path: path.display().to_string() }))
     }
 
@@ -66,23 +66,23 @@ impl HostService for Service {
         request: Request<host::RemovePodVolumesRequest>,
     ) -> Answer<host::RemovePodVolumesResponse> {
         let uid: PodUid = request.into_inner().pod_uid.parse().map_err(Error::from)?;
-        if let Some(sandbox) = self.core.sandboxes().iter().find(|s| s.record().uid == uid) {
+        if let Some(sandbox) = self.rooms.state.sandboxes().iter().find(|s| s.record().uid == uid) {
             return Err(Error::State(format!("pod {uid} still has sandbox {}", sandbox.id)).into());
         }
-        let core = self.core.clone();
-        blocking("removing volumes", move || {
-            core.volumes.remove_pod(&uid)?;
-            remove_logs(&core.logs_dir, &uid)
+        let (volumes, logs) = (self.rooms.volumes.clone(), self.rooms.dirs.logs.clone());
+        blocking(move || {
+            volumes.remove_pod(&uid)?;
+            remove_logs(&logs, &uid)
         })
         .await?;
         Ok(Response::new(host::RemovePodVolumesResponse {}))
     }
 
     async fn list_pods(&self, _: Request<host::ListPodsRequest>) -> Answer<host::ListPodsResponse> {
-        let core = self.core.clone();
-        let pods = blocking("listing volumes", move || {
-            let mut pods = core.volumes.pods()?;
-            pods.extend(pods_with_logs(&core.logs_dir));
+        let (volumes, logs) = (self.rooms.volumes.clone(), self.rooms.dirs.logs.clone());
+        let pods = blocking(move || {
+            let mut pods = volumes.pods()?;
+            pods.extend(pods_with_logs(&logs));
             Ok(pods)
         })
         .await?;
@@ -92,7 +92,12 @@ impl HostService for Service {
     type StreamLogsStream = Parts<host::LogChunk>;
 
     async fn stream_logs(&self, request: Request<host::StreamLogsRequest>) -> Answer<Self::StreamLogsStream> {
-        let chunks = logs::stream(self.core.clone(), request.into_inner())?;
+        let chunks = logs::stream(
+            self.rooms.state.clone(),
+            &self.rooms.tasks,
+            &self.rooms.dirs.logs,
+            request.into_inner(),
+        )?;
         Ok(Response::new(Box::pin(chunks)))
     }
 
@@ -102,11 +107,12 @@ impl HostService for Service {
         &self,
         request: Request<host::StreamNoticesRequest>,
     ) -> Answer<Self::StreamNoticesStream> {
-        let (late, next) = self.core.notices.since(request.into_inner().since_ns);
+        let (late, next) = self.rooms.notices.since(request.into_inner().since_ns);
         // A reader that is too slow loses some: they are for people, the states are in the pods' statuses.
         let next = BroadcastStream::new(next).filter_map(|notice| std::future::ready(notice.ok()));
-        let all =
-            futures::stream::iter(late).chain(next).take_until(self.core.stop.clone().cancelled_owned());
+        let all = futures::stream::iter(late)
+            .chain(next)
+            .take_until(self.rooms.tasks.stop.clone().cancelled_owned());
         Ok(Response::new(Box::pin(all.map(Ok))))
     }
 
@@ -114,10 +120,10 @@ impl HostService for Service {
         &self,
         request: Request<host::TerminationMessageRequest>,
     ) -> Answer<host::TerminationMessageResponse> {
-        let container = self.core.container(&request.into_inner().container_id)?;
-        let dir = sandboxes::shared_dir(&self.core, &container.sandbox).join("term");
+        let container = self.rooms.state.container(&request.into_inner().container_id)?;
+        let dir = self.rooms.dirs.pod(&container.sandbox).join("term");
         let id = container.id.clone();
-        let data = blocking("reading a termination message", move || {
+        let data = blocking(move || {
             let Ok(dir) = beneath::open_dir(&dir) else { return Ok(Vec::new()) };
             let Ok(file) = beneath::open_file(&dir, Path::new(id.as_str())) else { return Ok(Vec::new()) };
             let mut data = Vec::new();

@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::{Parts, Service, in_chunks};
 use crate::{
-    core::now_ns,
+    clock::now_ns,
     error::{Error, Result},
 };
 
@@ -91,15 +91,15 @@ impl Service {
     async fn all_images(&self, filter: Option<v1::ImageFilter>) -> Result<Vec<v1::Image>> {
         let wanted = filter.and_then(|f| f.image).map(|i| i.image).filter(|i| !i.is_empty());
         let images = match wanted {
-            Some(name) => self.core.images.resolve(&name).await?.into_iter().collect(),
-            None => self.core.images.list().await?,
+            Some(name) => self.rooms.images.resolve(&name).await?.into_iter().collect(),
+            None => self.rooms.images.list().await?,
         };
         Ok(images.into_iter().map(shown).collect())
     }
 
     /// What `crictl inspecti` shows beside the image: containerd's `info`, and where the image is from.
     async fn verbose(&self, image: &ImageRecord) -> Result<HashMap<String, String>> {
-        let Some(inspection) = self.core.images.inspect(image.id.as_str()).await? else {
+        let Some(inspection) = self.rooms.images.inspect(image.id.as_str()).await? else {
             return Ok(HashMap::new());
         };
         let info = Info {
@@ -122,8 +122,8 @@ impl Service {
     /// What all containers have written.
     async fn roots_usage(&self) -> Result<Usage> {
         let mut sum = Usage::default();
-        for id in self.core.driver.roots().await? {
-            match self.core.driver.root_usage(&id).await {
+        for id in self.rooms.driver.roots().await? {
+            match self.rooms.driver.root_usage(&id).await {
                 Ok(usage) => {
                     sum.bytes = sum.bytes.saturating_add(usage.bytes);
                     sum.inodes = sum.inodes.saturating_add(usage.inodes);
@@ -160,7 +160,7 @@ impl ImageService for Service {
     ) -> Answer<v1::ImageStatusResponse> {
         let request = request.into_inner();
         let name = request.image.unwrap_or_default().image;
-        let image = self.core.images.resolve(&name).await.map_err(Error::from)?;
+        let image = self.rooms.images.resolve(&name).await.map_err(Error::from)?;
         let info = match &image {
             Some(image) if request.verbose => self.verbose(image).await?,
             _ => HashMap::new(),
@@ -172,7 +172,7 @@ impl ImageService for Service {
         let request = request.into_inner();
         let name = request.image.unwrap_or_default().image;
         let auths = request.auth.map(credentials).transpose()?;
-        let image = self.core.images.pull(&name, auths.as_slice()).await.map_err(pull_status)?;
+        let image = self.rooms.images.pull(&name, auths.as_slice()).await.map_err(pull_status)?;
         Ok(Response::new(v1::PullImageResponse { image_ref: image.id.to_string() }))
     }
 
@@ -181,12 +181,12 @@ impl ImageService for Service {
         request: Request<v1::RemoveImageRequest>,
     ) -> Answer<v1::RemoveImageResponse> {
         let name = request.into_inner().image.unwrap_or_default().image;
-        self.core.images.remove(&name).await.map_err(Error::from)?;
+        self.rooms.images.remove(&name).await.map_err(Error::from)?;
         Ok(Response::new(v1::RemoveImageResponse {}))
     }
 
     async fn image_fs_info(&self, _: Request<v1::ImageFsInfoRequest>) -> Answer<v1::ImageFsInfoResponse> {
-        let driver = &self.core.driver;
+        let driver = &self.rooms.driver;
         let mountpoint = driver.fs_usage().await.map_err(Error::from)?.mountpoint.display().to_string();
         let images = driver.layers_usage().await.map_err(Error::from)?;
         let containers = self.roots_usage().await?;

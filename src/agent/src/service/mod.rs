@@ -4,6 +4,7 @@
 //! A file a service; each method checks its request and calls the part that does the work.
 
 mod callers;
+mod conditions;
 mod host;
 mod images;
 mod remote;
@@ -25,8 +26,8 @@ use tonic::{
 use tracing::{error, info};
 
 use crate::{
-    core::Core,
     error::Result,
+    rooms::Rooms,
     streaming::{Streaming, listen_unix},
 };
 
@@ -40,7 +41,7 @@ const CHUNK: usize = 64;
 /// What CRI's services and the host service know.
 #[derive(Clone)]
 pub(crate) struct Service {
-    core: Arc<Core>,
+    rooms: Rooms,
     streaming: Arc<Streaming>,
 }
 
@@ -80,7 +81,7 @@ fn router(service: Service, keep_alive: Option<Duration>) -> Router {
         .add_service(RuntimeServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(ImageServiceServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(
-            ImageStoreServer::new(ImageStoreService::new(service.core.images.clone()))
+            ImageStoreServer::new(ImageStoreService::new(service.rooms.images.clone()))
                 .max_decoding_message_size(MAX_REQUEST),
         )
         .add_service(HostServiceServer::new(service).max_decoding_message_size(MAX_REQUEST))
@@ -90,15 +91,15 @@ fn router(service: Service, keep_alive: Option<Duration>) -> Router {
 ///
 /// # Errors
 /// The socket cannot be made, or the port for a node elsewhere cannot be served.
-pub(crate) async fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result<()> {
-    let path = core.config.cri_socket.clone();
+pub(crate) async fn serve(rooms: &Rooms, streaming: Arc<Streaming>) -> Result<()> {
+    let path = rooms.config.cri_socket.clone();
     let listener = listen_unix(&path)?;
-    let service = Service { core: core.clone(), streaming };
-    if let Some(link) = &core.config.link {
+    let service = Service { rooms: rooms.clone(), streaming };
+    if let Some(link) = &rooms.config.link {
         remote::serve(service.clone(), link).await?;
     }
-    let stop = core.stop.clone();
-    core.tasks.spawn(async move {
+    let stop = rooms.tasks.stop.clone();
+    rooms.tasks.spawn(async move {
         let served = router(service, None);
         // Streams (logs, events) end by the same token, so that nobody is waited for.
         let served = served.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled());
@@ -107,7 +108,7 @@ pub(crate) async fn serve(core: &Arc<Core>, streaming: Arc<Streaming>) -> Result
         }
         let _ = std::fs::remove_file(&path);
     });
-    info!(socket = %core.config.cri_socket.display(), "CRI is served");
+    info!(socket = %rooms.config.cri_socket.display(), "CRI is served");
     Ok(())
 }
 

@@ -25,9 +25,9 @@ use super::{
 };
 use crate::{
     config::LinkSettings,
-    core::blocking,
     error::{Error, Result},
     streaming::{Streaming, serve_connection},
+    tasks::blocking,
 };
 
 /// Streaming connections at one time that are not upgraded yet.
@@ -43,19 +43,19 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// The certificates cannot be used, or the address is taken or not this host's.
 pub(super) async fn serve(service: Service, link: &LinkSettings) -> Result<()> {
     let files = link.files.clone();
-    let acceptor = blocking("reading the link's certificates", move || Ok(Acceptor::new(files)?)).await?;
+    let acceptor = blocking(move || Ok(Acceptor::new(files)?)).await?;
     let listener = listen(link.listen).await?;
-    let (core, streaming) = (service.core.clone(), service.streaming.clone());
+    let (tasks, streaming) = (service.rooms.tasks.clone(), service.streaming.clone());
     let (to_grpc, connections) = mpsc::channel(1);
-    let (served, stop) = (router(service, Some(KEEP_ALIVE)), core.stop.clone());
-    core.tasks.spawn(async move {
+    let (served, stop) = (router(service, Some(KEEP_ALIVE)), tasks.stop.clone());
+    tasks.spawn(async move {
         let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);
         if let Err(error) = served.serve_with_incoming_shutdown(connections, stop.cancelled()).await {
             tracing::error!(%error, "the services on the agent's port failed");
         }
     });
     let (callers, streams) = (Arc::default(), Semaphore::new(MAX_STREAMS));
-    core.tasks.spawn(accept(listener, Port { acceptor, callers, streaming, streams, to_grpc }));
+    tasks.spawn(accept(listener, Port { acceptor, callers, streaming, streams, to_grpc }));
     info!(address = %link.listen, "a node on another machine is served");
     Ok(())
 }
@@ -74,17 +74,17 @@ async fn listen(address: SocketAddr) -> Result<TcpListener> {
 
 /// Takes connections, all of them: none waits for another's handshake, and who has too many under way is hung up on.
 async fn accept(listener: TcpListener, port: Port) {
-    let core = port.streaming.core().clone();
+    let tasks = port.streaming.tasks().clone();
     let port = Arc::new(port);
     loop {
         let accepted = tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = tasks.stop.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((stream, peer)) => {
                 if let Some(turn) = port.callers.begin(peer.ip()) {
-                    core.tasks.spawn(port.clone().connection(stream, peer, turn));
+                    tasks.spawn(port.clone().connection(stream, peer, turn));
                 }
             }
             Err(error) => {
@@ -107,7 +107,7 @@ struct Port {
 impl Port {
     /// Shakes hands and passes the connection on to what it is for.
     async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, turn: Turn) {
-        let stop = self.streaming.core().stop.clone();
+        let stop = self.streaming.tasks().stop.clone();
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
             accepted = self.acceptor.accept(stream) => accepted,

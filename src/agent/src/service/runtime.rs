@@ -1,37 +1,38 @@
 //! CRI's RuntimeService.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use futures::StreamExt;
 use moxlet_cri::v1::{self, runtime_service_server::RuntimeService};
+use moxlet_errors::chain;
 use tokio_stream::wrappers::{BroadcastStream, errors::BroadcastStreamRecvError};
 use tonic::{Request, Response, Status};
 
-use super::{Parts, Service, in_chunks, selected};
+use super::{Parts, Service, conditions::conditions, in_chunks, selected};
 use crate::{
-    containers,
-    core::{Container, RunState, Sandbox, blocking, now_ns},
+    clock::now_ns,
+    config::EngineSettings,
     error::{Error, Result},
-    ledger::Phase,
-    sandboxes, stats, status, streaming,
+    ledger::SandboxPhase,
+    limits,
+    state::{Container, RunState, Sandbox},
+    stats, status, streaming,
+    tasks::blocking,
 };
 
 type Answer<T> = std::result::Result<Response<T>, Status>;
-
-/// The longest that `StopContainer` waits.
-const LONGEST_STOP: i64 = 10 * 365 * 86_400;
 
 impl Service {
     fn pods(&self, filter: Option<v1::PodSandboxFilter>) -> Vec<Arc<Sandbox>> {
         let filter = filter.unwrap_or_default();
         let wanted = |sandbox: &Arc<Sandbox>| {
             let record = sandbox.record();
-            let ready = record.phase == Phase::Ready;
+            let ready = record.phase == SandboxPhase::Ready;
             (filter.id.is_empty() || record.id.as_str().starts_with(&filter.id))
                 && filter.state.is_none_or(|s| (s.state() == v1::PodSandboxState::SandboxReady) == ready)
                 && selected(&filter.label_selector, |key| record.labels.get(key))
         };
-        self.core.sandboxes().into_iter().filter(wanted).collect()
+        self.rooms.state.sandboxes().into_iter().filter(wanted).collect()
     }
 
     fn found(&self, filter: Option<v1::ContainerFilter>) -> Vec<Arc<Container>> {
@@ -49,7 +50,7 @@ impl Service {
                 && filter.state.is_none_or(|s| s.state() == state)
                 && selected(&filter.label_selector, |key| record.labels.get(key))
         };
-        self.core.containers().into_iter().filter(wanted).collect()
+        self.rooms.state.containers().into_iter().filter(wanted).collect()
     }
 
     fn pod_items(&self, filter: Option<v1::PodSandboxFilter>) -> Vec<v1::PodSandbox> {
@@ -74,7 +75,7 @@ impl Service {
         let mut all = Vec::new();
         for container in self.found(Some(wanted)) {
             if matches!(container.run_state(), RunState::Running { .. }) {
-                all.push(stats::container(&self.core, &container).await?);
+                all.push(stats::container(&self.rooms, &container).await?);
             }
         }
         Ok(all)
@@ -89,8 +90,8 @@ impl Service {
             v1::PodSandboxFilter { id: filter.id, state: None, label_selector: filter.label_selector };
         let mut all = Vec::new();
         for sandbox in self.pods(Some(wanted)) {
-            if sandbox.phase() == Phase::Ready {
-                all.push(stats::sandbox(&self.core, &sandbox).await?);
+            if sandbox.phase() == SandboxPhase::Ready {
+                all.push(stats::sandbox(&self.rooms, &sandbox).await?);
             }
         }
         Ok(all)
@@ -118,7 +119,7 @@ impl RuntimeService for Service {
     ) -> Answer<v1::RunPodSandboxResponse> {
         let request = request.into_inner();
         let config = request.config.ok_or_else(|| Status::invalid_argument("the sandbox has no config"))?;
-        let id = sandboxes::run(&self.core, config, &request.runtime_handler).await?;
+        let id = self.rooms.pods.run(config, &request.runtime_handler).await?;
         Ok(Response::new(v1::RunPodSandboxResponse { pod_sandbox_id: id.to_string() }))
     }
 
@@ -126,7 +127,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::StopPodSandboxRequest>,
     ) -> Answer<v1::StopPodSandboxResponse> {
-        sandboxes::stop(&self.core, &request.into_inner().pod_sandbox_id).await?;
+        self.rooms.pods.stop(&request.into_inner().pod_sandbox_id).await?;
         Ok(Response::new(v1::StopPodSandboxResponse {}))
     }
 
@@ -134,7 +135,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::RemovePodSandboxRequest>,
     ) -> Answer<v1::RemovePodSandboxResponse> {
-        sandboxes::remove(&self.core, &request.into_inner().pod_sandbox_id).await?;
+        self.rooms.pods.remove(&request.into_inner().pod_sandbox_id).await?;
         Ok(Response::new(v1::RemovePodSandboxResponse {}))
     }
 
@@ -142,11 +143,12 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::PodSandboxStatusRequest>,
     ) -> Answer<v1::PodSandboxStatusResponse> {
-        let sandbox = self.core.sandbox(&request.into_inner().pod_sandbox_id)?;
+        let sandbox = self.rooms.state.sandbox(&request.into_inner().pod_sandbox_id)?;
         Ok(Response::new(v1::PodSandboxStatusResponse {
             status: Some(status::sandbox(&sandbox)),
             containers_statuses: self
-                .core
+                .rooms
+                .state
                 .containers_of(&sandbox.id)
                 .iter()
                 .map(|c| status::container(c))
@@ -177,7 +179,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::CreateContainerRequest>,
     ) -> Answer<v1::CreateContainerResponse> {
-        let id = containers::create(&self.core, request.into_inner()).await?;
+        let id = self.rooms.containers.create(request.into_inner()).await?;
         Ok(Response::new(v1::CreateContainerResponse { container_id: id.to_string() }))
     }
 
@@ -185,7 +187,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::StartContainerRequest>,
     ) -> Answer<v1::StartContainerResponse> {
-        containers::start(&self.core, &request.into_inner().container_id).await?;
+        self.rooms.containers.start(&request.into_inner().container_id).await?;
         Ok(Response::new(v1::StartContainerResponse {}))
     }
 
@@ -194,7 +196,7 @@ impl RuntimeService for Service {
         request: Request<v1::StopContainerRequest>,
     ) -> Answer<v1::StopContainerResponse> {
         let request = request.into_inner();
-        containers::stop(&self.core, &request.container_id, request.timeout.clamp(0, LONGEST_STOP)).await?;
+        self.rooms.containers.stop(&request.container_id, request.timeout).await?;
         Ok(Response::new(v1::StopContainerResponse {}))
     }
 
@@ -202,7 +204,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::RemoveContainerRequest>,
     ) -> Answer<v1::RemoveContainerResponse> {
-        containers::remove(&self.core, &request.into_inner().container_id).await?;
+        self.rooms.containers.remove(&request.into_inner().container_id).await?;
         Ok(Response::new(v1::RemoveContainerResponse {}))
     }
 
@@ -229,7 +231,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::ContainerStatusRequest>,
     ) -> Answer<v1::ContainerStatusResponse> {
-        let container = self.core.container(&request.into_inner().container_id)?;
+        let container = self.rooms.state.container(&request.into_inner().container_id)?;
         Ok(Response::new(v1::ContainerStatusResponse {
             status: Some(status::container(&container)),
             ..v1::ContainerStatusResponse::default()
@@ -241,15 +243,16 @@ impl RuntimeService for Service {
         request: Request<v1::UpdateContainerResourcesRequest>,
     ) -> Answer<v1::UpdateContainerResourcesResponse> {
         let request = request.into_inner();
-        let container = self.core.container(&request.container_id)?;
-        let limits = containers::limits(&request.linux.unwrap_or_default());
+        let container = self.rooms.state.container(&request.container_id)?;
+        let limits = limits::of_container(&request.linux.unwrap_or_default());
         if !matches!(container.run_state(), RunState::Running { .. }) {
             return Err(Error::State(format!("container {} is not running", container.id)).into());
         }
         let (cgroups, sandbox, id) =
-            (self.core.cgroups.clone(), container.sandbox.clone(), container.id.clone());
-        blocking("writing a cgroup", move || Ok(cgroups.update(&sandbox, Some(&id), &limits)?)).await?;
-        self.core
+            (self.rooms.cgroups.clone(), container.sandbox.clone(), container.id.clone());
+        blocking(move || Ok(cgroups.update(&sandbox, Some(&id), &limits)?)).await?;
+        self.rooms
+            .state
             .change_container(&container, |r| r.memory_limit = limits.memory_bytes.or(r.memory_limit))
             .await?;
         Ok(Response::new(v1::UpdateContainerResourcesResponse {}))
@@ -259,17 +262,19 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::ReopenContainerLogRequest>,
     ) -> Answer<v1::ReopenContainerLogResponse> {
-        let container = self.core.container(&request.into_inner().container_id)?;
+        let container = self.rooms.state.container(&request.into_inner().container_id)?;
         if !matches!(container.run_state(), RunState::Running { .. }) {
             return Err(Error::State(format!("container {} is not running", container.id)).into());
         }
-        let client = self.core.sandbox(container.sandbox.as_str())?.client()?;
+        let client = self.rooms.state.sandbox(container.sandbox.as_str())?.client()?;
         client.reopen_log(container.id.as_str()).await.map_err(Error::from)?;
         Ok(Response::new(v1::ReopenContainerLogResponse {}))
     }
 
     async fn exec_sync(&self, request: Request<v1::ExecSyncRequest>) -> Answer<v1::ExecSyncResponse> {
-        Ok(Response::new(streaming::exec_sync(&self.core, request.into_inner()).await?))
+        Ok(Response::new(
+            streaming::exec_sync(&self.rooms.state, &self.rooms.tasks, request.into_inner()).await?,
+        ))
     }
 
     async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
@@ -291,8 +296,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::ContainerStatsRequest>,
     ) -> Answer<v1::ContainerStatsResponse> {
-        let container = self.core.container(&request.into_inner().container_id)?;
-        let stats = Some(stats::container(&self.core, &container).await?);
+        let container = self.rooms.state.container(&request.into_inner().container_id)?;
+        let stats = Some(stats::container(&self.rooms, &container).await?);
         Ok(Response::new(v1::ContainerStatsResponse { stats }))
     }
 
@@ -318,8 +323,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::PodSandboxStatsRequest>,
     ) -> Answer<v1::PodSandboxStatsResponse> {
-        let sandbox = self.core.sandbox(&request.into_inner().pod_sandbox_id)?;
-        let stats = Some(stats::sandbox(&self.core, &sandbox).await?);
+        let sandbox = self.rooms.state.sandbox(&request.into_inner().pod_sandbox_id)?;
+        let stats = Some(stats::sandbox(&self.rooms, &sandbox).await?);
         Ok(Response::new(v1::PodSandboxStatsResponse { stats }))
     }
 
@@ -348,16 +353,19 @@ impl RuntimeService for Service {
         let network = request.into_inner().runtime_config.and_then(|c| c.network_config).unwrap_or_default();
         // Two families may be named; a range of the configuration goes before the cluster's.
         let v4 = network.pod_cidr.split(',').map(str::trim).find(|c| c.contains('.'));
-        if let (Some(cidr), None) = (v4, &self.core.config.pod_cidr) {
-            self.core.network.set_pod_cidr(cidr).await?;
+        if let (Some(cidr), None) = (v4, &self.rooms.config.pod_cidr) {
+            self.rooms.network.set_pod_cidr(cidr).await?;
         }
         Ok(Response::new(v1::UpdateRuntimeConfigResponse {}))
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        let network = self.core.network.ready().await.err().map(|e| crate::error::chain(&e));
+        let network = self.rooms.network.ready().await.err().map(|e| chain(&e));
+        let on_proxmox_ve = matches!(self.rooms.config.engine, EngineSettings::Pve(_));
         Ok(Response::new(v1::StatusResponse {
-            status: Some(v1::RuntimeStatus { conditions: status::conditions(&self.core, network) }),
+            status: Some(v1::RuntimeStatus {
+                conditions: conditions(&*self.rooms.engine, on_proxmox_ve, network),
+            }),
             runtime_handlers: vec![v1::RuntimeHandler::default()],
             features: Some(v1::RuntimeFeatures {
                 supplemental_groups_policy: true,
@@ -380,7 +388,7 @@ impl RuntimeService for Service {
         &self,
         _: Request<v1::GetEventsRequest>,
     ) -> Answer<Self::GetContainerEventsStream> {
-        let events = BroadcastStream::new(self.core.listen()).map(|event| {
+        let events = BroadcastStream::new(self.rooms.events.subscribe()).map(|event| {
             event.map_err(|BroadcastStreamRecvError::Lagged(lost)| {
                 Status::data_loss(format!("{lost} events were not taken in time; list again"))
             })
@@ -392,7 +400,7 @@ impl RuntimeService for Service {
             broken |= event.is_err();
             futures::future::ready(go_on)
         });
-        let stop = self.core.stop.clone();
+        let stop = self.rooms.tasks.stop.clone();
         Ok(Response::new(Box::pin(events.take_until(async move { stop.cancelled().await }))))
     }
 
@@ -433,29 +441,11 @@ impl RuntimeService for Service {
         request: Request<v1::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<v1::UpdatePodSandboxResourcesResponse> {
         let request = request.into_inner();
-        let sandbox = self.core.sandbox(&request.pod_sandbox_id)?;
-        let mut limits = containers::limits(&request.resources.unwrap_or_default());
-        let extra = containers::limits(&request.overhead.unwrap_or_default()).memory_bytes.unwrap_or(0);
-        limits.memory_bytes = limits.memory_bytes.map(|m| m.saturating_add(extra));
-        let (cgroups, id) = (self.core.cgroups.clone(), sandbox.id.clone());
-        self.core.engine.resize(&id, &limits).await.map_err(Error::from)?;
-        blocking("writing a cgroup", move || Ok(cgroups.update(&id, None, &limits)?)).await?;
+        let sandbox = self.rooms.state.sandbox(&request.pod_sandbox_id)?;
+        let limits = limits::of_sandbox(request.resources.as_ref(), request.overhead.as_ref());
+        let (cgroups, id) = (self.rooms.cgroups.clone(), sandbox.id.clone());
+        self.rooms.engine.resize(&id, &limits).await.map_err(Error::from)?;
+        blocking(move || Ok(cgroups.update(&id, None, &limits)?)).await?;
         Ok(Response::new(v1::UpdatePodSandboxResourcesResponse {}))
-    }
-}
-
-impl Service {
-    /// Stops all pods at once, each with this grace.
-    pub(crate) async fn stop_all(core: &Arc<crate::core::Core>, grace: Duration) {
-        let seconds = i64::try_from(grace.as_secs()).unwrap_or(LONGEST_STOP);
-        let all = core.sandboxes().into_iter().map(|sandbox| async move {
-            let containers = core.containers_of(&sandbox.id);
-            let stops = containers.iter().map(|c| containers::stop(core, c.id.as_str(), seconds));
-            futures::future::join_all(stops).await;
-            if let Err(error) = sandboxes::stop(core, sandbox.id.as_str()).await {
-                tracing::warn!(sandbox = %sandbox.id, error = crate::error::chain(&error), "a pod could not be stopped");
-            }
-        });
-        futures::future::join_all(all).await;
     }
 }

@@ -1,6 +1,6 @@
 //! `ExecSync`: a command whose output is collected, as probes and lifecycle hooks run it.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use moxlet_cri::v1;
 use moxlet_init_proto::{
@@ -13,8 +13,9 @@ use tracing::debug;
 
 use super::{copy, running};
 use crate::{
-    core::Core,
     error::{Error, Result},
+    state::State,
+    tasks::Tasks,
 };
 
 /// What is kept of each output, as containerd does: an answer has to fit into a gRPC message.
@@ -26,21 +27,22 @@ const KILLED: Duration = Duration::from_secs(2);
 
 /// `ExecSync`. A command that takes too long, or whose caller has gone, is killed with all of its process group.
 pub(crate) async fn exec_sync(
-    core: &Arc<Core>,
+    state: &State,
+    tasks: &Tasks,
     request: v1::ExecSyncRequest,
 ) -> Result<v1::ExecSyncResponse> {
-    let container = running(core, &request.container_id)?;
+    let container = running(state, &request.container_id)?;
     if request.cmd.is_empty() {
         return Err(Error::Invalid("no command is given to execute".to_owned()));
     }
     let seconds = u64::try_from(request.timeout)
         .map_err(|_| Error::Invalid(format!("timeout {} is negative", request.timeout)))?;
-    let sandbox = core.sandbox(container.sandbox.as_str())?;
+    let sandbox = state.sandbox(container.sandbox.as_str())?;
     let (client, slot) = (sandbox.client()?, sandbox.exec_slot()?);
     let what = format!("command {:?} in container {}", shown(&request.cmd), container.id);
     let gone = CancellationToken::new();
     let _caller = gone.clone().drop_guard();
-    let stop = core.stop.clone();
+    let stop = tasks.stop.clone();
     let ask = ExecRequest {
         id: container.id.to_string(),
         args: request.cmd,
@@ -48,25 +50,26 @@ pub(crate) async fn exec_sync(
         stderr: true,
         ..ExecRequest::default()
     };
-    core.whole(async move {
-        let _slot = slot;
-        let exec = client.exec(ask).await?;
-        let limit = async {
-            match seconds {
-                0 => std::future::pending().await,
-                seconds => sleep(Duration::from_secs(seconds)).await,
-            }
-        };
-        let error = tokio::select! {
-            done = run(&client, &exec.exec_id, exec.streams) => return done,
-            () = limit => Error::Timeout(format!("{what} timed out: timeout {seconds}s exceeded")),
-            () = gone.cancelled() => Error::State(format!("the caller of {what} has gone")),
-            () = stop.cancelled() => Error::Unfit("the agent is stopping".to_owned()),
-        };
-        kill(&client, &exec.exec_id).await;
-        Err(error)
-    })
-    .await
+    tasks
+        .whole(async move {
+            let _slot = slot;
+            let exec = client.exec(ask).await?;
+            let limit = async {
+                match seconds {
+                    0 => std::future::pending().await,
+                    seconds => sleep(Duration::from_secs(seconds)).await,
+                }
+            };
+            let error = tokio::select! {
+                done = run(&client, &exec.exec_id, exec.streams) => return done,
+                () = limit => Error::Timeout(format!("{what} timed out: timeout {seconds}s exceeded")),
+                () = gone.cancelled() => Error::State(format!("the caller of {what} has gone")),
+                () = stop.cancelled() => Error::Unfit("the agent is stopping".to_owned()),
+            };
+            kill(&client, &exec.exec_id).await;
+            Err(error)
+        })
+        .await
 }
 
 /// Kills a command and waits until it is gone.

@@ -9,14 +9,13 @@ use std::{
     },
     path::Path,
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
 use moxlet_init_proto::{Envelope, ErrorClass, ExecRequest, Request, Response, StreamSet, frame};
+use parking_lot::Mutex;
 use rustix::{pty, termios};
-
-use crate::core::lock;
 
 /// An init without a CT.
 #[derive(Default)]
@@ -75,13 +74,13 @@ impl FakeInit {
                     stderr: request.stderr,
                     terminal: false,
                 };
-                let mut all = lock(&self.commands);
+                let mut all = self.commands.lock();
                 let exec_id = format!("exec-{}", all.len());
                 all.insert(exec_id.clone(), child);
                 (Response::Execed { exec_id, streams }, fds.into_iter().flatten().collect())
             }
             Request::WaitExec { exec_id } => loop {
-                let ended = lock(&self.commands).get_mut(&exec_id).unwrap().try_wait().unwrap();
+                let ended = self.commands.lock().get_mut(&exec_id).unwrap().try_wait().unwrap();
                 if let Some(status) = ended {
                     let code = std::os::unix::process::ExitStatusExt::signal(&status)
                         .map_or(status.code(), |s| Some(128 + s));
@@ -93,7 +92,7 @@ impl FakeInit {
                 let mut fds = Vec::new();
                 for _ in 0..[stdin, stdout, stderr].iter().filter(|w| **w).count() {
                     let (ours, theirs) = UnixStream::pair().unwrap();
-                    lock(&self.attached).push(ours);
+                    self.attached.lock().push(ours);
                     fds.push(theirs.into());
                 }
                 (Response::Attached { streams: StreamSet { stdin, stdout, stderr, terminal: false } }, fds)
@@ -120,7 +119,7 @@ impl FakeInit {
         let mut command = Command::new(&request.args[0]);
         let child =
             command.args(&request.args[1..]).stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
-        let mut all = lock(&self.commands);
+        let mut all = self.commands.lock();
         let exec_id = format!("exec-{}", all.len());
         all.insert(exec_id.clone(), child);
         let streams = StreamSet { terminal: true, ..StreamSet::default() };

@@ -18,15 +18,17 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use moxlet_cri::v1;
+use parking_lot::Mutex;
 
 use crate::{
-    core::{Container, Core, RunState, lock},
     error::{Error, Result},
+    state::{Container, RunState, State},
+    tasks::Tasks,
 };
 
 pub(crate) use exec_sync::exec_sync;
@@ -61,12 +63,12 @@ struct Tokens(Mutex<HashMap<String, (Instant, Pending)>>);
 
 impl Tokens {
     fn put(&self, pending: Pending) -> Result<String> {
-        let mut all = lock(&self.0);
+        let mut all = self.0.lock();
         if all.len() >= MAX_TOKENS {
             all.retain(|_, (since, _)| since.elapsed() < TOKEN_LIFE);
         }
         if all.len() >= MAX_TOKENS {
-            return Err(Error::State(format!(
+            return Err(Error::Exhausted(format!(
                 "{MAX_TOKENS} streaming requests wait for their clients already"
             )));
         }
@@ -78,14 +80,15 @@ impl Tokens {
     /// Takes what waits at `/<kind>/<token>`.
     fn take(&self, path: &str) -> Option<Pending> {
         let (kind, token) = path.strip_prefix('/')?.split_once('/')?;
-        let (since, pending) = lock(&self.0).remove(token)?;
+        let (since, pending) = self.0.lock().remove(token)?;
         (since.elapsed() < TOKEN_LIFE && pending.kind() == kind).then_some(pending)
     }
 }
 
 /// The streaming server.
 pub(crate) struct Streaming {
-    core: Arc<Core>,
+    state: Arc<State>,
+    tasks: Tasks,
     socket: PathBuf,
     /// The TCP listener's address.
     address: Option<SocketAddr>,
@@ -97,22 +100,26 @@ impl Streaming {
     ///
     /// # Errors
     /// An address that is not of this machine alone, or one that cannot be listened at.
-    pub(crate) async fn start(core: Arc<Core>) -> Result<Arc<Self>> {
-        let socket = core.config.root_dir.join("run/stream.sock");
+    pub(crate) fn start(
+        state: Arc<State>,
+        tasks: Tasks,
+        socket: PathBuf,
+        listen: Option<SocketAddr>,
+    ) -> Result<Arc<Self>> {
         let unix = server::listen_unix(&socket)?;
-        let tcp = core.config.stream_listen.map(server::listen_tcp).transpose()?;
+        let tcp = listen.map(server::listen_tcp).transpose()?;
         let address = tcp.as_ref().map(|(_, address)| *address);
-        let streaming = Arc::new(Self { core: core.clone(), socket, address, tokens: Tokens::default() });
-        core.tasks.spawn(server::serve(streaming.clone(), unix));
+        let streaming = Arc::new(Self { state, tasks, socket, address, tokens: Tokens::default() });
+        streaming.tasks.spawn(server::serve(streaming.clone(), unix));
         if let Some((tcp, _)) = tcp {
-            core.tasks.spawn(server::serve(streaming.clone(), tcp));
+            streaming.tasks.spawn(server::serve(streaming.clone(), tcp));
         }
         Ok(streaming)
     }
 
-    /// The agent that it is of.
-    pub(crate) fn core(&self) -> &Arc<Core> {
-        &self.core
+    /// Where its tasks are.
+    pub(crate) fn tasks(&self) -> &Tasks {
+        &self.tasks
     }
 
     /// Where the node finds it on the same host: `unix:///…`.
@@ -122,7 +129,7 @@ impl Streaming {
 
     /// `Exec`.
     pub(crate) async fn exec(&self, mut request: v1::ExecRequest) -> Result<v1::ExecResponse> {
-        let container = running(&self.core, &request.container_id)?;
+        let container = running(&self.state, &request.container_id)?;
         check_streams(request.tty, request.stdin, request.stdout, request.stderr)?;
         if request.cmd.is_empty() {
             return Err(Error::Invalid("no command is given to execute".to_owned()));
@@ -133,7 +140,7 @@ impl Streaming {
 
     /// `Attach`.
     pub(crate) async fn attach(&self, mut request: v1::AttachRequest) -> Result<v1::AttachResponse> {
-        let container = running(&self.core, &request.container_id)?;
+        let container = running(&self.state, &request.container_id)?;
         check_streams(request.tty, request.stdin, request.stdout, request.stderr)?;
         request.container_id = container.id.to_string();
         Ok(v1::AttachResponse { url: self.url(Pending::Attach(request))? })
@@ -144,7 +151,7 @@ impl Streaming {
         &self,
         mut request: v1::PortForwardRequest,
     ) -> Result<v1::PortForwardResponse> {
-        let sandbox = self.core.sandbox(&request.pod_sandbox_id)?;
+        let sandbox = self.state.sandbox(&request.pod_sandbox_id)?;
         sandbox.client()?;
         if let Some(port) = request.port.iter().find(|p| !(1..=65_535).contains(*p)) {
             return Err(Error::Invalid(format!("{port} is no port")));
@@ -161,17 +168,17 @@ impl Streaming {
 }
 
 /// The container of a request, which must run.
-fn running(core: &Core, id: &str) -> Result<Arc<Container>> {
+fn running(state: &State, id: &str) -> Result<Arc<Container>> {
     if id.is_empty() {
         return Err(Error::Invalid("missing required container_id".to_owned()));
     }
-    let container = core.container(id)?;
-    let state = match container.run_state() {
+    let container = state.container(id)?;
+    let is = match container.run_state() {
         RunState::Running { .. } => return Ok(container),
         RunState::Created => "created",
         RunState::Exited(_) => "exited",
     };
-    Err(Error::State(format!("container {} is not running: it is {state}", container.id)))
+    Err(Error::State(format!("container {} is not running: it is {is}", container.id)))
 }
 
 /// As every CRI runtime judges them.

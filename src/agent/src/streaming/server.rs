@@ -31,7 +31,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::{Pending, Streaming, sessions};
-use crate::error::{Error, Result, chain};
+use moxlet_errors::chain;
+
+use crate::error::{Error, Result};
 
 /// Connections of one listener that speak HTTP, that is, are not upgraded yet.
 const MAX_CONNECTIONS: usize = 256;
@@ -118,7 +120,7 @@ impl Listener for TcpListener {
 
 /// Serves a listener until the agent stops.
 pub(super) async fn serve(streaming: Arc<Streaming>, listener: impl Listener) {
-    let stop = streaming.core.stop.clone();
+    let stop = streaming.tasks.stop.clone();
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
@@ -129,7 +131,7 @@ pub(super) async fn serve(streaming: Arc<Streaming>, listener: impl Listener) {
         match accepted {
             Ok(io) => {
                 let own = streaming.clone();
-                streaming.core.tasks.spawn(async move {
+                streaming.tasks.spawn(async move {
                     serve_connection(own, io).await;
                     drop(slot);
                 });
@@ -147,7 +149,7 @@ pub(crate) async fn serve_connection(
     streaming: Arc<Streaming>,
     io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
 ) {
-    let stop = streaming.core.stop.clone();
+    let stop = streaming.tasks.stop.clone();
     tokio::select! {
         () = stop.cancelled() => {}
         _ = timeout(HTTP_WITHIN, connection(streaming, io)) => {}
@@ -195,17 +197,17 @@ fn answer(
             "no such streaming request, or it has been used or has expired\n",
         );
     };
-    let core = streaming.core.clone();
+    let state = streaming.state.clone();
     let kind = pending.kind();
     match pending {
         Pending::Exec(exec) => {
             let (response, streams) = moxlet_stream::remote_command(request, sessions::exec_offer(&exec));
-            start(streaming, kind, gone, sessions::exec(core, exec, streams));
+            start(streaming, kind, gone, sessions::exec(state, exec, streams));
             response
         }
         Pending::Attach(attach) => {
             let (response, streams) = moxlet_stream::remote_command(request, sessions::attach_offer(&attach));
-            start(streaming, kind, gone, sessions::attach(core, attach, streams));
+            start(streaming, kind, gone, sessions::attach(state, attach, streams));
             response
         }
         Pending::PortForward(forward) => {
@@ -214,7 +216,7 @@ fn answer(
                 *request.uri_mut() = uri;
             }
             let (response, streams) = moxlet_stream::port_forward(request);
-            start(streaming, kind, gone, sessions::port_forward(core, forward, streams));
+            start(streaming, kind, gone, sessions::port_forward(state, forward, streams));
             response
         }
     }
@@ -227,8 +229,8 @@ fn start(
     gone: CancellationToken,
     session: impl Future<Output = Result<()>> + Send + 'static,
 ) {
-    let stop = streaming.core.stop.clone();
-    streaming.core.tasks.spawn(async move {
+    let stop = streaming.tasks.stop.clone();
+    streaming.tasks.spawn(async move {
         tokio::select! {
             () = stop.cancelled() => {}
             () = gone.cancelled() => debug!(kind, "the client of a stream has gone"),

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::Uri;
 use moxlet_cri::v1;
+use moxlet_errors::chain;
 use moxlet_init_proto::{AsyncFile, ExecRequest, client::Client};
 use moxlet_stream::{
     Forward, Offer, Outcome, PortForward, RemoteCommand, StreamReader, StreamWriter, TerminalSize,
@@ -20,8 +21,8 @@ use tracing::debug;
 
 use super::{copy, running};
 use crate::{
-    core::{Container, Core},
-    error::{Error, Result, chain},
+    error::{Error, Result},
+    state::{Container, State},
 };
 
 /// A client says its terminal's size at once; a command that asks for it early should not be told 0x0.
@@ -67,13 +68,13 @@ struct Started {
 
 /// Runs a command for a client.
 pub(super) async fn exec(
-    core: Arc<Core>,
+    state: Arc<State>,
     request: v1::ExecRequest,
     streams: impl Future<Output = Streams<RemoteCommand>> + Send,
 ) -> Result<()> {
     let RemoteCommand { stdin, stdout, stderr, mut resize, status } =
         streams.await.map_err(|e| lost("exec", &e))?;
-    let outcome = match begin(&core, request, &mut resize).await {
+    let outcome = match begin(&state, request, &mut resize).await {
         Ok(started) => run(started, stdin, [stdout, stderr], resize).await?,
         Err(error) => {
             end([stdout, stderr]).await?;
@@ -85,12 +86,12 @@ pub(super) async fn exec(
 
 /// Starts a command.
 async fn begin(
-    core: &Core,
+    state: &State,
     request: v1::ExecRequest,
     resize: &mut mpsc::Receiver<TerminalSize>,
 ) -> Result<Started> {
-    let container = running(core, &request.container_id)?;
-    let sandbox = core.sandbox(container.sandbox.as_str())?;
+    let container = running(state, &request.container_id)?;
+    let sandbox = state.sandbox(container.sandbox.as_str())?;
     let (client, slot) = (sandbox.client()?, sandbox.exec_slot()?);
     let mut ask = ExecRequest {
         id: request.container_id,
@@ -171,15 +172,15 @@ async fn beside<T>(
 
 /// Attaches a client to a container's own streams.
 pub(super) async fn attach(
-    core: Arc<Core>,
+    state: Arc<State>,
     request: v1::AttachRequest,
     streams: impl Future<Output = Streams<RemoteCommand>> + Send,
 ) -> Result<()> {
     let RemoteCommand { stdin, stdout, stderr, resize, status } =
         streams.await.map_err(|e| lost("attach", &e))?;
     let attached = async {
-        let container = running(&core, &request.container_id)?;
-        let client = core.sandbox(container.sandbox.as_str())?.client()?;
+        let container = running(&state, &request.container_id)?;
+        let client = state.sandbox(container.sandbox.as_str())?.client()?;
         let want_stderr = stderr.is_some() && !container.record().tty;
         let ends =
             client.attach(container.id.as_str(), stdin.is_some(), stdout.is_some(), want_stderr).await?;
@@ -263,12 +264,12 @@ pub(super) fn with_ports(uri: &Uri, ports: &[i32]) -> Option<Uri> {
 
 /// Forwards ports of a pod for a client, each connection in a task of its own.
 pub(super) async fn port_forward(
-    core: Arc<Core>,
+    state: Arc<State>,
     request: v1::PortForwardRequest,
     streams: impl Future<Output = Streams<PortForward>> + Send,
 ) -> Result<()> {
     let mut forwards = streams.await.map_err(|e| lost("port-forward", &e))?;
-    let sandbox = core.sandbox(&request.pod_sandbox_id)?;
+    let sandbox = state.sandbox(&request.pod_sandbox_id)?;
     let client = sandbox.client()?;
     let record = sandbox.record();
     let pod: Arc<str> = format!("{}/{}", record.namespace, record.name).into();

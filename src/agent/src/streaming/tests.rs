@@ -14,8 +14,10 @@ use tokio::{
 
 use super::{fake_init::FakeInit, *};
 use crate::{
-    core::Sandbox,
+    fake,
     ledger::{ContainerRecord, Exit, SandboxRecord},
+    rooms::Rooms,
+    state::{MAX_EXECS, Sandbox},
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -24,7 +26,7 @@ const PLAIN: Offer = Offer { stdin: false, stdout: true, stderr: true, tty: fals
 /// A server before a pod with one running container.
 struct Place {
     _dir: TempDir,
-    core: Arc<Core>,
+    rooms: Rooms,
     streaming: Arc<Streaming>,
     init: Arc<FakeInit>,
     container: Arc<Container>,
@@ -33,27 +35,33 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.core.stop.cancel();
+        self.rooms.tasks.stop.cancel();
     }
 }
 
 async fn place() -> Place {
     let dir = tempfile::tempdir().unwrap();
-    let core = crate::fake::core(dir.path(), Arc::default()).await;
+    let (rooms, _) = fake::rooms(dir.path(), Arc::default()).await;
     let socket = dir.path().join("init.sock");
     let init = FakeInit::listen(&socket);
     let mut record = SandboxRecord::new(SandboxId::random(), "uid-1".parse().unwrap(), 1);
     (record.namespace, record.name) = ("default".to_owned(), "web".to_owned());
     let sandbox = Sandbox::new(record);
     sandbox.set_client(Some(InitClient::new(&socket)));
-    core.insert_sandbox(sandbox.clone());
+    rooms.state.insert_sandbox(sandbox.clone());
     let image: Digest = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
     let record = ContainerRecord::new(moxlet_ids::ContainerId::random(), sandbox.id.clone(), image, 1);
     let container = Container::new(record);
     container.state.send_replace(RunState::Running { started_at_ns: 1 });
-    core.insert_container(container.clone());
-    let streaming = Streaming::start(core.clone()).await.unwrap();
-    Place { _dir: dir, core, streaming, init, container, sandbox }
+    rooms.state.insert_container(container.clone());
+    let streaming = Streaming::start(
+        rooms.state.clone(),
+        rooms.tasks.clone(),
+        dir.path().join("run/stream.sock"),
+        rooms.config.stream_listen,
+    )
+    .unwrap();
+    Place { _dir: dir, rooms, streaming, init, container, sandbox }
 }
 
 impl Place {
@@ -124,13 +132,17 @@ impl Place {
 async fn commands_of_a_pod_are_bounded_and_leave_room_for_its_stop() {
     let place = place().await;
     let mut slots: Vec<_> = std::iter::from_fn(|| place.sandbox.exec_slot().ok()).collect();
-    assert_eq!(slots.len(), crate::core::MAX_EXECS);
-    let refused = exec_sync(&place.core, place.sync(&["true"], 0)).await.unwrap_err();
+    assert_eq!(slots.len(), MAX_EXECS);
+    let refused =
+        exec_sync(&place.rooms.state, &place.rooms.tasks, place.sync(&["true"], 0)).await.unwrap_err();
     assert_eq!(tonic::Status::from(refused).code(), tonic::Code::ResourceExhausted);
     let (_, _, status) = place.run(&["true"]).await;
     assert!(status.contains("commands run in sandbox"), "{status}");
     slots.pop();
-    assert_eq!(exec_sync(&place.core, place.sync(&["true"], 0)).await.unwrap().exit_code, 0);
+    assert_eq!(
+        exec_sync(&place.rooms.state, &place.rooms.tasks, place.sync(&["true"], 0)).await.unwrap().exit_code,
+        0
+    );
     let ran = place.run(&["echo", "a"]).await;
     assert_eq!(ran.0, "a\n", "each gives its room back");
 }
@@ -171,11 +183,11 @@ fn urls_that_nobody_uses_are_bounded() {
         tokens.put(pending.clone()).unwrap();
     }
     assert!(tokens.put(pending.clone()).is_err());
-    for (since, _) in lock(&tokens.0).values_mut() {
+    for (since, _) in tokens.0.lock().values_mut() {
         *since = Instant::now().checked_sub(TOKEN_LIFE).unwrap();
     }
     let token = tokens.put(pending.clone()).unwrap();
-    assert_eq!(lock(&tokens.0).len(), 1);
+    assert_eq!(tokens.0.lock().len(), 1);
     assert_eq!(tokens.take(&format!("/portforward/{token}")), Some(pending));
 }
 
@@ -280,7 +292,7 @@ async fn a_command_whose_client_goes_sees_its_pipes_closed() {
         drop((client, streams));
     }
     let ended = async {
-        while !lock(&place.init.commands).values_mut().all(|c| c.try_wait().unwrap().is_some()) {
+        while !place.init.commands.lock().values_mut().all(|c| c.try_wait().unwrap().is_some()) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -307,7 +319,7 @@ async fn an_attached_client_gets_all_output_and_the_end() {
     stdin.shutdown().await.unwrap();
     let ends = async {
         loop {
-            let ends = std::mem::take(&mut *lock(&place.init.attached));
+            let ends = std::mem::take(&mut *place.init.attached.lock());
             if !ends.is_empty() {
                 return ends;
             }
@@ -372,17 +384,31 @@ async fn ports_are_forwarded_in_parallel_and_a_closed_one_is_named() {
 #[tokio::test]
 async fn exec_sync_collects_bounds_and_gives_up() {
     let place = place().await;
-    let ran =
-        exec_sync(&place.core, place.sync(&["sh", "-c", "echo a; echo b >&2; exit 3"], 0)).await.unwrap();
+    let ran = exec_sync(
+        &place.rooms.state,
+        &place.rooms.tasks,
+        place.sync(&["sh", "-c", "echo a; echo b >&2; exit 3"], 0),
+    )
+    .await
+    .unwrap();
     assert_eq!((ran.exit_code, &*ran.stdout, &*ran.stderr), (3, &b"a\n"[..], &b"b\n"[..]));
-    let ran = exec_sync(&place.core, place.sync(&["head", "-c", "20000000", "/dev/zero"], 20)).await.unwrap();
+    let ran = exec_sync(
+        &place.rooms.state,
+        &place.rooms.tasks,
+        place.sync(&["head", "-c", "20000000", "/dev/zero"], 20),
+    )
+    .await
+    .unwrap();
     assert_eq!((ran.exit_code, ran.stdout.len()), (0, 16 << 20));
-    let error = exec_sync(&place.core, place.sync(&["sleep", "60"], 1)).await.unwrap_err();
+    let error =
+        exec_sync(&place.rooms.state, &place.rooms.tasks, place.sync(&["sleep", "60"], 1)).await.unwrap_err();
     assert!(matches!(&error, Error::Timeout(text) if text.contains("sleep 60")), "{error}");
-    let error = exec_sync(&place.core, place.sync(&["/no/such/command"], 1)).await.unwrap_err();
+    let error = exec_sync(&place.rooms.state, &place.rooms.tasks, place.sync(&["/no/such/command"], 1))
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("/no/such/command"), "{error}");
     // What the test itself started.
-    for child in lock(&place.init.commands).values_mut() {
+    for child in place.init.commands.lock().values_mut() {
         let _ = child.kill();
     }
 }

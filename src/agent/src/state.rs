@@ -1,62 +1,36 @@
-//! What all services of an agent share: the parts below, the sandboxes and containers in memory, the stream of events.
+//! The sandboxes and containers of an agent in memory, each with its record in the ledger; nothing else.
 
-use std::{
-    collections::BTreeMap,
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use moxlet_cri::v1;
 use moxlet_ids::{ContainerId, SandboxId};
-use moxlet_image::ImageStore;
-use moxlet_init_proto::client::Client;
-use moxlet_sandbox::{Engine, cgroup::ContainerCgroups};
-use moxlet_storage::{Driver, idmap};
+use moxlet_init_proto::{CreateRequest, client::Client};
+use moxlet_sandbox::Limits;
+use parking_lot::Mutex;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::{sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Config,
     error::{Error, Result},
-    ledger::{ContainerRecord, Exit, Ledger, Phase, SandboxRecord},
-    network::Network,
-    notices::Notices,
-    prepare::Pending,
-    volumes::Volumes,
+    ledger::{ContainerRecord, Exit, Ledger, SandboxPhase, SandboxRecord},
+    tasks::blocking,
 };
 
-/// Events that wait for a slow reader before it loses some; a reader that lost some lists again.
-const EVENTS: usize = 1024;
 /// Commands that `Exec` and `ExecSync` run in a pod at one time. Each takes one of the init's 256 threads for as long as it runs; the rest
 /// stays free for what a pod is run, watched and stopped by.
 pub(crate) const MAX_EXECS: usize = 128;
 /// How long an init may take over an answer once its sandbox is being stopped.
 const LAST_ANSWER: Duration = Duration::from_secs(3);
 
-/// Nanoseconds since 1970.
-pub(crate) fn now_ns() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// A lock whose holder cannot leave it half-changed: poisoned or not.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Runs something that waits for the kernel outside the async threads.
-pub(crate) async fn blocking<T: Send + 'static>(
-    what: &'static str,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => Err(Error::io(what, std::io::Error::other(error))),
-    }
+/// What a start needs; in memory only.
+pub(crate) struct Prepared {
+    /// What the init is asked.
+    pub(crate) request: CreateRequest,
+    /// Limits of the container.
+    pub(crate) limits: Limits,
+    /// Set from the host between create and start.
+    pub(crate) oom_score_adj: Option<i32>,
 }
 
 /// What a container does.
@@ -87,8 +61,6 @@ pub(crate) struct Sandbox {
     client: Mutex<Option<Client>>,
     /// Who else holds its CT, so that it cannot be changed now.
     held: Mutex<Option<String>>,
-    /// Whether a task removes it in the background.
-    pub(crate) goes: AtomicBool,
     /// How many calls are about to end it.
     stopping: watch::Sender<usize>,
     /// Room for commands in its containers.
@@ -105,7 +77,6 @@ impl Sandbox {
             record: Mutex::new(record),
             client: Mutex::new(None),
             held: Mutex::new(None),
-            goes: AtomicBool::new(false),
             stopping: watch::Sender::new(0),
             execs: Arc::new(Semaphore::new(MAX_EXECS)),
             change: tokio::sync::Mutex::new(()),
@@ -114,12 +85,12 @@ impl Sandbox {
 
     /// A copy of its record.
     pub(crate) fn record(&self) -> SandboxRecord {
-        lock(&self.record).clone()
+        self.record.lock().clone()
     }
 
     /// How far it is.
-    pub(crate) fn phase(&self) -> Phase {
-        lock(&self.record).phase
+    pub(crate) fn phase(&self) -> SandboxPhase {
+        self.record.lock().phase
     }
 
     /// Its CT's init.
@@ -127,18 +98,18 @@ impl Sandbox {
     /// # Errors
     /// When the CT does not run.
     pub(crate) fn client(&self) -> Result<Client> {
-        let client = lock(&self.client).clone();
+        let client = self.client.lock().clone();
         client.ok_or_else(|| Error::State(format!("sandbox {} is not running", self.id)))
     }
 
     /// Who else holds its CT: `backup`, `frozen`, ….
     pub(crate) fn held_by(&self) -> Option<String> {
-        lock(&self.held).clone()
+        self.held.lock().clone()
     }
 
     /// Says who holds its CT.
     pub(crate) fn set_held_by(&self, holder: Option<String>) {
-        *lock(&self.held) = holder;
+        *self.held.lock() = holder;
     }
 
     /// An answer of its init, which has to come within `limit`. Once the sandbox is being stopped little time is left: a change that waits for
@@ -183,7 +154,7 @@ impl Sandbox {
 
     /// Says that its init is reached, or gone.
     pub(crate) fn set_client(&self, client: Option<Client>) {
-        *lock(&self.client) = client;
+        *self.client.lock() = client;
     }
 }
 
@@ -206,7 +177,7 @@ pub(crate) struct Container {
     /// What it does; waited for by stop, logs and streams.
     pub(crate) state: watch::Sender<RunState>,
     /// What its start needs.
-    pending: Mutex<Option<Pending>>,
+    prepared: Mutex<Option<Prepared>>,
     /// Held while its record is written; whether the record is gone for good.
     writing: Arc<tokio::sync::Mutex<bool>>,
 }
@@ -225,30 +196,35 @@ impl Container {
             sandbox: record.sandbox.clone(),
             record: Mutex::new(record),
             state: watch::Sender::new(state),
-            pending: Mutex::default(),
+            prepared: Mutex::default(),
             writing: Arc::default(),
         })
     }
 
     /// Keeps what its start needs.
-    pub(crate) fn set_pending(&self, pending: Pending) {
-        *lock(&self.pending) = Some(pending);
+    pub(crate) fn set_prepared(&self, prepared: Prepared) {
+        *self.prepared.lock() = Some(prepared);
     }
 
     /// Takes what its start needs; nothing the second time.
-    pub(crate) fn take_pending(&self) -> Option<Pending> {
-        lock(&self.pending).take()
+    pub(crate) fn take_prepared(&self) -> Option<Prepared> {
+        self.prepared.lock().take()
+    }
+
+    /// Whether it has what its start needs.
+    pub(crate) fn is_prepared(&self) -> bool {
+        self.prepared.lock().is_some()
     }
 
     /// A copy of its record.
     pub(crate) fn record(&self) -> ContainerRecord {
-        lock(&self.record).clone()
+        self.record.lock().clone()
     }
 
     /// Takes over a record that is on disk. An end is seen at once by all who wait for it.
     fn put(&self, record: ContainerRecord) {
         let exit = record.exit.clone();
-        *lock(&self.record) = record;
+        *self.record.lock() = record;
         if let Some(exit) = exit {
             self.state.send_if_modified(|now| {
                 let first = !now.has_ended();
@@ -272,90 +248,22 @@ impl Container {
     }
 }
 
-/// What is shared.
-pub(crate) struct Core {
-    pub(crate) config: Config,
-    pub(crate) driver: Arc<dyn Driver>,
-    pub(crate) engine: Arc<dyn Engine>,
-    pub(crate) network: Network,
-    pub(crate) images: Arc<ImageStore>,
-    pub(crate) cgroups: Arc<ContainerCgroups>,
-    pub(crate) volumes: Volumes,
-    /// Shifts the ids of what is mounted for pods.
-    pub(crate) shifted: idmap::Namespace,
-    pub(crate) ledger: Arc<Ledger>,
-    /// moxlet-init on the host, a copy that no upgrade replaces.
-    pub(crate) init_binary: PathBuf,
-    /// Shared directories of the pods, a shared mount.
-    pub(crate) pods_dir: PathBuf,
-    /// Base of the pods' log directories.
-    pub(crate) logs_dir: PathBuf,
-    /// Everything that runs.
-    pub(crate) tasks: TaskTracker,
-    /// The end.
-    pub(crate) stop: CancellationToken,
+/// The sandboxes and containers.
+pub(crate) struct State {
+    ledger: Arc<Ledger>,
     sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
     containers: Mutex<BTreeMap<ContainerId, Arc<Container>>>,
-    events: broadcast::Sender<v1::ContainerEventResponse>,
-    /// What was done to CTs on the host.
-    pub(crate) notices: Notices,
 }
 
-/// The parts of a core.
-pub(crate) struct Parts {
-    pub(crate) config: Config,
-    pub(crate) driver: Arc<dyn Driver>,
-    pub(crate) engine: Arc<dyn Engine>,
-    pub(crate) network: Network,
-    pub(crate) images: Arc<ImageStore>,
-    pub(crate) cgroups: ContainerCgroups,
-    pub(crate) volumes: Volumes,
-    pub(crate) shifted: idmap::Namespace,
-    pub(crate) ledger: Ledger,
-    pub(crate) init_binary: PathBuf,
-    pub(crate) stop: CancellationToken,
-}
-
-impl Core {
-    /// Puts the parts together.
-    pub(crate) fn new(parts: Parts) -> Arc<Self> {
-        let ledger = Arc::new(parts.ledger);
-        Arc::new(Self {
-            pods_dir: parts.config.root_dir.join("pods"),
-            logs_dir: parts.config.root_dir.join("logs"),
-            config: parts.config,
-            driver: parts.driver,
-            engine: parts.engine,
-            network: parts.network,
-            images: parts.images,
-            cgroups: Arc::new(parts.cgroups),
-            volumes: parts.volumes,
-            shifted: parts.shifted,
-            notices: Notices::open(ledger.clone()),
-            ledger,
-            init_binary: parts.init_binary,
-            tasks: TaskTracker::new(),
-            stop: parts.stop,
-            sandboxes: Mutex::default(),
-            containers: Mutex::default(),
-            events: broadcast::Sender::new(EVENTS),
-        })
-    }
-
-    /// Runs a change to its end even when the caller goes away: half a change is none.
-    pub(crate) async fn whole<T: Send + 'static>(
-        self: &Arc<Self>,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> Result<T> {
-        match self.tasks.spawn(work).await {
-            Ok(done) => done,
-            Err(error) => Err(Error::io("a task of the agent failed", std::io::Error::other(error))),
-        }
+impl State {
+    /// None yet, with this ledger.
+    pub(crate) fn new(ledger: Arc<Ledger>) -> Arc<Self> {
+        Arc::new(Self { ledger, sandboxes: Mutex::default(), containers: Mutex::default() })
     }
 
     /// Adds a sandbox of the ledger.
     pub(crate) fn insert_sandbox(&self, sandbox: Arc<Sandbox>) {
-        lock(&self.sandboxes).insert(sandbox.id.clone(), sandbox);
+        self.sandboxes.lock().insert(sandbox.id.clone(), sandbox);
     }
 
     /// Adds a new sandbox.
@@ -363,7 +271,7 @@ impl Core {
     /// # Errors
     /// There is one of the same pod and attempt.
     pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>) -> Result<()> {
-        let mut all = lock(&self.sandboxes);
+        let mut all = self.sandboxes.lock();
         let new = sandbox.record();
         let same = |r: &SandboxRecord| {
             r.uid == new.uid && r.name == new.name && r.namespace == new.namespace && r.attempt == new.attempt
@@ -378,45 +286,51 @@ impl Core {
         Ok(())
     }
 
-    /// Forgets a sandbox.
-    pub(crate) fn forget_sandbox(&self, id: &SandboxId) {
-        lock(&self.sandboxes).remove(id);
+    /// Removes a sandbox's record from disk and the sandbox from memory. Idempotent.
+    ///
+    /// # Errors
+    /// The ledger cannot be written.
+    pub(crate) async fn remove_sandbox(&self, id: &SandboxId) -> Result<()> {
+        let (ledger, own) = (self.ledger.clone(), id.clone());
+        blocking(move || ledger.remove_sandbox(&own)).await?;
+        self.sandboxes.lock().remove(id);
+        Ok(())
     }
 
     /// Whether there is such a sandbox (still).
     pub(crate) fn knows(&self, id: &SandboxId) -> bool {
-        lock(&self.sandboxes).contains_key(id)
+        self.sandboxes.lock().contains_key(id)
     }
 
     /// All sandboxes.
     pub(crate) fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
-        lock(&self.sandboxes).values().cloned().collect()
+        self.sandboxes.lock().values().cloned().collect()
     }
 
     /// A sandbox by its id, or by a beginning of it that no other shares (as crictl gives it).
     pub(crate) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
-        let all = lock(&self.sandboxes);
+        let all = self.sandboxes.lock();
         unique(all.iter(), id).cloned().ok_or_else(|| Error::NotFound(format!("sandbox {id:?}")))
     }
 
     /// Adds a container.
     pub(crate) fn insert_container(&self, container: Arc<Container>) {
-        lock(&self.containers).insert(container.id.clone(), container);
+        self.containers.lock().insert(container.id.clone(), container);
     }
 
     /// All containers.
     pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
-        lock(&self.containers).values().cloned().collect()
+        self.containers.lock().values().cloned().collect()
     }
 
     /// The containers of a sandbox.
     pub(crate) fn containers_of(&self, sandbox: &SandboxId) -> Vec<Arc<Container>> {
-        lock(&self.containers).values().filter(|c| c.sandbox == *sandbox).cloned().collect()
+        self.containers.lock().values().filter(|c| c.sandbox == *sandbox).cloned().collect()
     }
 
     /// A container by its id or a beginning of it that no other shares.
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
-        let all = lock(&self.containers);
+        let all = self.containers.lock();
         unique(all.iter(), id).cloned().ok_or_else(|| Error::NotFound(format!("container {id:?}")))
     }
 
@@ -429,9 +343,9 @@ impl Core {
         let mut record = sandbox.record();
         change(&mut record);
         let (ledger, sandbox) = (self.ledger.clone(), sandbox.clone());
-        blocking("writing the ledger", move || {
+        blocking(move || {
             ledger.put_sandbox(&record)?;
-            *lock(&sandbox.record) = record;
+            *sandbox.record.lock() = record;
             Ok(())
         })
         .await
@@ -452,7 +366,7 @@ impl Core {
         let mut record = container.record();
         change(&mut record);
         let (ledger, container) = (self.ledger.clone(), container.clone());
-        blocking("writing the ledger", move || {
+        blocking(move || {
             ledger.put_container(&record)?;
             container.put(record);
             drop(writing);
@@ -465,34 +379,14 @@ impl Core {
     pub(crate) async fn remove_container(&self, container: &Arc<Container>) -> Result<()> {
         let mut writing = container.writing.clone().lock_owned().await;
         let (ledger, id) = (self.ledger.clone(), container.id.clone());
-        blocking("writing the ledger", move || {
+        blocking(move || {
             ledger.remove_container(&id)?;
             *writing = true;
             Ok(())
         })
         .await?;
-        lock(&self.containers).remove(&container.id);
+        self.containers.lock().remove(&container.id);
         Ok(())
-    }
-
-    /// Tells the listeners; `id` is a container's or a sandbox's.
-    pub(crate) fn say(&self, id: &str, sandbox: &Sandbox, kind: v1::ContainerEventType) {
-        if self.events.receiver_count() == 0 {
-            return;
-        }
-        let statuses = self.containers_of(&sandbox.id).iter().map(|c| crate::status::container(c)).collect();
-        let _ = self.events.send(v1::ContainerEventResponse {
-            container_id: id.to_owned(),
-            container_event_type: kind as i32,
-            created_at: now_ns(),
-            pod_sandbox_status: Some(crate::status::sandbox(sandbox)),
-            containers_statuses: statuses,
-        });
-    }
-
-    /// Listens from now on.
-    pub(crate) fn listen(&self) -> broadcast::Receiver<v1::ContainerEventResponse> {
-        self.events.subscribe()
     }
 }
 
