@@ -14,6 +14,7 @@
 //! | `events`, `status` | the stream of CRI's events; sandboxes and containers as CRI shows them |
 //! | `state`, `ledger` | sandboxes and containers in memory, and what of them must survive |
 //! | `engine`, `network`, `limits`, `volumes` | which engine makes the CTs, who attaches them, what they may use, what is mounted |
+//! | `deletions` | what containers wrote is deleted beside everything else |
 //! | `rooms` | the rooms put together: each gets what it needs |
 //! | `uninstall` | what Moxlet made on a host is taken from it |
 //!
@@ -24,6 +25,7 @@
 //! | a watch for each running sandbox (`pods::watch`) | its init's events, the end of its CT | states of containers, CRI events |
 //! | the reconciler (`reconcile`) | work from `retries`; on Proxmox VE a look every 2 s | a task for each thing that is due |
 //! | the looks and the notes (`notices`), on Proxmox VE | what the engine sees; CRI events | notices; the notes of CTs |
+//! | the thread of `deletions` | trees of volumes that were removed | |
 //! | the streaming server's listeners (`streaming`) | connections of clients | a task for each |
 //! | the gRPC servers (`service`) | requests | changes that run to their end in tasks of their own |
 //!
@@ -33,6 +35,7 @@ mod beneath;
 mod clock;
 mod config;
 mod containers;
+mod deletions;
 mod dirs;
 mod engine;
 mod error;
@@ -101,7 +104,7 @@ impl Agent {
         in_first_mount_namespace()?;
         let root = config.root_dir.clone();
         // CTs reach what is mounted for them as an unprivileged user: each directory on the way lets them pass.
-        for (dir, mode) in [("", 0o711), ("run", 0o711), ("pods", 0o711), ("logs", 0o711), ("ledger", 0o700)]
+        for (dir, mode) in [("", 0o711), ("run", 0o711), ("pods", 0o711), ("logs", 0o700), ("ledger", 0o700)]
         {
             make_dir(&root.join(dir), mode)?;
         }

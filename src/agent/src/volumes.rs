@@ -26,6 +26,7 @@ use rustix::mount::{MountFlags, mount};
 use crate::{
     beneath,
     clock::now_ns,
+    deletions::Deletions,
     error::{Error, Result},
 };
 
@@ -40,6 +41,7 @@ pub(crate) struct Volumes {
     map: IdMap,
     /// One change at a time.
     change: Mutex<()>,
+    deletions: Deletions,
 }
 
 impl Volumes {
@@ -49,12 +51,8 @@ impl Volumes {
     /// What the system says.
     pub(crate) fn open(dir: PathBuf, map: IdMap) -> Result<Self> {
         make_dir(&dir, 0o700)?;
-        make_dir(&dir.join(".del"), 0o700)?;
-        let volumes = Self { dir, map, change: Mutex::default() };
-        for entry in volumes.entries(&volumes.dir.join(".del"))? {
-            moxlet_storage::remove_tree(&entry, &volumes.dir.join(".del"))?;
-        }
-        Ok(volumes)
+        let deletions = Deletions::open(dir.join(".del"))?;
+        Ok(Self { dir, map, change: Mutex::default(), deletions })
     }
 
     /// Whether a path is that of a volume, or in one.
@@ -113,7 +111,7 @@ impl Volumes {
         Ok(path)
     }
 
-    /// Removes all volumes of a pod. Idempotent.
+    /// Removes all volumes of a pod; their files are deleted afterwards, so that no other pod waits for that. Idempotent.
     ///
     /// # Errors
     /// What the system says.
@@ -121,7 +119,7 @@ impl Volumes {
         let _guard = self.change.lock();
         let of_pod = self.dir.join(uid.as_str());
         mounts::unmount_all_below(&of_pod)?;
-        Ok(moxlet_storage::remove_tree(&of_pod, &self.dir.join(".del"))?)
+        self.deletions.take(&of_pod)
     }
 
     /// The pods that have a volume.
@@ -358,6 +356,24 @@ mod tests {
         volumes.remove_pod(&uid).unwrap();
         volumes.remove_pod(&uid).unwrap();
         assert!(volumes.pods().unwrap().is_empty() && !path.exists());
+    }
+
+    #[test]
+    fn pods_do_not_wait_until_the_files_of_another_are_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut volumes = Volumes::open(dir.path().join("volumes"), IdMap::default()).unwrap();
+        let endless = |_: &Path, _: &Path| loop {
+            std::thread::park();
+        };
+        volumes.deletions = Deletions::with(dir.path().join("volumes/.del"), endless).unwrap();
+        for uid in ["uid-1", "uid-2"] {
+            let asked =
+                host::ApplyVolumeRequest { pod_uid: uid.into(), ..request(VolumeKind::EmptyDir, &[]) };
+            let path = volumes.apply(&asked).unwrap();
+            fs::write(path.join("file"), "").unwrap();
+            volumes.remove_pod(&uid.parse().unwrap()).unwrap();
+            assert!(volumes.pods().unwrap().is_empty() && !path.exists());
+        }
     }
 
     #[test]

@@ -132,7 +132,7 @@ pub(super) fn make_log_dir(dir: Option<&Path>, log_path: &str) -> Result<()> {
     let parent = Path::new(log_path).parent().filter(|p| !p.as_os_str().is_empty());
     let (Some(dir), Some(parent)) = (dir, parent) else { return Ok(()) };
     beneath::open_dir(dir)
-        .and_then(|dir| beneath::make_dirs(&dir, parent, Mode::from_raw_mode(0o755)))
+        .and_then(|dir| beneath::make_dirs(&dir, parent, Mode::from_raw_mode(0o700)))
         .map(drop)
         .map_err(|e| Error::io(format!("cannot make the log directory of {log_path}"), e))
 }

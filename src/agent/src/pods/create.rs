@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{DirBuilderExt, chown},
+    os::unix::fs::{DirBuilderExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -13,8 +13,8 @@ use moxlet_errors::chain;
 use moxlet_ids::SandboxId;
 use moxlet_init_proto::client::Client;
 use moxlet_sandbox::SandboxSpec;
-use moxlet_storage::mounts;
-use rustix::mount::{MountFlags, mount};
+use moxlet_storage::{idmap, mounts};
+use rustix::mount::{MountFlags, mount, mount_remount};
 use tracing::{info, warn};
 
 use super::{Pods, STOP_GRACE};
@@ -158,8 +158,7 @@ impl Pods {
             chown(&shm, Some(base), Some(base)).map_err(|e| Error::io("cannot own /dev/shm", e))?;
         }
         if let Some(logs) = logs {
-            fs::create_dir_all(logs).map_err(|e| Error::io(format!("cannot make {}", logs.display()), e))?;
-            self.shifted.bind(logs, &dir.join("logs"), false, false)?;
+            bind_logs(&self.shifted, logs, &dir.join("logs"))?;
         }
         Ok(())
     }
@@ -183,6 +182,18 @@ fn check(config: &v1::PodSandboxConfig) -> Result<bool> {
         return Err(Error::Refused("hostPort".to_owned()));
     }
     Ok(names.pid == v1::NamespaceMode::Pod as i32)
+}
+
+/// Shows a CT its pod's log directory. What is written there lies on disk as its root's, so no user of the host may reach it, nothing runs
+/// from it and no device of it opens.
+fn bind_logs(shifted: &idmap::Namespace, logs: &Path, at: &Path) -> Result<()> {
+    fs::create_dir_all(logs)
+        .and_then(|()| fs::set_permissions(logs, fs::Permissions::from_mode(0o700)))
+        .map_err(|e| Error::io(format!("cannot make {}", logs.display()), e))?;
+    shifted.bind(logs, at, false, false)?;
+    let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount_remount(at, flags, "")
+        .map_err(|e| Error::io(format!("cannot restrict the mount at {}", at.display()), e))
 }
 
 fn make_dir(path: &Path, mode: u32, owner: Option<u32>) -> Result<()> {

@@ -1,6 +1,9 @@
 //! Sandboxes: made, listed, stopped and removed, many at once.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    os::unix::fs::PermissionsExt,
+};
 
 use moxlet_cri::v1;
 use moxlet_tests_component::{
@@ -73,6 +76,35 @@ async fn a_pod_whose_init_hangs_is_stopped_and_removed() {
         crate::recovery::hang_init(&pod.id);
         host.remove_pod(&pod.id).await.unwrap();
         host.nothing_is_left().await;
+    }
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pods_logs_are_roots_alone_and_nothing_runs_from_them() {
+    let host = Host::start().await;
+    let pod = host.pod("logs").await;
+    let id = host.run(&pod, container("main", "echo a; exec sleep 1000")).await;
+    until("a log", async || match host.log(&id).await {
+        log if log.contains('a') => Ok(()),
+        log => Err(log),
+    })
+    .await;
+    let logs = std::path::PathBuf::from(&pod.config.log_directory);
+    for dir in [logs.parent().unwrap(), &logs, &logs.join("main")] {
+        let mode = std::fs::metadata(dir).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode, 0o700, "{}", dir.display());
+    }
+    for pid in crate::recovery::processes(&pod.id) {
+        let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+        for line in mounts.lines().filter(|l| l.split(' ').nth(4).is_some_and(|at| at.ends_with("/pod/logs")))
+        {
+            let options = line.split(' ').nth(5).unwrap();
+            assert!(
+                ["nosuid", "nodev", "noexec"].iter().all(|o| options.split(',').any(|i| i == *o)),
+                "{line}"
+            );
+        }
     }
     host.end().await;
 }
