@@ -95,17 +95,20 @@ async fn a_pods_logs_are_roots_alone_and_nothing_runs_from_them() {
         let mode = std::fs::metadata(dir).unwrap().permissions().mode() & 0o7777;
         assert_eq!(mode, 0o700, "{}", dir.display());
     }
+    let mut seen = 0;
     for pid in crate::recovery::processes(&pod.id) {
         let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
         for line in mounts.lines().filter(|l| l.split(' ').nth(4).is_some_and(|at| at.ends_with("/pod/logs")))
         {
             let options = line.split(' ').nth(5).unwrap();
+            seen += 1;
             assert!(
                 ["nosuid", "nodev", "noexec"].iter().all(|o| options.split(',').any(|i| i == *o)),
                 "{line}"
             );
         }
     }
+    assert_ne!(seen, 0);
     host.end().await;
 }
 
