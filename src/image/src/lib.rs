@@ -60,6 +60,7 @@ pub use moxlet_storage::ZfsConfig;
 pub use place::{OpenPlace, Place, dataset_dir};
 pub use progress::{LayerProgress, LayerState, PullProgress};
 pub use reference::Reference;
+pub use registry::check_registry_config;
 pub use restore::Compression;
 pub use store::{ImageHold, User};
 pub use verify::{Verification, VerifyReport};

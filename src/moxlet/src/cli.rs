@@ -12,7 +12,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, 
 
 use moxlet_cri::link::Endpoint;
 
-use crate::image::ImageArgs;
+use crate::{check_config::CheckConfigArgs, image::ImageArgs};
 
 /// Pods as LXC containers: one Kubernetes node out of Proxmox hosts, or out of this machine.
 #[derive(Debug, Parser)]
@@ -73,6 +73,8 @@ pub(crate) enum Command {
     #[command(after_help = "Example:
   moxlet certificates --dir /etc/moxlet/link --agent pve1,10.0.0.11 --agent pve2,10.0.0.12")]
     Certificates(CertificatesArgs),
+    /// Judge a configuration file and all that it names, without starting anything. Ends with status 1 where something is wrong.
+    CheckConfig(CheckConfigArgs),
     /// Pull, list, tag, pin, mount and remove images, by the agent of this host or in a store of your own.
     Image(Box<ImageArgs>),
     /// Take from this host what Moxlet made on it: bridge, masquerading, ip_forward, mounts, and files if asked for.

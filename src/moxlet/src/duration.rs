@@ -8,9 +8,26 @@ use anyhow::bail;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span(pub(crate) Duration);
 
+/// What a span looks like, for messages.
+const FORM: &str = "a span of time, such as \"90s\", \"2m\", \"24h\" or \"7d\"";
+
 impl<'de> serde::Deserialize<'de> for Span {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+        struct Spans;
+
+        impl serde::de::Visitor<'_> for Spans {
+            type Value = Span;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(FORM)
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Span, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+
+        from.deserialize_str(Spans)
     }
 }
 
@@ -18,7 +35,7 @@ impl FromStr for Span {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let wrong = || anyhow::anyhow!("{text:?} is no span of time: write it like 90s, 2m, 24h or 7d");
+        let wrong = || anyhow::anyhow!("{text:?} is not {FORM}");
         let (mut sum, mut rest) = (Duration::ZERO, text.trim());
         if rest.is_empty() {
             return Err(wrong());

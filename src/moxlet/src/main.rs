@@ -6,14 +6,19 @@
 //! checked, and their tasks are started and joined.
 
 mod certificates;
+mod check_config;
 mod cli;
 mod config;
 mod duration;
 mod image;
+mod log_filter;
 mod memory;
+mod nearest;
 mod preflight;
 mod pve_config;
+mod quantity;
 mod run;
+mod socket;
 mod uninstall;
 
 use std::process::ExitCode;
@@ -29,12 +34,13 @@ fn main() -> ExitCode {
         cli::Command::Node(args) => Config::node(args).and_then(|c| run::main(c, Role::Node)),
         cli::Command::Agent(args) => Config::agent(args).and_then(|c| run::main(c, Role::Agent)),
         cli::Command::Certificates(args) => certificates::main(args),
+        cli::Command::CheckConfig(args) => check_config::main(args),
         cli::Command::Uninstall(args) => uninstall::main(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("moxlet: {error:#}");
+            eprintln!("moxlet: {}", moxlet_errors::chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

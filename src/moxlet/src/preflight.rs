@@ -92,8 +92,8 @@ fn is_in(path: &str, program: &str) -> bool {
     path.split(':').any(|dir| Path::new(dir).join(program).is_file())
 }
 
-/// Every pod gets `loopback`, also where somebody else's configuration attaches it.
-fn plugins(dirs: &[PathBuf], own_network: bool) -> Vec<String> {
+/// The CNI plugins that are missing. Every pod gets `loopback`, also where somebody else's configuration attaches it.
+pub(crate) fn plugins(dirs: &[PathBuf], own_network: bool) -> Vec<String> {
     let own: &[&str] = if own_network { &["bridge", "host-local"] } else { &[] };
     own.iter()
         .chain(&["loopback"])

@@ -11,7 +11,7 @@ use tracing::{error, info};
 use crate::{
     cli::LogFormat,
     config::{Config, Role},
-    memory, preflight,
+    log_filter, memory, preflight,
 };
 
 /// How long pods get to end with `--stop-pods`.
@@ -52,10 +52,9 @@ pub(crate) fn main(config: Config, role: Role) -> Result<()> {
 /// Sends the log where and how the configuration says.
 ///
 /// # Errors
-/// The filter is none.
+/// It is not a filter.
 pub(crate) fn init_logs(config: &Config) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
-        .with_context(|| format!("log: {:?} is no log filter (try `info`)", config.log))?;
+    let filter = log_filter::parse("log", &config.log)?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match config.log_format {
         LogFormat::Text => builder.with_ansi(false).init(),
@@ -144,12 +143,7 @@ async fn agent(config: &Config, role: Role, stop: &CancellationToken) -> Result<
 
 /// Runs the node until it is stopped.
 async fn node(config: &Config, endpoint: Endpoint, stop: &CancellationToken) -> Result<()> {
-    let outcome = moxlet_node::run(node_config(config, endpoint)?, stop.clone()).await;
-    let outcome = outcome.context("the node stopped");
-    if let Err(error) = &outcome {
-        error!(error = %format!("{error:#}"), "node failed");
-    }
-    outcome
+    moxlet_node::run(node_config(config, endpoint)?, stop.clone()).await.context("the node stopped")
 }
 
 /// Turns SIGTERM and SIGINT into the one cancellation; a second one ends the process at once.
@@ -209,7 +203,7 @@ pub(crate) fn agent_config(config: &Config, role: Role) -> Result<moxlet_agent::
         init_binary: config.init_binary.clone(),
         engine,
         storage,
-        container_root_quota: config.container_root_quota,
+        container_root_quota: config.container_root_quota.map(|b| b.0),
         // Nobody allots a range to a machine without a cluster.
         pod_cidr: config
             .pod_cidr
@@ -223,11 +217,11 @@ pub(crate) fn agent_config(config: &Config, role: Role) -> Result<moxlet_agent::
         plain_http_registries: config.plain_http_registries.clone(),
         registry_config_dir: config.registry_config_dir.clone(),
         docker_config: config.docker_config.clone(),
-        image_prefetch_max_bytes: config.image_prefetch_max_bytes,
-        log_max_bytes: config.container_log_max_bytes,
+        image_prefetch_max_bytes: config.image_prefetch_max_bytes.0,
+        log_max_bytes: config.container_log_max_bytes.0,
         log_max_files: config.container_log_max_files,
-        sandbox_overhead_memory_bytes: config.sandbox_overhead_memory_bytes,
-        system_reserved_memory_bytes: config.system_reserved_memory_bytes,
+        sandbox_overhead_memory_bytes: config.sandbox_overhead_memory_bytes.0,
+        system_reserved_memory_bytes: config.system_reserved_memory_bytes.map(|b| b.0),
         ..defaults
     })
 }

@@ -37,7 +37,7 @@ pub(crate) fn main(args: &UninstallArgs) -> Result<()> {
             Ok(()) => println!("done: {}", step.what),
             Err(error) => {
                 failed += 1;
-                println!("FAILED: {}: {:#}", step.what, anyhow::Error::from(error));
+                println!("FAILED: {}: {}", step.what, moxlet_errors::chain(&error));
             }
         }
     }

@@ -5,12 +5,12 @@
 
 use std::{
     fs::File,
-    io::Read as _,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
+use parking_lot::Mutex;
 use rustls::{RootCertStore, crypto::CryptoProvider, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 
@@ -37,14 +37,19 @@ pub(super) struct Loaded {
 }
 
 impl CertificateFiles {
+    /// Whether a connection can be made with them now.
+    ///
+    /// # Errors
+    /// The first that cannot be used, and why.
+    pub fn check(&self) -> Result<()> {
+        self.load().map(drop)
+    }
+
     /// Reads them.
     pub(super) fn load(&self) -> Result<Loaded> {
-        let wrong = |path: &Path, reason: &dyn std::fmt::Display| Error::File {
-            path: path.to_owned(),
-            reason: reason.to_string(),
-        };
+        let wrong = |path: &Path, reason: &dyn std::fmt::Display| unusable(path, reason.to_string());
         let chain = certificates(&self.certificate)?;
-        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?)
+        let key = PrivateKeyDer::from_pem_slice(&read_key(&self.key)?)
             .map_err(|e| wrong(&self.key, &format!("it holds no private key: {e}")))?;
         let certified = CertifiedKey::from_der(chain, key, &provider());
         let certified = certified.map_err(|e| {
@@ -74,18 +79,32 @@ pub(super) fn provider() -> Arc<CryptoProvider> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let wrong = |reason: String| Error::File { path: path.to_owned(), reason };
-    let mut text = Vec::new();
-    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
-    file.take(MAX_FILE + 1).read_to_end(&mut text).map_err(|e| wrong(e.to_string()))?;
-    if text.len() as u64 > MAX_FILE {
-        return Err(wrong(format!("it has more than {MAX_FILE} bytes")));
+    moxlet_files::read_bounded(path, MAX_FILE).map_err(|e| unusable(path, e.to_string()))
+}
+
+/// Reads a private key, unless everybody on the host can read it as well. A group may: that is how a pod of another user gets
+/// a Secret.
+fn read_key(path: &Path) -> Result<Vec<u8>> {
+    let wrong = |e: std::io::Error| unusable(path, e.to_string());
+    let file = File::open(path).map_err(wrong)?;
+    let mode = file.metadata().map_err(wrong)?.mode() & 0o777;
+    if mode & 0o007 != 0 {
+        return Err(unusable(
+            path,
+            format!(
+                "its mode is {mode:04o}, which lets every user of this host at the private key: chmod 0600 it, and make a new key"
+            ),
+        ));
     }
-    Ok(text)
+    moxlet_files::read_to_bound(file, MAX_FILE).map_err(wrong)
+}
+
+fn unusable(path: &Path, reason: String) -> Error {
+    Error::File { path: path.to_owned(), reason }
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let wrong = |reason: String| Error::File { path: path.to_owned(), reason };
+    let wrong = |reason: String| unusable(path, reason);
     let all: Vec<_> = CertificateDer::pem_slice_iter(&read(path)?)
         .collect::<Result<_, _>>()
         .map_err(|e| wrong(e.to_string()))?;
@@ -112,7 +131,7 @@ impl<T> Current<T> {
 
     /// What holds for the next connection.
     pub(super) fn get(&self) -> Arc<T> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock();
         let stamp = self.files.stamp();
         if stamp != last.0 {
             last.0 = stamp;

@@ -105,13 +105,20 @@ impl FromStr for Endpoint {
         const FORM: &str = "it has to look like unix:///PATH or https://HOST:PORT";
         let authority = text.strip_prefix("https://").ok_or_else(|| wrong(FORM))?;
         let (host, port) = authority.trim_end_matches('/').rsplit_once(':').ok_or_else(|| wrong(FORM))?;
-        let port = port.parse().ok().filter(|p| *p > 0).ok_or_else(|| wrong("its port is none"))?;
+        let port = port
+            .parse()
+            .ok()
+            .filter(|p| *p > 0)
+            .ok_or_else(|| wrong("its port is not a number from 1 to 65535"))?;
         let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
         if bare.is_none() && host.contains(':') {
             return Err(wrong("an IPv6 address has to be in brackets"));
         }
         let host = ServerName::try_from(bare.unwrap_or(host).to_owned());
-        Ok(Self::Tls { host: host.map_err(|_| wrong("its host is no name and no address"))?, port })
+        Ok(Self::Tls {
+            host: host.map_err(|_| wrong("its host is neither a DNS name nor an IP address"))?,
+            port,
+        })
     }
 }
 
@@ -133,8 +140,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// What can go wrong on the link.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The text is no endpoint.
-    #[error("{endpoint} is no endpoint of an agent: {reason}")]
+    /// The text is not an endpoint.
+    #[error("{endpoint:?} is not the endpoint of an agent: {reason}")]
     Endpoint {
         /// The text.
         endpoint: String,

@@ -53,6 +53,7 @@ impl Authority {
         };
         std::fs::write(&files.certificate, params.signed_by(&key, &self.issuer).unwrap().pem()).unwrap();
         std::fs::write(&files.key, key.serialize_pem()).unwrap();
+        std::fs::set_permissions(&files.key, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
         std::fs::write(&files.ca, &self.pem).unwrap();
         files
     }
@@ -99,9 +100,9 @@ fn endpoints_are_sockets_or_ports_with_tls() {
         ("https://pve1:0", "port"),
         ("https://pve1:99999", "port"),
         ("https://fd00::1:10353", "brackets"),
-        ("https://:10353", "no name"),
-        ("https://pve 1:10353", "no name"),
-        ("https://user@pve1:10353", "no name"),
+        ("https://:10353", "neither"),
+        ("https://pve 1:10353", "neither"),
+        ("https://user@pve1:10353", "neither"),
     ] {
         let error = text.parse::<Endpoint>().unwrap_err().to_string();
         assert!(error.contains(text) && error.contains(word), "{error}");
@@ -194,6 +195,9 @@ fn a_file_that_cannot_be_used_is_named() {
     refused(&gone, &gone.key, "No such file");
     let swapped = CertificateFiles { ca: files.key.clone(), ..files.clone() };
     refused(&swapped, &files.key, "no certificate");
+    let open = ours.files(&dir.path().join("open"), "localhost", SERVER);
+    std::fs::set_permissions(&open.key, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    refused(&open, &open.key, "0644");
     let other = Authority::new("other").files(&dir.path().join("other"), "localhost", SERVER);
     let mixed = CertificateFiles { key: other.key.clone(), ..files };
     refused(&mixed, &other.key, "not the key");

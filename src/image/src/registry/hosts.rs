@@ -23,6 +23,8 @@ use crate::{Error, Result};
 const MAX_FILE: u64 = 1 << 20;
 /// Mirrors of one registry.
 const MAX_HOSTS: usize = 32;
+/// Registries whose settings are checked at once.
+const MAX_REGISTRIES: usize = 4096;
 const MAX_HEADERS: usize = 32;
 /// What is certain to be the longest wait that somebody wants.
 const MAX_DIAL: Duration = Duration::from_secs(600);
@@ -104,6 +106,19 @@ pub(super) fn load(root: &Path, registry: &str) -> Result<Option<Hosts>> {
         }
     }
     Ok(None)
+}
+
+/// What is wrong with the settings of any registry below that directory.
+#[must_use]
+pub fn check_registry_config(root: &Path) -> Vec<Error> {
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(e) => return vec![settings(root, None, format!("it cannot be read: {e}"))],
+    };
+    let dirs = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.is_dir());
+    let mut dirs: Vec<_> = dirs.take(MAX_REGISTRIES).collect();
+    dirs.sort();
+    dirs.iter().filter_map(|dir| load_dir(dir).err()).collect()
 }
 
 fn load_dir(dir: &Path) -> Result<Vec<Host>> {

@@ -34,6 +34,7 @@ use reqwest::{
 use crate::{Config, Credentials, Error, Reference, Result, credentials::NodeCredentials};
 use blob::Blob;
 pub(crate) use blob::Served;
+pub use hosts::check_registry_config;
 use hosts::{Capabilities, Hosts};
 pub(crate) use request::ATTEMPTS;
 use request::Call;

@@ -69,9 +69,10 @@ fn an_empty_file_gives_the_defaults() {
 #[test]
 fn a_file_that_is_too_large_is_refused_also_where_it_has_no_size() {
     let line = "# a comment of 32 bytes for once\n";
-    let error = load(&line.repeat(40_000)).unwrap_err().to_string();
-    assert!(error.contains("1048576 bytes"), "{error}");
-    let error = Config::read(Path::new("/dev/zero")).unwrap_err().to_string();
+    let error = load(&line.repeat(40_000)).unwrap_err();
+    assert!(moxlet_errors::chain(error.as_ref()).contains("1048576 bytes"), "{error:#}");
+    let error = read::read("/dev/zero".as_ref()).unwrap_err();
+    let error = moxlet_errors::chain(error.as_ref());
     assert!(error.contains("/dev/zero") && error.contains("1048576 bytes"), "{error}");
 }
 
@@ -98,13 +99,88 @@ fn the_environments_kubeconfig_gives_way_to_what_is_said_to_moxlet_itself() {
 #[test]
 fn an_unknown_key_is_named_with_its_line() {
     let error = load("max_pods = 10\n\nmax_podz = 11\n").unwrap_err().to_string();
-    assert!(error.contains("line 3") && error.contains("max_podz"), "{error}");
+    assert!(error.contains("line 3: unknown key \"max_podz\"; did you mean \"max_pods\"?"), "{error}");
+    let error = load("[pve]\nstorag = \"x\"\nmax_pods = 3\n").unwrap_err().to_string();
+    assert!(
+        error.contains("line 2: unknown key \"storag\" in section [pve]; did you mean \"storage\"?"),
+        "{error}"
+    );
+    assert!(
+        error.contains("line 3: unknown key \"max_pods\" in section [pve]; it is a key of the whole file"),
+        "{error}"
+    );
+    let error = load("vlan = 3\n").unwrap_err().to_string();
+    assert!(error.contains("[pve] has that key"), "{error}");
 }
 
 #[test]
 fn a_value_of_the_wrong_type_is_named_with_its_line() {
     let error = load("root_dir = \"/x\"\nmax_pods = \"many\"\n").unwrap_err().to_string();
-    assert!(error.contains("line 2"), "{error}");
+    assert!(
+        error.contains(
+            "line 2: max_pods: found string \"many\"; right is a whole number from 0 to 4294967295"
+        ),
+        "{error}"
+    );
+    for (text, words) in [
+        (
+            "storage = \"zfss\"",
+            "storage: found \"zfss\"; right is one of overlay, zfs; did you mean \"zfs\"?",
+        ),
+        ("listen = \"everywhere\"", "listen: found \"everywhere\"; "),
+        (
+            "container_log_max_bytes = \"10MB\"",
+            "container_log_max_bytes: \"10MB\" is not a size in bytes, such as 10485760 or \"10Mi\"",
+        ),
+        (
+            "container_log_max_bytes = true",
+            "container_log_max_bytes: found boolean `true`; right is a size in bytes",
+        ),
+        ("image_maximum_gc_age = 90", "image_maximum_gc_age: found integer `90`; right is a span of time"),
+        ("stop_pods = \"yes\"", "stop_pods: found string \"yes\"; right is true or false"),
+        (
+            "[node_labels]\nmax_pods = 10",
+            "\"max_pods\" is a key of the whole file: it belongs above the first section",
+        ),
+        (
+            "[pve]\nvlan = \"a\"",
+            "line 2: pve.vlan: found string \"a\"; right is a whole number from 0 to 65535",
+        ),
+        ("bridge = ", "line 1: "),
+    ] {
+        let error = load(text).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn sizes_are_given_as_numbers_or_as_quantities() {
+    let config = load("container_root_quota = \"10Gi\"\ncontainer_log_max_bytes = 1048576\nsystem_reserved_memory_bytes = \"512Mi\"").unwrap();
+    assert_eq!(config.container_root_quota, Some(Bytes(10 << 30)));
+    assert_eq!(
+        (config.container_log_max_bytes, config.system_reserved_memory_bytes),
+        (Bytes(1 << 20), Some(Bytes(512 << 20)))
+    );
+}
+
+#[test]
+fn a_log_filter_that_silences_everything_is_refused() {
+    let error = load("log = \"inof\"").unwrap_err().to_string();
+    assert!(error.contains("log: \"inof\"") && error.contains("did you mean \"info\"?"), "{error}");
+}
+
+#[test]
+fn all_that_is_wrong_is_said_at_once() {
+    let error = load("max_pods = 0\nlog = \"inof\"\ncontainer_log_max_files = 1").unwrap_err().to_string();
+    for key in ["max_pods", "log", "container_log_max_files"] {
+        assert!(error.contains(key), "{key} is not in {error}");
+    }
+}
+
+#[test]
+fn the_bridge_of_proxmox_is_not_the_bridge_of_lxc() {
+    let error = load("engine = \"pve\"\nbridge = \"vmbr0\"").unwrap_err().to_string();
+    assert!(error.contains("pve.bridge"), "{error}");
 }
 
 #[test]

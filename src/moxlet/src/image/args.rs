@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::duration::Span;
+use crate::{duration::Span, socket::SocketArgs};
 
 /// `moxlet image`: which store, and what to do with it.
 #[derive(Debug, Args)]
@@ -19,26 +20,58 @@ With --socket (or neither) a running agent does the work. With --store the comma
 open that is refused: the store of `moxlet up` is the agent's root directory.")]
 pub(crate) struct ImageArgs {
     #[command(flatten)]
-    pub(crate) place: PlaceArgs,
+    pub(crate) store: StoreArgs,
     #[command(subcommand)]
     pub(crate) command: ImageCommand,
 }
 
-/// Which store.
+/// Which store. What these options need of one another is judged in [`StoreArgs::check`]: the parser judges before it brings those
+/// before and after the verb together.
 #[derive(Debug, Args)]
-pub(crate) struct PlaceArgs {
-    /// Socket of the agent [default: /run/moxlet/agent.sock, else /var/lib/moxlet/run/agent.sock]
-    #[arg(long, value_name = "PATH", env = "MOXLET_SOCKET", conflicts_with = "store", global = true)]
-    pub(crate) socket: Option<PathBuf>,
+pub(crate) struct StoreArgs {
+    #[command(flatten)]
+    pub(crate) socket: SocketArgs,
     /// Open a store without an agent: a directory, or with --storage zfs a dataset
     #[arg(long, value_name = "DIR|DATASET", global = true)]
     pub(crate) store: Option<PathBuf>,
-    /// What --store is
-    #[arg(long, value_enum, default_value_t = StorageKind::Overlay, requires = "store", global = true)]
-    pub(crate) storage: StorageKind,
+    /// What --store is [default: overlay]
+    #[arg(long, value_enum, global = true)]
+    storage: Option<StorageKind>,
     /// What is logged to standard error: error, warn, info, debug, or a filter like `moxlet_image=debug`
     #[arg(long, value_name = "FILTER", env = "MOXLET_LOG", default_value = "warn", global = true)]
     pub(crate) log: String,
+}
+
+impl StoreArgs {
+    /// What the store lies on.
+    pub(crate) fn storage(&self) -> StorageKind {
+        self.storage.unwrap_or(StorageKind::Overlay)
+    }
+
+    /// Whether the options go together, on whichever side of the verb they stand.
+    ///
+    /// # Errors
+    /// One is of no use without another, or they exclude one another.
+    pub(crate) fn check(&self, registry: Option<&RegistryArgs>) -> Result<()> {
+        if self.store.is_some() {
+            if self.socket.socket.is_some() {
+                bail!(
+                    "--socket and --store exclude one another: a store belongs to an agent or is opened by this command"
+                );
+            }
+            return Ok(());
+        }
+        for (option, given) in [
+            ("--storage", self.storage.is_some()),
+            ("--plain-http", registry.is_some_and(|r| r.plain_http)),
+            ("--hosts-dir", registry.is_some_and(|r| r.hosts_dir.is_some())),
+        ] {
+            if given {
+                bail!("{option} is for a store that this command opens itself: name it with --store");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What a store lies on.
@@ -127,6 +160,9 @@ pub(crate) enum ImageCommand {
         /// Spare what is younger, such as 24h
         #[arg(long, value_name = "AGE", default_value = "0s")]
         min_age: Span,
+        /// Say which would be removed, and remove none
+        #[arg(long)]
+        dry_run: bool,
     },
 }
 
@@ -232,10 +268,10 @@ pub(crate) struct RegistryArgs {
     #[arg(long, requires = "username")]
     pub(crate) password_stdin: bool,
     /// Speak to the images' registries without TLS; for a store of one's own (an agent has plain_http_registries)
-    #[arg(long, requires = "store")]
+    #[arg(long)]
     pub(crate) plain_http: bool,
     /// A directory of hosts.toml files, as containerd's certs.d; for a store of one's own
-    #[arg(long, value_name = "DIR", requires = "store")]
+    #[arg(long, value_name = "DIR")]
     pub(crate) hosts_dir: Option<PathBuf>,
 }
 
@@ -272,4 +308,48 @@ pub(crate) struct GcArgs {
     /// Also remove what was not used for so long, however much space there is
     #[arg(long, value_name = "AGE")]
     pub(crate) max_age: Option<Span>,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn read(words: &[&str]) -> Result<Box<ImageArgs>> {
+        let Command::Image(args) = Cli::read(words)?.command else { panic!("{words:?}") };
+        let registry = match &args.command {
+            ImageCommand::Pull(pull) => Some(&pull.registry),
+            _ => None,
+        };
+        args.store.check(registry)?;
+        Ok(args)
+    }
+
+    #[test]
+    fn options_of_the_store_stand_on_either_side_of_the_verb() {
+        for words in [
+            &["moxlet", "image", "--store", "/s", "--storage", "zfs", "pull", "--plain-http", "a"][..],
+            &["moxlet", "image", "pull", "--store", "/s", "--storage", "zfs", "--plain-http", "a"],
+            &["moxlet", "image", "--store", "/s", "pull", "--storage", "zfs", "a"],
+            &["moxlet", "image", "--storage", "zfs", "pull", "a", "--store", "/s"],
+        ] {
+            let args = read(words).unwrap();
+            assert_eq!(args.store.store.as_deref(), Some(std::path::Path::new("/s")), "{words:?}");
+            assert_eq!(args.store.storage(), StorageKind::Zfs, "{words:?}");
+        }
+    }
+
+    #[test]
+    fn options_that_need_or_exclude_a_store_say_so() {
+        for (words, part) in [
+            (&["moxlet", "image", "--storage", "zfs", "ls"][..], "--store"),
+            (&["moxlet", "image", "pull", "--plain-http", "a"], "--store"),
+            (&["moxlet", "image", "--socket", "/a", "ls", "--store", "/s"], "exclude"),
+            (&["moxlet", "image", "--store", "/s", "ls", "--socket", "/a"], "exclude"),
+        ] {
+            let error = read(words).unwrap_err().to_string();
+            assert!(error.contains(part), "{words:?}: {error}");
+        }
+    }
 }

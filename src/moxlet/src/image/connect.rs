@@ -2,7 +2,7 @@
 //! service, in the second case within the process.
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex},
 };
 
@@ -17,10 +17,9 @@ use tonic::{
     transport::{Channel, Endpoint, Server, Uri},
 };
 
-use super::args::{PlaceArgs, RegistryArgs, StorageKind};
+use super::args::{RegistryArgs, StorageKind, StoreArgs};
+use crate::socket;
 
-/// Where an agent's socket is if nobody says.
-const SOCKETS: [&str; 2] = ["/run/moxlet/agent.sock", "/var/lib/moxlet/run/agent.sock"];
 /// Where the datasets of a store without an agent are mounted.
 const ZFS_RUN_DIR: &str = "/run/moxlet-image";
 /// The largest message either way, in bytes.
@@ -43,29 +42,31 @@ struct Own {
 }
 
 impl Connection {
-    /// Reaches the agent, or opens the store.
+    /// Reaches the agent, or opens the store. Only a command that brings images makes a store that is not there.
     pub(crate) async fn open(
-        place: &PlaceArgs,
+        args: &StoreArgs,
         registry: Option<&RegistryArgs>,
         images: &[String],
+        may_make: bool,
     ) -> Result<Self> {
-        match &place.store {
-            Some(dir) => Self::own(place.storage, dir, registry, images).await,
-            None => Self::agent(&socket(place)?).await,
+        args.check(registry)?;
+        match &args.store {
+            Some(dir) => {
+                if !may_make {
+                    must_be_there(args.storage(), dir)?;
+                }
+                Self::own(args.storage(), dir, registry, images).await
+            }
+            None => {
+                let path = args.socket.path()?;
+                let channel = socket::connect(&path).await?;
+                Ok(Self {
+                    client: client(channel),
+                    own: None,
+                    place: format!("the agent at {}", path.display()),
+                })
+            }
         }
-    }
-
-    async fn agent(path: &Path) -> Result<Self> {
-        let (path, shown) = (path.to_owned(), path.display().to_string());
-        let connect = tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        let channel =
-            Endpoint::from_static("http://agent.invalid").connect_with_connector(connect).await.with_context(|| {
-                format!("no agent answers at {shown}: start it (`moxlet up` or `moxlet agent`), or name its socket with --socket")
-            })?;
-        Ok(Self { client: client(channel), own: None, place: format!("the agent at {shown}") })
     }
 
     async fn own(
@@ -86,7 +87,7 @@ impl Connection {
             }
         }
         let open =
-            async { self::place(kind, dir)?.open().await?.images(config).await.map_err(anyhow::Error::from) };
+            async { location(kind, dir)?.open().await?.images(config).await.map_err(anyhow::Error::from) };
         let store = open.await.with_context(|| format!("cannot open {place}"))?;
         let (ours, theirs) = tokio::io::duplex(PIPE);
         let service = ImageStoreServer::new(ImageStoreService::new(Arc::clone(&store)))
@@ -135,11 +136,35 @@ impl Connection {
 }
 
 /// Where a store is that the command line names.
-fn place(kind: StorageKind, store: &Path) -> Result<Place> {
+fn location(kind: StorageKind, store: &Path) -> Result<Place> {
     Ok(match kind {
         StorageKind::Overlay => Place::Overlay(std::path::absolute(store)?),
         StorageKind::Zfs => Place::Zfs(zfs_config(store.to_str().context("it is no dataset")?)),
     })
+}
+
+/// A mistyped name must not become an empty store.
+fn must_be_there(kind: StorageKind, store: &Path) -> Result<()> {
+    let (found, what) = match kind {
+        StorageKind::Overlay => (store.join("images").try_exists(), "directory"),
+        StorageKind::Zfs => {
+            // A pool whose control device is missing, or whose module is not loaded, is said by what opens it.
+            let listed = std::process::Command::new("zfs")
+                .args(["list", "-H", "-o", "name", "--"])
+                .arg(store)
+                .stdin(std::process::Stdio::null())
+                .output();
+            (listed.map(|l| l.status.success()), "dataset")
+        }
+    };
+    match found {
+        Ok(true) => Ok(()),
+        Ok(false) => bail!(
+            "there is no store in the {what} {}: `moxlet image pull` and `moxlet image import` make one",
+            store.display()
+        ),
+        Err(e) => Err(e).with_context(|| format!("cannot look at the {what} {}", store.display())),
+    }
 }
 
 /// How a store on a dataset is opened.
@@ -158,18 +183,4 @@ pub(super) fn need_root() -> Result<()> {
 
 fn client(channel: Channel) -> ImageStoreClient<Channel> {
     ImageStoreClient::new(channel).max_decoding_message_size(MAX_MESSAGE)
-}
-
-fn socket(place: &PlaceArgs) -> Result<PathBuf> {
-    if let Some(path) = &place.socket {
-        return Ok(path.clone());
-    }
-    let found = SOCKETS.iter().map(PathBuf::from).find(|p| p.exists());
-    found.with_context(|| {
-        format!(
-            "no agent runs here (there is neither {}): start it, name its socket with --socket, or use a store of your \
-             own with --store",
-            SOCKETS.join(" nor ")
-        )
-    })
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use moxlet_image::{MigratedImage, MigrationOutcome};
 
 use super::{
-    args::{PlaceArgs, StorageKind},
+    args::{StorageKind, StoreArgs},
     connect::{need_root, zfs_config},
     say,
 };
@@ -16,8 +16,8 @@ const OTHERWISE: &str =
     "take `moxlet image export … -o FILE` there and `moxlet image import FILE` here, or pull them anew";
 
 /// Copies all images, and says of each what was done.
-pub(super) async fn migrate(place: &PlaceArgs, to: &Path) -> Result<()> {
-    let (from, to) = datasets(place, to)?;
+pub(super) async fn migrate(args: &StoreArgs, to: &Path) -> Result<()> {
+    let (from, to) = datasets(args, to)?;
     need_root()?;
     let mut sums = Sums::default();
     let (source, target) = (zfs_config(&from), zfs_config(&to));
@@ -38,13 +38,13 @@ pub(super) async fn migrate(place: &PlaceArgs, to: &Path) -> Result<()> {
 }
 
 /// The two datasets, if it is two of them.
-fn datasets(place: &PlaceArgs, to: &Path) -> Result<(String, String)> {
-    let Some(from) = &place.store else {
+fn datasets(args: &StoreArgs, to: &Path) -> Result<(String, String)> {
+    let Some(from) = &args.store else {
         bail!(
             "a migration opens both stores itself: stop their agents, and give --store DATASET --storage zfs --to DATASET"
         );
     };
-    if place.storage == StorageKind::Overlay {
+    if args.storage() == StorageKind::Overlay {
         bail!(
             "{} is a store on OverlayFS (--storage overlay): only a store on ZFS migrates, to another one on ZFS; {OTHERWISE}",
             from.display()

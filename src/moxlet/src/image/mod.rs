@@ -18,6 +18,7 @@ use anyhow::{Context, Result, bail};
 use moxlet_cri::host::{self, image_pull_update::Update};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::log_filter;
 pub(crate) use args::ImageArgs;
 use args::{GcArgs, ImageCommand, ListArgs, Output, PullArgs, PushArgs};
 use connect::Connection;
@@ -29,8 +30,7 @@ use progress::Bars;
 /// # Errors
 /// What failed, in words for the person at the terminal.
 pub(crate) fn main(args: &ImageArgs) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&args.place.log)
-        .with_context(|| format!("--log: {:?} is no log filter (try `info`)", args.place.log))?;
+    let filter = log_filter::parse("--log", &args.store.log)?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -51,7 +51,7 @@ pub(crate) fn main(args: &ImageArgs) -> Result<()> {
 
 async fn run(args: &ImageArgs) -> Result<()> {
     if let ImageCommand::Migrate { to } = &args.command {
-        return migrate::migrate(&args.place, to).await;
+        return migrate::migrate(&args.store, to).await;
     }
     let (registry, images) = match &args.command {
         ImageCommand::Pull(pull) => (Some(&pull.registry), pull.images.images.clone()),
@@ -60,7 +60,8 @@ async fn run(args: &ImageArgs) -> Result<()> {
         }
         _ => (None, Vec::new()),
     };
-    let mut store = Connection::open(&args.place, registry, &images).await?;
+    let may_make = matches!(args.command, ImageCommand::Pull(_) | ImageCommand::Import(_));
+    let mut store = Connection::open(&args.store, registry, &images, may_make).await?;
     let outcome = command(&mut store, &args.command).await;
     let closed = store.close().await;
     outcome.and(closed)
@@ -95,7 +96,8 @@ async fn command(store: &mut Connection, command: &ImageCommand) -> Result<()> {
         ImageCommand::Verify { images, repair } => verify(store, images, *repair).await,
         ImageCommand::Migrate { .. } => bail!("a migration opens its stores itself"),
         ImageCommand::Gc(args) => collect(store, garbage(args)).await,
-        ImageCommand::Prune { min_age } => {
+        ImageCommand::Prune { min_age, dry_run: true } => would_remove(store, min_age.0).await,
+        ImageCommand::Prune { min_age, dry_run: false } => {
             let request = host::ImageGarbageRequest {
                 everything_unused: true,
                 min_age_seconds: min_age.0.as_secs(),
@@ -141,7 +143,7 @@ async fn pull(store: &mut Connection, args: &PullArgs) -> Result<()> {
         [(_, _)] if args.images.images.len() == 1 => Err(failed.remove(0).1),
         all => {
             for (_, error) in all.iter() {
-                eprintln!("moxlet: {error:#}");
+                eprintln!("moxlet: {}", moxlet_errors::chain(error.as_ref()));
             }
             outcome(all.len(), args.images.images.len())
         }
@@ -291,6 +293,21 @@ fn garbage(args: &GcArgs) -> host::ImageGarbageRequest {
         min_age_seconds: args.min_age.0.as_secs(),
         max_age_seconds: args.max_age.map_or(0, |a| a.0.as_secs()),
     }
+}
+
+/// What a removal of all unused images would take.
+async fn would_remove(store: &mut Connection, min_age: Duration) -> Result<()> {
+    let now = SystemTime::now();
+    let old = |at: i64| {
+        let at = std::time::UNIX_EPOCH + Duration::from_secs(u64::try_from(at).unwrap_or(0));
+        now.duration_since(at).unwrap_or_default() >= min_age
+    };
+    for image in images(store).await? {
+        if image.in_use_by.is_empty() && !image.pinned && old(image.added_at.max(image.last_used_at)) {
+            say(&format!("would remove {} {}", image.id, image.repo_tags.join(" ")))?;
+        }
+    }
+    Ok(())
 }
 
 async fn collect(store: &mut Connection, request: host::ImageGarbageRequest) -> Result<()> {
