@@ -110,6 +110,46 @@ fn of_image(error: &moxlet_image::Error, text: String) -> Status {
     }
 }
 
+/// The code of a failure of a CT or of a cgroup.
+fn of_sandbox(error: &moxlet_sandbox::Error, text: String) -> Status {
+    use moxlet_sandbox::Error as E;
+    match error {
+        temporary if temporary.is_temporary() => Status::unavailable(text),
+        E::NotFound(_) => Status::not_found(text),
+        E::Exists(_) => Status::already_exists(text),
+        E::Invalid { .. } => Status::invalid_argument(text),
+        E::NoVmid { .. } => Status::resource_exhausted(text),
+        E::NoCgroup(_) | E::Foreign { .. } | E::Moved { .. } | E::VolumeTaken(_) => {
+            Status::failed_precondition(text)
+        }
+        E::Timeout { .. } => Status::deadline_exceeded(text),
+        E::Mount(error) => of_storage(error, text),
+        _ => Status::internal(text),
+    }
+}
+
+/// The code of a failure of the pods' network.
+fn of_network(error: &moxlet_network::Error, text: String) -> Status {
+    use moxlet_network::Error as E;
+    match error {
+        E::NoConfig { .. } | E::BadConfig { .. } => Status::unavailable(text),
+        E::Invalid { .. } => Status::invalid_argument(text),
+        E::Timeout { .. } | E::ProgramTimeout { .. } => Status::deadline_exceeded(text),
+        E::NotAttached(_) | E::Attached(_) => Status::failed_precondition(text),
+        _ => Status::internal(text),
+    }
+}
+
+/// The code of a failed call to the system.
+fn of_system(error: &std::io::Error, text: String) -> Status {
+    use std::io::ErrorKind as Kind;
+    match error.kind() {
+        Kind::StorageFull | Kind::QuotaExceeded => Status::resource_exhausted(text),
+        Kind::TimedOut => Status::deadline_exceeded(text),
+        _ => Status::internal(text),
+    }
+}
+
 /// The code of what an init answers, or does not.
 fn of_init(error: &moxlet_init_proto::Error, text: String) -> Status {
     use moxlet_init_proto::{Error as E, ErrorClass as Class};
@@ -121,7 +161,7 @@ fn of_init(error: &moxlet_init_proto::Error, text: String) -> Status {
         E::Remote { class: Class::InvalidState, .. } => Status::failed_precondition(text),
         E::Remote { class: Class::InvalidArgument, .. } => Status::invalid_argument(text),
         E::Remote { class: Class::Unsupported, .. } => Status::unimplemented(text),
-        _ => Status::unknown(text),
+        _ => Status::internal(text),
     }
 }
 
@@ -131,7 +171,9 @@ fn of_storage(error: &moxlet_storage::Error, text: String) -> Status {
     match error {
         full if full.is_full() => Status::resource_exhausted(text),
         E::PoolSuspended { .. } | E::TimedOut { .. } => Status::unavailable(text),
-        _ => Status::unknown(text),
+        E::LayerNotFound(_) | E::RootNotFound(_) => Status::not_found(text),
+        E::LayerInUse { .. } | E::RootExists(_) => Status::failed_precondition(text),
+        _ => Status::internal(text),
     }
 }
 
@@ -147,10 +189,12 @@ impl From<Error> for Status {
             Error::Exhausted(_) => Status::resource_exhausted(text),
             Error::Init(error) => of_init(error, text),
             Error::Unfit(_) | Error::Held { .. } => Status::unavailable(text),
-            Error::Sandbox(inner) if inner.is_temporary() => Status::unavailable(text),
+            Error::Sandbox(error) => of_sandbox(error, text),
+            Error::Network(error) => of_network(error, text),
+            Error::Io { source, .. } => of_system(source, text),
+            Error::Ledger { .. } | Error::Link(_) => Status::internal(text),
             Error::Image(error) => of_image(error, text),
             Error::Storage(error) => of_storage(error, text),
-            _ => Status::unknown(text),
         }
     }
 }

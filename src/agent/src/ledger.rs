@@ -125,6 +125,9 @@ pub(crate) struct ContainerRecord {
     pub(crate) stop_signal: i32,
     /// Bytes of memory it may use.
     pub(crate) memory_limit: Option<u64>,
+    /// What it may use, as the request named it; unknown of one that an older version made.
+    #[serde(default)]
+    pub(crate) resources: ResourcesRecord,
     /// What is mounted in it, for `ContainerStatus`.
     pub(crate) mounts: Vec<MountRecord>,
     /// Who its first process is; unknown of one that an older version made.
@@ -145,6 +148,26 @@ pub(crate) struct UserRecord {
     /// All groups; the alias is the OCI spec's name for them.
     #[serde(alias = "additionalGids")]
     pub(crate) groups: Vec<u32>,
+}
+
+/// What a container may use, by CRI's names; 0 and empty: not named.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct ResourcesRecord {
+    /// Microseconds.
+    pub(crate) cpu_period: i64,
+    /// Microseconds of a period; -1: no quota.
+    pub(crate) cpu_quota: i64,
+    /// As cgroup v1 counts them.
+    pub(crate) cpu_shares: i64,
+    /// Bytes; -1: unlimited.
+    pub(crate) memory_limit: i64,
+    /// Bytes, of memory and swap together.
+    pub(crate) memory_swap_limit: i64,
+    /// -1000 to 1000.
+    pub(crate) oom_score_adj: i64,
+    /// Files of cgroup v2.
+    pub(crate) unified: BTreeMap<String, String>,
 }
 
 /// A mount of a container, as `ContainerStatus` shows it.
@@ -204,6 +227,7 @@ impl ContainerRecord {
             stdin: false,
             stop_signal: 15,
             memory_limit: None,
+            resources: ResourcesRecord::default(),
             mounts: Vec::new(),
             user: None,
             exit: None,

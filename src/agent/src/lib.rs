@@ -54,6 +54,7 @@ mod reconcile;
 mod retries;
 mod rooms;
 mod service;
+mod signals;
 mod spec;
 mod state;
 mod stats;

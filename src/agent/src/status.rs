@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use moxlet_cri::v1;
 
 use crate::{
-    ledger::{ContainerRecord, SandboxPhase},
+    ledger::{ContainerRecord, ResourcesRecord, SandboxPhase},
+    signals,
     state::{Container, RunState, Sandbox},
 };
 
@@ -85,6 +86,19 @@ fn image(record: &ContainerRecord) -> v1::ImageSpec {
     }
 }
 
+fn resources(record: ResourcesRecord) -> v1::LinuxContainerResources {
+    v1::LinuxContainerResources {
+        cpu_period: record.cpu_period,
+        cpu_quota: record.cpu_quota,
+        cpu_shares: record.cpu_shares,
+        memory_limit_in_bytes: record.memory_limit,
+        memory_swap_limit_in_bytes: record.memory_swap_limit,
+        oom_score_adj: record.oom_score_adj,
+        unified: record.unified.into_iter().collect(),
+        ..v1::LinuxContainerResources::default()
+    }
+}
+
 /// `ContainerStatus`.
 pub(crate) fn container(container: &Container) -> v1::ContainerStatus {
     let record = container.record();
@@ -117,6 +131,9 @@ pub(crate) fn container(container: &Container) -> v1::ContainerStatus {
             supplemental_groups: user.groups.into_iter().map(Into::into).collect(),
         }),
     });
+    status.resources =
+        Some(v1::ContainerResources { linux: Some(resources(record.resources)), windows: None });
+    status.stop_signal = signals::as_cri(record.stop_signal) as i32;
     status.labels = record.labels.into_iter().collect();
     status.annotations = record.annotations.into_iter().collect();
     match state {

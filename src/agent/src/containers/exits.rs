@@ -7,11 +7,12 @@ use moxlet_errors::chain;
 use moxlet_init_proto::{ContainerState, Status, read_exit_record};
 use tracing::{debug, info, warn};
 
-use super::{ANSWER, Containers, signals::KILL};
+use super::{ANSWER, Containers};
 use crate::{
     clock::now_ns,
     error::{Error, Result},
     ledger::Exit,
+    signals::KILL,
     state::{Container, RunState, Sandbox},
     tasks::blocking,
 };

@@ -4,6 +4,7 @@
 //! CreateContainer: ledger ▶ root (mounted below the pod's directory) ▶ mounts ▶ spec          (`prepare`, `mounts`)
 //! StartContainer:  cgroup ▶ init: create ▶ oom_score_adj ▶ init: start                         (`start`)
 //! the init's event or the CT's end ▶ Exited, in the ledger                                      (`exits`)
+//! UpdateContainerResources: cgroup ▶ oom_score_adj ▶ ledger                                   (`update`)
 //! StopContainer:   the stop signal ▶ SIGKILL, both by the init                                  (`stop`)
 //! RemoveContainer: init ▶ mounts ▶ root ▶ cgroup ▶ log ▶ ledger                                (`remove`)
 //! ```
@@ -14,9 +15,9 @@ mod exits;
 mod mounts;
 mod prepare;
 mod remove;
-mod signals;
 mod start;
 mod stop;
+mod update;
 
 use std::{sync::Arc, time::Duration};
 

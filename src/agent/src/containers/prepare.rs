@@ -22,14 +22,13 @@ use tracing::warn;
 use super::{
     Containers,
     mounts::{self, Making},
-    signals,
 };
 use crate::{
     beneath,
     clock::now_ns,
     error::{Error, Result},
     ledger::{ContainerRecord, MountRecord, SandboxPhase},
-    limits,
+    limits, signals,
     spec::{self, SpecInput},
     state::{Container, Prepared, Sandbox},
     tasks::blocking,
@@ -109,7 +108,10 @@ impl Containers {
         record.stdin = config.stdin;
         record.stop_signal = signals::of_container(config, &image.config)?;
         let resources = config.linux.as_ref().and_then(|l| l.resources.as_ref());
-        record.memory_limit = resources.and_then(|r| limits::of_container(r).memory_bytes);
+        if let Some(resources) = resources {
+            record.memory_limit = limits::of_container(resources).memory_bytes;
+            record.resources = limits::of_new(resources, self.cgroups.is_v1())?;
+        }
         if let (Some(dir), false) = (sandbox.record().log_directory, config.log_path.is_empty()) {
             let path = beneath::relative(&config.log_path).map_err(|_| {
                 Error::Invalid(format!("log_path {:?} is no plain relative path", config.log_path))

@@ -13,12 +13,13 @@ use moxlet_storage::mounts;
 use rustix::fs::AtFlags;
 use tracing::debug;
 
-use super::{ANSWER, Containers, KILLED, signals::KILL};
+use super::{ANSWER, Containers, KILLED};
 use crate::{
     beneath,
     engine::not_held,
     error::{Error, Result},
     ledger::ContainerRecord,
+    signals::KILL,
     state::{Container, Sandbox},
     tasks::blocking,
 };
@@ -103,7 +104,8 @@ fn remove_files(shared: &Path, record: &ContainerRecord) -> Result<()> {
     remove_log(record)
 }
 
-/// Removes the log with what was rotated away of it, and its directory if nothing else is in it.
+/// Removes the log with what was rotated away of it. Its directory stays: others of the pod have their logs in it, and it goes with the
+/// pod's.
 fn remove_log(record: &ContainerRecord) -> Result<()> {
     let Some(file) = &record.log_file else { return Ok(()) };
     let (Some(dir), Some(name)) = (file.parent(), file.file_name().and_then(|n| n.to_str())) else {
@@ -126,7 +128,6 @@ fn remove_log(record: &ContainerRecord) -> Result<()> {
             let _ = rustix::fs::unlinkat(&opened, entry.file_name(), AtFlags::empty());
         }
     }
-    let _ = rustix::fs::unlinkat(&base, &below, AtFlags::REMOVEDIR);
     Ok(())
 }
 
@@ -141,6 +142,29 @@ mod tests {
 
     use super::*;
     use crate::{fake, ledger::SandboxRecord, state::RunState};
+
+    #[test]
+    fn the_logs_of_other_containers_stay_where_they_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = dir.path().join("main");
+        fs::create_dir(&logs).unwrap();
+        let image = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
+        let mut record = ContainerRecord::new(ContainerId::random(), SandboxId::random(), image, 1);
+        record.log_file = Some(logs.join("0.log"));
+        for name in ["0.log", "0.log.20261130-000000.1", "1.log", "0.logs"] {
+            fs::write(logs.join(name), "").unwrap();
+        }
+        remove_log(&record).unwrap();
+        let left = || {
+            let entries = fs::read_dir(&logs).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+            entries.collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(left(), ["0.logs".to_owned(), "1.log".to_owned()].into());
+        fs::remove_file(logs.join("0.logs")).unwrap();
+        fs::remove_file(logs.join("1.log")).unwrap();
+        remove_log(&record).unwrap();
+        assert!(logs.exists(), "the next container of the name writes there");
+    }
 
     #[tokio::test]
     async fn a_container_of_a_ct_that_somebody_holds_is_neither_stopped_nor_removed() {

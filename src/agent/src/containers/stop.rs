@@ -5,10 +5,11 @@ use std::time::Duration;
 use moxlet_init_proto::ErrorClass;
 use tracing::info;
 
-use super::{Containers, KILLED, signals::KILL};
+use super::{Containers, KILLED};
 use crate::{
     engine::not_held,
     error::{Error, Result},
+    signals::KILL,
     state::{Container, RunState},
 };
 

@@ -13,7 +13,7 @@ use moxlet_errors::chain;
 use moxlet_ids::SandboxId;
 use moxlet_init_proto::client::Client;
 use moxlet_sandbox::SandboxSpec;
-use moxlet_storage::{idmap, mounts};
+use moxlet_storage::{IdMap, idmap, mounts};
 use rustix::mount::{MountFlags, mount, mount_remount};
 use tracing::{info, warn};
 
@@ -47,7 +47,7 @@ impl Pods {
                 "no runtime for {handler:?} is configured (RuntimeClass handler)"
             )));
         }
-        let share_pids = check(&config)?;
+        let share_pids = check(&config, self.settings.map)?;
         let record = record(&config, share_pids)?;
         if let Some(why) = self.engine.fault() {
             return Err(Error::Unfit(format!("no new pod can run on this host now: {why}")));
@@ -165,7 +165,7 @@ impl Pods {
 }
 
 /// Refuses by name what a CT cannot be.
-fn check(config: &v1::PodSandboxConfig) -> Result<bool> {
+fn check(config: &v1::PodSandboxConfig, map: IdMap) -> Result<bool> {
     let linux = config.linux.clone().unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
     let refuse = |what: &str| Err(Error::Refused(format!("{what} (a pod is an unprivileged container)")));
@@ -178,10 +178,31 @@ fn check(config: &v1::PodSandboxConfig) -> Result<bool> {
             return refuse(what);
         }
     }
+    if !linux.cgroup_parent.is_empty() {
+        return Err(Error::Refused(format!(
+            "cgroup_parent {:?}: a CT has a cgroup of its own (a kubelet with cgroupsPerQOS: false names none)",
+            linux.cgroup_parent
+        )));
+    }
+    check_user_namespace(names.userns_options.as_ref(), map)?;
     if config.port_mappings.iter().any(|p| p.host_port != 0) {
         return Err(Error::Refused("hostPort".to_owned()));
     }
     Ok(names.pid == v1::NamespaceMode::Pod as i32)
+}
+
+/// A pod has the user namespace of its CT in any case; one with other ids cannot be had.
+fn check_user_namespace(options: Option<&v1::UserNamespace>, map: IdMap) -> Result<()> {
+    let Some(options) = options else { return Ok(()) };
+    let ours =
+        |ids: &v1::IdMapping| (ids.container_id, ids.host_id, ids.length) == (0, map.host_base, map.size);
+    match options.uids.iter().chain(&options.gids).find(|ids| !ours(ids)) {
+        None => Ok(()),
+        Some(ids) => Err(Error::Refused(format!(
+            "userns_options {} to {} for {} ids: a CT's ids are {} to {}",
+            ids.container_id, ids.host_id, ids.length, map.host_base, map.size
+        ))),
+    }
 }
 
 /// Shows a CT its pod's log directory. What is written there lies on disk as its root's, so no user of the host may reach it, nothing runs
@@ -270,6 +291,28 @@ fn record(config: &v1::PodSandboxConfig, share_pids: bool) -> Result<SandboxReco
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn what_a_ct_cannot_have_is_refused_by_its_name_in_cri() {
+        let map = IdMap::default();
+        let refused = |linux: v1::LinuxPodSandboxConfig| {
+            let config = v1::PodSandboxConfig { linux: Some(linux), ..Default::default() };
+            check(&config, map).err().map(|e| e.to_string())
+        };
+        let parent = v1::LinuxPodSandboxConfig { cgroup_parent: "/kubepods".into(), ..Default::default() };
+        assert!(refused(parent).unwrap().contains("cgroup_parent \"/kubepods\""));
+        let ids = |host_id| {
+            let uids = vec![v1::IdMapping { host_id, container_id: 0, length: map.size }];
+            let userns = v1::UserNamespace { uids, ..Default::default() };
+            let names = v1::NamespaceOption { userns_options: Some(userns), ..Default::default() };
+            let security_context =
+                v1::LinuxSandboxSecurityContext { namespace_options: Some(names), ..Default::default() };
+            v1::LinuxPodSandboxConfig { security_context: Some(security_context), ..Default::default() }
+        };
+        assert!(refused(ids(200_000)).unwrap().contains("userns_options"));
+        assert_eq!(refused(ids(map.host_base)), None);
+        assert_eq!(refused(v1::LinuxPodSandboxConfig::default()), None);
+    }
 
     #[test]
     fn a_pods_grace_is_taken_from_its_sandbox_and_refused_by_name_where_it_is_none() {

@@ -5,12 +5,14 @@ use std::collections::HashMap;
 use base64::Engine as _;
 use jiff::Timestamp;
 use moxlet_cri::v1::{self, image_service_server::ImageService};
+use moxlet_errors::chain;
 use moxlet_ids::ChainId;
 use moxlet_image::{Credentials, ImageRecord, InspectedLayer, InspectedManifest, Origin};
 use moxlet_storage::Usage;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tonic::{Request, Response, Status};
+use tracing::debug;
 
 use super::{Parts, Service, in_chunks};
 use crate::{
@@ -128,9 +130,8 @@ impl Service {
                     sum.bytes = sum.bytes.saturating_add(usage.bytes);
                     sum.inodes = sum.inodes.saturating_add(usage.inodes);
                 }
-                // It was removed in the meantime.
-                Err(moxlet_storage::Error::RootNotFound(_)) => {}
-                Err(error) => return Err(error.into()),
+                // It is removed meanwhile.
+                Err(error) => debug!(container = %id, error = chain(&error), "a root is not counted"),
             }
         }
         Ok(sum)
@@ -181,7 +182,7 @@ impl ImageService for Service {
         request: Request<v1::RemoveImageRequest>,
     ) -> Answer<v1::RemoveImageResponse> {
         let name = request.into_inner().image.unwrap_or_default().image;
-        self.rooms.images.remove(&name).await.map_err(Error::from)?;
+        self.rooms.images.remove_unused(&name).await.map_err(Error::from)?;
         Ok(Response::new(v1::RemoveImageResponse {}))
     }
 

@@ -243,18 +243,8 @@ impl RuntimeService for Service {
         request: Request<v1::UpdateContainerResourcesRequest>,
     ) -> Answer<v1::UpdateContainerResourcesResponse> {
         let request = request.into_inner();
-        let container = self.rooms.state.container(&request.container_id)?;
-        let limits = limits::of_container(&request.linux.unwrap_or_default());
-        if !matches!(container.run_state(), RunState::Running { .. }) {
-            return Err(Error::State(format!("container {} is not running", container.id)).into());
-        }
-        let (cgroups, sandbox, id) =
-            (self.rooms.cgroups.clone(), container.sandbox.clone(), container.id.clone());
-        blocking(move || Ok(cgroups.update(&sandbox, Some(&id), &limits)?)).await?;
-        self.rooms
-            .state
-            .change_container(&container, |r| r.memory_limit = limits.memory_bytes.or(r.memory_limit))
-            .await?;
+        let asked = request.linux.unwrap_or_default();
+        self.rooms.containers.update(&request.container_id, &asked).await?;
         Ok(Response::new(v1::UpdateContainerResourcesResponse {}))
     }
 

@@ -84,6 +84,34 @@ async fn limits_of_a_running_container_are_changed() {
         host.runtime().update_container_resources(request).await.unwrap();
         assert_eq!(memory(&id), (mib << 20).to_string());
     }
+    let update = async |linux: v1::LinuxContainerResources| {
+        let request = v1::UpdateContainerResourcesRequest {
+            container_id: id.clone(),
+            linux: Some(linux),
+            ..Default::default()
+        };
+        host.runtime().update_container_resources(request).await.map(drop)
+    };
+    update(v1::LinuxContainerResources { cpu_period: 200_000, oom_score_adj: 700, ..Default::default() })
+        .await
+        .unwrap();
+    let period = read(&id, "cpu.cfs_period_us", "cpu.max");
+    assert!(period.ends_with("200000"), "{period}");
+    assert_eq!(host.sh(&id, "cat /proc/1/oom_score_adj").await, "700");
+    update(v1::LinuxContainerResources { memory_limit_in_bytes: -1, ..Default::default() }).await.unwrap();
+    assert!(memory(&id) == "max" || memory(&id).parse::<u64>().unwrap() > 1 << 60, "{}", memory(&id));
+    let refused = update(v1::LinuxContainerResources { cpuset_cpus: "0".into(), ..Default::default() })
+        .await
+        .unwrap_err();
+    assert!(
+        refused.code() == tonic::Code::Unimplemented && refused.message().contains("cpuset"),
+        "{refused:?}"
+    );
+    let status = host.status(&id).await.unwrap();
+    assert_eq!(status.stop_signal(), v1::Signal::Sigterm);
+    let shown = status.resources.unwrap().linux.unwrap();
+    assert_eq!((shown.cpu_period, shown.cpu_quota, shown.cpu_shares), (200_000, 50_000, 512));
+    assert_eq!((shown.memory_limit_in_bytes, shown.oom_score_adj), (-1, 700));
     host.stop_container(&id, 0).await.unwrap();
     let request = v1::UpdateContainerResourcesRequest { container_id: id.clone(), ..Default::default() };
     assert!(host.runtime().update_container_resources(request).await.unwrap_err().message().contains(&id));

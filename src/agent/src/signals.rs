@@ -2,34 +2,35 @@
 
 use moxlet_cri::v1;
 use moxlet_image::ImageConfig;
+use nix::sys::signal::Signal;
 
 use crate::error::{Error, Result};
 
 /// The signal that nothing outlives.
-pub(super) const KILL: i32 = rustix::process::Signal::KILL.as_raw();
+pub(crate) const KILL: i32 = rustix::process::Signal::KILL.as_raw();
 
 /// The request's stop signal, else the image's, else SIGTERM.
-pub(super) fn of_container(config: &v1::ContainerConfig, image: &ImageConfig) -> Result<i32> {
+pub(crate) fn of_container(config: &v1::ContainerConfig, image: &ImageConfig) -> Result<i32> {
     let asked = config.stop_signal();
     if asked != v1::Signal::RuntimeDefault {
-        return signal_number(asked.as_str_name());
+        return parsed(asked.as_str_name());
     }
     match image.stop_signal.as_str() {
         "" => Ok(15),
-        text => signal_number(text),
+        text => parsed(text),
     }
 }
 
+/// The first real-time signal, as the C library counts them.
+const RTMIN: i32 = 34;
+/// The last.
+const RTMAX: i32 = 64;
+
 /// A signal as images and CRI write it: `SIGQUIT`, `QUIT`, `3`, `SIGRTMIN+3`, `SIGRTMINPLUS3`.
-fn signal_number(text: &str) -> Result<i32> {
-    const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
-        "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
-        "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-    ];
+fn parsed(text: &str) -> Result<i32> {
     let upper = text.trim().to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-    let within = |n: i32| (1..=64).contains(&n).then_some(n);
+    let within = |n: i32| (1..=RTMAX).contains(&n).then_some(n);
     let real_time = |rest: &str, base: i32, sign: i32| {
         let rest = rest.trim_start_matches("PLUS").trim_start_matches("MINUS").trim_start_matches(['+', '-']);
         let offset: i32 =
@@ -39,9 +40,9 @@ fn signal_number(text: &str) -> Result<i32> {
     let number = if let Ok(number) = name.parse() {
         within(number)
     } else if let Some(rest) = name.strip_prefix("RTMIN") {
-        real_time(rest, 34, 1)
+        real_time(rest, RTMIN, 1)
     } else if let Some(rest) = name.strip_prefix("RTMAX") {
-        real_time(rest, 64, -1)
+        real_time(rest, RTMAX, -1)
     } else {
         let plain = match name {
             "IOT" => "ABRT",
@@ -49,9 +50,21 @@ fn signal_number(text: &str) -> Result<i32> {
             "POLL" => "IO",
             other => other,
         };
-        NAMES.iter().position(|n| *n == plain).and_then(|at| i32::try_from(at + 1).ok())
+        format!("SIG{plain}").parse::<Signal>().ok().map(|signal| signal as i32)
     };
     number.ok_or_else(|| Error::Invalid(format!("{text:?} is no signal")))
+}
+
+/// A signal's number as CRI's enum names it.
+pub(crate) fn as_cri(number: i32) -> v1::Signal {
+    let name = match Signal::try_from(number) {
+        Ok(signal) => signal.as_str().to_owned(),
+        Err(_) if number == RTMIN => "SIGRTMIN".to_owned(),
+        Err(_) if number == RTMAX => "SIGRTMAX".to_owned(),
+        Err(_) if number <= RTMIN + 15 => format!("SIGRTMINPLUS{}", number - RTMIN),
+        Err(_) => format!("SIGRTMAXMINUS{}", RTMAX - number),
+    };
+    v1::Signal::from_str_name(&name).unwrap_or(v1::Signal::RuntimeDefault)
 }
 
 #[cfg(test)]
@@ -70,10 +83,25 @@ mod tests {
             ("SIGRTMAXMINUS1", 63),
             ("SIGPOLL", 29),
         ] {
-            assert_eq!(signal_number(text).unwrap(), number, "{text}");
+            assert_eq!(parsed(text).unwrap(), number, "{text}");
         }
         for bad in ["", "SIGFOO", "0", "65", "-9", "RTMIN+99"] {
-            assert!(signal_number(bad).is_err(), "{bad}");
+            assert!(parsed(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_number_has_the_name_that_cri_gives_it() {
+        for (number, name) in [
+            (15, "SIGTERM"),
+            (9, "SIGKILL"),
+            (34, "SIGRTMIN"),
+            (37, "SIGRTMINPLUS3"),
+            (49, "SIGRTMINPLUS15"),
+            (50, "SIGRTMAXMINUS14"),
+            (64, "SIGRTMAX"),
+        ] {
+            assert_eq!(as_cri(number).as_str_name(), name);
         }
     }
 }
