@@ -31,6 +31,7 @@ mod notices;
 pub mod pods;
 mod pressure;
 mod register;
+mod relist;
 mod static_pods;
 mod support;
 mod volumes;

@@ -7,13 +7,12 @@ use std::{
 
 use futures::TryStreamExt;
 use k8s_openapi::api::core::v1::Service;
-use kube::{
-    Api, Client,
-    runtime::{WatchStreamExt, watcher},
-};
+use kube::{Api, Client, runtime::watcher};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
+
+use crate::relist;
 
 type Known = BTreeMap<(String, String), Arc<Service>>;
 
@@ -37,7 +36,7 @@ impl Services {
         let known: Arc<RwLock<Known>> = Arc::default();
         let services = Self { known: known.clone(), synced };
         let task = async move {
-            let stream = watcher(Api::<Service>::all(client), watcher::Config::default()).default_backoff();
+            let stream = relist::watch(Api::<Service>::all(client), watcher::Config::default());
             let mut stream = std::pin::pin!(stream);
             let mut fresh = Known::new();
             loop {

@@ -4,10 +4,7 @@ use std::{collections::HashSet, sync::Arc};
 
 use futures::TryStreamExt;
 use k8s_openapi::api::core::v1::Pod;
-use kube::{
-    Api, Client,
-    runtime::{WatchStreamExt, watcher},
-};
+use kube::{Api, Client, runtime::watcher};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -16,6 +13,7 @@ use super::{
     manager::{Source, Update},
     names,
 };
+use crate::relist;
 
 /// Watches until stopped.
 pub(crate) async fn watch(
@@ -25,7 +23,7 @@ pub(crate) async fn watch(
     stop: CancellationToken,
 ) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-    let mut stream = std::pin::pin!(watcher(Api::<Pod>::all(client), config).default_backoff());
+    let mut stream = std::pin::pin!(relist::watch(Api::<Pod>::all(client), config));
     let mut listed = HashSet::new();
     loop {
         let event = tokio::select! {
