@@ -35,7 +35,7 @@ pub(crate) async fn open(config: &Config) -> Result<Opened> {
 /// Refuses a change of a CT, or of what is in it, that somebody else holds: a backup relies on its state.
 ///
 /// # Errors
-/// [`Error::Held`], or that it cannot be told.
+/// [`Error::Held`], or what the engine says where it does not know.
 pub(crate) async fn not_held(engine: &dyn Engine, id: &SandboxId) -> Result<()> {
     match engine.held_by(id).await? {
         Some(by) => Err(Error::Held { sandbox: id.to_string(), by }),

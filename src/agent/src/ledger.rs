@@ -11,8 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use moxlet_errors::chain;
 use moxlet_ids::{ContainerId, Digest, PodUid, SandboxId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tracing::error;
 
 use crate::error::{Error, Result};
 
@@ -286,26 +288,64 @@ fn remove(dir: &Path, name: &str) -> Result<()> {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = moxlet_files::read_bounded(path, MAX_FILE).map_err(|e| fault(path, e))?;
-    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| fault(path, e))?;
-    match value.get("version").and_then(serde_json::Value::as_u64) {
-        Some(v) if v <= u64::from(VERSION) => serde_json::from_value(value).map_err(|e| fault(path, e)),
-        Some(v) => {
-            Err(fault(path, format!("is of format {v}; this version of Moxlet reads up to {VERSION}")))
-        }
-        None => Err(fault(path, "has no version")),
+/// Why a record is not there.
+enum Unread {
+    /// It is no record: cut, overwritten, somebody else's.
+    Damaged(Error),
+    /// It may be one: the disk does not give it, or it is of a later version.
+    Unknown(Error),
+}
+
+impl From<Unread> for Error {
+    fn from(unread: Unread) -> Self {
+        let (Unread::Damaged(error) | Unread::Unknown(error)) = unread;
+        error
     }
 }
 
-fn read_all<T: DeserializeOwned>(dir: &Path) -> Result<Vec<T>> {
+fn read<T: DeserializeOwned>(path: &Path) -> std::result::Result<T, Unread> {
+    let damaged = |reason: String| Unread::Damaged(fault(path, reason));
+    let bytes = moxlet_files::read_bounded(path, MAX_FILE).map_err(|e| match e.kind() {
+        std::io::ErrorKind::FileTooLarge => damaged(e.to_string()),
+        _ => Unread::Unknown(fault(path, e)),
+    })?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+    match value.get("version").and_then(serde_json::Value::as_u64) {
+        Some(v) if v <= u64::from(VERSION) => {
+            serde_json::from_value(value).map_err(|e| damaged(e.to_string()))
+        }
+        Some(v) => Err(Unread::Unknown(fault(
+            path,
+            format!("is of format {v}; this version of Moxlet reads up to {VERSION}"),
+        ))),
+        None => Err(damaged("has no version".to_owned())),
+    }
+}
+
+/// All records of a directory; what is damaged is moved to `aside`.
+fn read_all<T: DeserializeOwned>(dir: &Path, aside: &Path) -> Result<Vec<T>> {
     let mut records = Vec::new();
     for entry in fs::read_dir(dir).map_err(|e| fault(dir, e))? {
         let path = entry.map_err(|e| fault(dir, e))?.path();
-        match path.extension().and_then(|e| e.to_str()) {
-            Some("json") => records.push(read(&path)?),
+        if path.extension().and_then(|e| e.to_str()) != Some("json") {
             // What a crash left of a replacement.
-            _ => drop(fs::remove_file(&path)),
+            let _ = fs::remove_file(&path);
+            continue;
+        }
+        match read(&path) {
+            Ok(record) => records.push(record),
+            Err(Unread::Unknown(error)) => return Err(error),
+            Err(Unread::Damaged(error)) => {
+                let kept = aside.join(path.file_name().unwrap_or_default());
+                fs::create_dir_all(aside)
+                    .and_then(|()| fs::rename(&path, &kept))
+                    .map_err(|e| fault(&path, e))?;
+                error!(
+                    error = chain(&error),
+                    kept = %kept.display(),
+                    "a record of the ledger is damaged: it is put aside, and what it was of is removed from this host"
+                );
+            }
         }
     }
     Ok(records)
@@ -356,15 +396,17 @@ impl Ledger {
         if !path.exists() {
             return Ok(Vec::new());
         }
-        read::<NoticesRecord>(&path).map(|record| record.notices)
+        Ok(read::<NoticesRecord>(&path)?.notices)
     }
 
     /// All that is remembered of sandboxes and containers.
     ///
     /// # Errors
-    /// A file that cannot be read stops the agent: to guess would be to lose a pod.
+    /// A file that the disk does not give, or that a later version wrote, stops the agent: to guess would be to lose a pod. One that is no
+    /// record is put aside, and the log names it.
     pub(crate) fn load(&self) -> Result<(Vec<SandboxRecord>, Vec<ContainerRecord>)> {
-        Ok((read_all(&self.sandboxes)?, read_all(&self.containers)?))
+        let aside = self.dir.join("damaged");
+        Ok((read_all(&self.sandboxes, &aside)?, read_all(&self.containers, &aside)?))
     }
 }
 
@@ -398,6 +440,24 @@ mod tests {
         fs::write(dir.path().join("sandboxes/.x.json.new"), b"{").unwrap();
         assert!(ledger.load().unwrap().0.is_empty());
         assert!(!dir.path().join("sandboxes/.x.json.new").exists());
+    }
+
+    #[test]
+    fn a_file_that_was_cut_is_put_aside_and_the_others_are_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path()).unwrap();
+        let (whole, cut) = (record(), record());
+        for record in [&whole, &cut] {
+            ledger.put_sandbox(record).unwrap();
+        }
+        let path = dir.path().join(format!("sandboxes/{}.json", cut.id));
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        for _ in 0..2 {
+            let (sandboxes, _) = ledger.load().unwrap();
+            assert_eq!(sandboxes.iter().map(|s| &s.id).collect::<Vec<_>>(), [&whole.id]);
+        }
+        assert!(!path.exists() && dir.path().join(format!("damaged/{}.json", cut.id)).exists());
     }
 
     #[test]

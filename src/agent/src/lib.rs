@@ -5,7 +5,7 @@
 //! | room | what it does |
 //! |---|---|
 //! | `service` | the gRPC services, on the unix socket and on a port for a node elsewhere |
-//! | `streaming`, `logs`, `stats`, `facts` | exec, attach and port-forward; what a node asks of a host besides CRI |
+//! | `streaming`, `logs`, `stats` (with `usage`, `rates`), `facts` | exec, attach and port-forward; what a node asks of a host besides CRI |
 //! | `reconcile`, `retries` | ledger and host are brought in line; what failed is done again, from one queue |
 //! | `pods` | sandboxes: `create`, `stop`, `remove`, and `watch`, which follows what runs |
 //! | `containers` | containers: `prepare`, `mounts`, `start`, `stop`, `remove`, and `exits`, how they end |
@@ -24,6 +24,7 @@
 //! |---|---|---|
 //! | a watch for each running sandbox (`pods::watch`) | its init's events, the end of its CT | states of containers, CRI events |
 //! | the reconciler (`reconcile`) | work from `retries`; on Proxmox VE a look every 2 s | a task for each thing that is due |
+//! | the measurements (`usage`) | containers of `state` | what each has written |
 //! | the looks and the notes (`notices`), on Proxmox VE | what the engine sees; CRI events | notices; the notes of CTs |
 //! | the thread of `deletions` | trees of volumes that were removed | |
 //! | the streaming server's listeners (`streaming`) | connections of clients | a task for each |
@@ -50,6 +51,7 @@ mod logs;
 mod network;
 mod notices;
 mod pods;
+mod rates;
 mod reconcile;
 mod retries;
 mod rooms;
@@ -62,6 +64,7 @@ mod status;
 mod streaming;
 mod tasks;
 mod uninstall;
+mod usage;
 mod volumes;
 
 use std::{os::unix::fs::DirBuilderExt, path::Path, sync::Arc, time::Duration};
@@ -142,6 +145,7 @@ impl Agent {
         });
         rooms.reconciler.start().await?;
         rooms.reconciler.spawn(work);
+        rooms.usages.spawn(&rooms.tasks);
         Self::serve(&rooms).await?;
         Ok(Self { rooms })
     }

@@ -32,7 +32,7 @@ use crate::{
     state::{Container, State},
     tasks::{Tasks, blocking},
 };
-use files::{Place, Reader, Step};
+use files::{LogDir, Reader, Step};
 use record::{Filter, Stream};
 
 /// Chunks that wait for the caller.
@@ -80,14 +80,14 @@ pub(crate) fn stream(
         filter.stream = Some(Stream::parse(name.as_bytes()).ok_or_else(text)?);
     }
     let (sender, receiver) = mpsc::channel(QUEUE);
-    let (place, container) = if container_id.is_empty() {
+    let (location, container) = if container_id.is_empty() {
         let path = beneath::relative(&log_path).map_err(|e| Error::Invalid(format!("log_path: {e}")))?;
         (Some((logs.to_owned(), path)), None)
     } else {
         let container = state.container(&container_id)?;
-        (place(&state, &container)?, Some(container))
+        (location(&state, &container)?, Some(container))
     };
-    let Some((base, path)) = place else { return Ok(ReceiverStream::new(receiver)) };
+    let Some((base, path)) = location else { return Ok(ReceiverStream::new(receiver)) };
     let job = Job { base, path, follow, tail, filter };
     let over = CancellationToken::new();
     let stop = tasks.stop.clone();
@@ -105,12 +105,12 @@ pub(crate) fn stream(
 }
 
 /// Where a container's log is: a trusted directory and the path below it, which the container's root may change.
-fn place(state: &State, container: &Container) -> Result<Option<(PathBuf, PathBuf)>> {
+fn location(state: &State, container: &Container) -> Result<Option<(PathBuf, PathBuf)>> {
     let Some(file) = container.record().log_file else { return Ok(None) };
     let base = state.sandbox(container.sandbox.as_str())?.record().log_directory;
     let below = base.and_then(|base| Some((base.clone(), file.strip_prefix(&base).ok()?.to_owned())));
     match below {
-        Some(place) => Ok(Some(place)),
+        Some(location) => Ok(Some(location)),
         None => Err(Error::State(format!("log {} is not in the pod's log directory", file.display()))),
     }
 }
@@ -150,7 +150,7 @@ async fn run(job: Job, over: &CancellationToken, sender: &Sender) {
 
 async fn send(job: Job, over: &CancellationToken, sender: &Sender) -> Result<()> {
     let Job { base, path, follow, tail, filter } = job;
-    let place = loop {
+    let dir = loop {
         let ended = over.is_cancelled();
         match open(&base, &path).await {
             // A follower may come before the container's first word.
@@ -160,13 +160,13 @@ async fn send(job: Job, over: &CancellationToken, sender: &Sender) -> Result<()>
             other => break other?,
         }
     };
-    let mut wake = Wake::new(place.dir());
+    let mut wake = Wake::new(dir.dir());
     let gone = {
         let sender = sender.clone().downgrade();
         move || sender.upgrade().is_none_or(|s| s.is_closed())
     };
     let mut reader = blocking(move || {
-        let mut reader = Reader::new(place, filter, follow).map_err(|e| Error::io("log", e))?;
+        let mut reader = Reader::new(dir, filter, follow).map_err(|e| Error::io("log", e))?;
         if reader.is_empty() && !follow {
             return Err(Error::io("log", io::Error::from(io::ErrorKind::NotFound)));
         }
@@ -200,9 +200,9 @@ async fn send(job: Job, over: &CancellationToken, sender: &Sender) -> Result<()>
     }
 }
 
-async fn open(base: &Path, path: &Path) -> Result<Place> {
+async fn open(base: &Path, path: &Path) -> Result<LogDir> {
     let (base, path) = (base.to_owned(), path.to_owned());
-    blocking(move || Place::open(&base, &path).map_err(|e| Error::io("log", e))).await
+    blocking(move || LogDir::open(&base, &path).map_err(|e| Error::io("log", e))).await
 }
 
 /// Sends what there is; `false` when nobody wants it.

@@ -1,7 +1,7 @@
-//! What somebody else did to pods' CTs on the host: looked for, logged, and told to whoever turns it into events of the pods.
+//! What somebody else did to pods' CTs on the host: looked for, logged, and published for the node, which makes events of the pods.
 //!
-//! The last ones lie in the ledger as well, before anybody is told: those that a node has not fetched when the agent is killed are
-//! told after its start, once. What an engine's look found just before a kill it finds again, with the same time.
+//! The last ones lie in the ledger as well, before they are published: those that a node has not fetched when the agent is killed are
+//! published after its start, once. What an engine's look found just before a kill it finds again, with the same time.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -32,7 +32,7 @@ const KEPT: usize = 256;
 pub(crate) struct Notices {
     ledger: Arc<Ledger>,
     late: Mutex<VecDeque<host::Notice>>,
-    /// Held while some are kept and told: the ledger has all of them.
+    /// Held while some are kept and published: the ledger has all of them.
     publishing: tokio::sync::Mutex<()>,
     next: broadcast::Sender<host::Notice>,
 }
@@ -41,7 +41,10 @@ impl Notices {
     /// Takes over those of the ledger. Without them nobody but people misses anything.
     pub(crate) fn open(ledger: Arc<Ledger>) -> Self {
         let late = ledger.notices().unwrap_or_else(|error| {
-            warn!(error = chain(&error), "what was last done to CTs is forgotten");
+            warn!(
+                error = chain(&error),
+                "the notices of the ledger cannot be read; those that were not fetched are lost"
+            );
             Vec::new()
         });
         let late = Mutex::new(late.into_iter().map(notice).collect());
@@ -89,7 +92,7 @@ impl Notices {
         if let Err(error) = written {
             warn!(
                 error = chain(&error),
-                "what was done to CTs is told now; if the agent is killed, not again"
+                "notices are published and not kept: after a kill of the agent those that were not fetched are lost"
             );
         }
         let mut late = self.late.lock();

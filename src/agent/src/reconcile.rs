@@ -46,7 +46,7 @@ impl Reconciler {
     /// Loads the ledger and brings the host in line with it.
     ///
     /// # Errors
-    /// A ledger that cannot be read: to guess would be to lose a pod. What else goes wrong is logged and tried again in the background.
+    /// A ledger that cannot be read: to guess would be to lose a pod. Of a record that is damaged the sandbox is removed. What else goes wrong is logged and tried again in the background.
     pub(crate) async fn start(&self) -> Result<()> {
         let (ledger, state) = (self.ledger.clone(), &self.pods.state);
         let (sandboxes, containers) = blocking(move || ledger.load()).await?;
@@ -212,7 +212,12 @@ impl Reconciler {
                     let cut = Error::State("the agent ended while the container was being started".into());
                     containers.not_started(sandbox, &container, &cut).await?;
                 }
-                _ => containers.reported(sandbox, report).await?,
+                Ok(_) => containers.reported(sandbox, report).await?,
+                Err(_) => {
+                    let Ok(id) = report.id.parse::<ContainerId>() else { continue };
+                    warn!(sandbox = %sandbox.id, container = %id, "removing a container that the ledger does not know");
+                    containers.remove_unknown(sandbox, &id).await?;
+                }
             }
         }
         for container in state.containers_of(&sandbox.id) {

@@ -18,10 +18,12 @@ use crate::{
     network::Network,
     notices::Notices,
     pods::{self, Pods},
+    rates::Rates,
     reconcile::Reconciler,
     retries::{Retries, Work},
     state::State,
     tasks::Tasks,
+    usage::Usages,
     volumes::Volumes,
 };
 
@@ -58,6 +60,8 @@ pub(crate) struct Rooms {
     pub(crate) images: Arc<ImageStore>,
     pub(crate) cgroups: Arc<ContainerCgroups>,
     pub(crate) volumes: Arc<Volumes>,
+    pub(crate) usages: Arc<Usages>,
+    pub(crate) rates: Arc<Rates>,
 }
 
 impl Rooms {
@@ -110,6 +114,7 @@ impl Rooms {
             notices: notices.clone(),
             others_start_cts: on_proxmox_ve,
         });
+        let usages = Arc::new(Usages::new(driver.clone(), state.clone()));
         let rooms = Self {
             config,
             tasks,
@@ -126,6 +131,8 @@ impl Rooms {
             images,
             cgroups,
             volumes,
+            usages,
+            rates: Arc::default(),
         };
         (rooms, work)
     }

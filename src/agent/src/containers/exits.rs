@@ -63,11 +63,11 @@ impl Containers {
             Status::Running { started_at_ns, .. } => {
                 let mut fresh = false;
                 container.state.send_if_modified(|now| {
-                    let told = RunState::Running { started_at_ns };
+                    let reported = RunState::Running { started_at_ns };
                     fresh = *now == RunState::Created;
-                    let changed = !now.has_ended() && *now != told;
+                    let changed = !now.has_ended() && *now != reported;
                     if changed {
-                        *now = told;
+                        *now = reported;
                     }
                     changed
                 });
@@ -102,7 +102,7 @@ impl Containers {
         blocking(read).await.unwrap_or(false)
     }
 
-    /// Writes down an end, once, and tells.
+    /// Writes down an end, once, and sends the event.
     async fn exited(&self, sandbox: &Arc<Sandbox>, container: &Arc<Container>, exit: Exit) -> Result<()> {
         let mut first = false;
         self.state

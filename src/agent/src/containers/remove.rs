@@ -8,6 +8,7 @@ use std::{
 
 use moxlet_cri::v1;
 use moxlet_errors::chain;
+use moxlet_ids::ContainerId;
 use moxlet_init_proto::ErrorClass;
 use moxlet_storage::mounts;
 use rustix::fs::AtFlags;
@@ -24,6 +25,9 @@ use crate::{
     tasks::blocking,
 };
 
+/// How often a killed container is asked whether it can be removed.
+const REMOVE_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+
 impl Containers {
     /// `RemoveContainer`; one that runs is killed. Of an unknown one: nothing, as CRI asks.
     pub(crate) async fn remove(self: &Arc<Self>, id: &str) -> Result<()> {
@@ -38,6 +42,34 @@ impl Containers {
                 own.remove_parts(&sandbox, &container).await
             })
             .await
+    }
+
+    /// Removes a container that the init runs and the ledger does not know, its log apart: whoever wanted it makes it anew.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub(crate) async fn remove_unknown(&self, sandbox: &Arc<Sandbox>, id: &ContainerId) -> Result<()> {
+        let client = sandbox.client()?;
+        let killed = async {
+            let _ = client.signal(id.as_str(), KILL, true).await;
+            while let Err(error) = client.remove(id.as_str()).await {
+                if !matches!(error.class(), Some(ErrorClass::InvalidState)) {
+                    break;
+                }
+                tokio::time::sleep(REMOVE_PAUSE).await;
+            }
+            Ok(())
+        };
+        sandbox.answer("remove", KILLED, killed).await?;
+        let shared = self.dirs.pod(&sandbox.id);
+        self.driver.unmount_root(id, &shared.join("ctr").join(id.as_str()).join("rootfs")).await?;
+        self.driver.remove_root(id).await?;
+        let (cgroups, of, id) = (self.cgroups.clone(), sandbox.id.clone(), id.clone());
+        blocking(move || {
+            cgroups.remove(&of, &id)?;
+            remove_files(&shared, &id)
+        })
+        .await
     }
 
     /// Removes all of a container, its line in the ledger last. The caller holds the sandbox; it may be repeated.
@@ -71,7 +103,8 @@ impl Containers {
         let (cgroups, of, record) = (self.cgroups.clone(), sandbox.id.clone(), container.record());
         blocking(move || {
             cgroups.remove(&of, &record.id)?;
-            remove_files(&shared, &record)
+            remove_files(&shared, &record.id)?;
+            remove_log(&record)
         })
         .await?;
         self.state.remove_container(container).await?;
@@ -80,9 +113,9 @@ impl Containers {
     }
 }
 
-/// A container's mounts and files below the pod's directory, and its log.
-fn remove_files(shared: &Path, record: &ContainerRecord) -> Result<()> {
-    let id = record.id.as_str();
+/// A container's mounts and files below the pod's directory.
+fn remove_files(shared: &Path, id: &ContainerId) -> Result<()> {
+    let id = id.as_str();
     let gone = |path: &Path, done: std::io::Result<()>| match done {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::io(format!("cannot remove {}", path.display()), e))
@@ -101,7 +134,7 @@ fn remove_files(shared: &Path, record: &ContainerRecord) -> Result<()> {
     if let Ok(state) = beneath::open_dir(&shared.join("state")) {
         let _ = rustix::fs::unlinkat(&state, format!("{id}.json"), AtFlags::empty());
     }
-    remove_log(record)
+    Ok(())
 }
 
 /// Removes the log with what was rotated away of it. Its directory stays: others of the pod have their logs in it, and it goes with the
@@ -136,7 +169,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::os::unix::net::UnixListener;
 
-    use moxlet_ids::{ContainerId, SandboxId};
+    use moxlet_ids::SandboxId;
     use moxlet_init_proto::client::Client;
     use moxlet_sandbox::fake::FakeEngine;
 

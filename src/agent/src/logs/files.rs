@@ -43,7 +43,7 @@ struct Opened {
 
 /// The directory of a log and the log's name in it.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct LogDir {
     dir: OwnedFd,
     name: String,
 }
@@ -58,8 +58,8 @@ fn is_rotation_suffix(text: &str) -> bool {
         })
 }
 
-impl Place {
-    /// The place of a log `path` (relative) below `base`, a directory that no container can replace.
+impl LogDir {
+    /// The directory of a log `path` (relative) below `base`, a directory that no container can replace.
     pub(super) fn open(base: &Path, path: &Path) -> io::Result<Self> {
         let bad = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} names no file", path.display()));
         let name = path.file_name().and_then(|n| n.to_str()).ok_or_else(bad)?.to_owned();
@@ -156,7 +156,7 @@ pub(super) enum Step {
 /// Reads a log.
 #[derive(Debug)]
 pub(super) struct Reader {
-    place: Place,
+    dir: LogDir,
     follow: bool,
     lines: Lines,
     queue: VecDeque<Opened>,
@@ -168,9 +168,9 @@ pub(super) struct Reader {
 
 impl Reader {
     /// Opens what is there of a log.
-    pub(super) fn new(place: Place, filter: Filter, follow: bool) -> io::Result<Self> {
+    pub(super) fn new(dir: LogDir, filter: Filter, follow: bool) -> io::Result<Self> {
         let mut reader = Self {
-            place,
+            dir,
             follow,
             lines: Lines::new(filter),
             queue: VecDeque::new(),
@@ -189,7 +189,7 @@ impl Reader {
 
     /// Queues the files that are younger than those queued before, from the present one on.
     fn refill(&mut self) -> io::Result<()> {
-        let mut files = self.place.files(&self.newest)?;
+        let mut files = self.dir.files(&self.newest)?;
         if let Some(newest) = files.iter().filter_map(|f| f.suffix.as_ref()).next_back() {
             self.newest.clone_from(newest);
         }
@@ -303,7 +303,7 @@ impl Reader {
                 return Ok(true);
             }
             // A log that was renamed and not made anew yet may still be written to.
-            if self.place.live()?.is_none_or(|live| live == current.id) {
+            if self.dir.live()?.is_none_or(|live| live == current.id) {
                 return Ok(false);
             }
             current.last = true;

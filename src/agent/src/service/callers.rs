@@ -13,10 +13,10 @@ use parking_lot::Mutex;
 const MAX_OF_ONE: usize = 8;
 /// Of all.
 const MAX_OF_ALL: usize = 256;
-/// How often the refusal of an address is told.
-const TELL_EVERY: Duration = Duration::from_secs(60);
-/// Addresses of which it is known when they were told; of more nothing is told.
-const MAX_TOLD: usize = 64;
+/// How often the refusal of an address is logged.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+/// Addresses of which it is known when they were logged; of more nothing is logged.
+const MAX_LOGGED: usize = 64;
 
 /// Counts them.
 #[derive(Debug, Default)]
@@ -25,7 +25,7 @@ pub(super) struct Callers(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     shaking: HashMap<IpAddr, usize>,
-    told: HashMap<IpAddr, Instant>,
+    logged: HashMap<IpAddr, Instant>,
 }
 
 /// One of them, until its handshake has ended.
@@ -48,16 +48,16 @@ impl Callers {
         Some(Turn { callers: self.clone(), address })
     }
 
-    /// Whether a refusal of this address is to be told now: once a minute.
-    pub(super) fn tells(&self, address: IpAddr, now: Instant) -> bool {
-        let told = &mut self.0.lock().told;
-        told.retain(|_, at| now.saturating_duration_since(*at) < TELL_EVERY);
+    /// Whether a refusal of this address is to be logged now: once a minute.
+    pub(super) fn logs(&self, address: IpAddr, now: Instant) -> bool {
+        let logged = &mut self.0.lock().logged;
+        logged.retain(|_, at| now.saturating_duration_since(*at) < LOG_EVERY);
         let address = address.to_canonical();
-        let tells = told.len() < MAX_TOLD && !told.contains_key(&address);
-        if tells {
-            told.insert(address, now);
+        let logs = logged.len() < MAX_LOGGED && !logged.contains_key(&address);
+        if logs {
+            logged.insert(address, now);
         }
-        tells
+        logs
     }
 }
 
@@ -100,11 +100,11 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_told_once_a_minute_for_each_of_a_few_addresses() {
+    fn refusals_are_logged_once_a_minute_for_each_of_a_few_addresses() {
         let (callers, now) = (Callers::default(), Instant::now());
-        assert!(callers.tells(ip("10.0.0.66"), now) && !callers.tells(ip("10.0.0.66"), now));
-        let told = (0..200_u8).filter(|n| callers.tells(ip(&format!("10.0.1.{n}")), now)).count();
-        assert_eq!(told, MAX_TOLD - 1);
-        assert!(callers.tells(ip("10.0.0.66"), now + TELL_EVERY));
+        assert!(callers.logs(ip("10.0.0.66"), now) && !callers.logs(ip("10.0.0.66"), now));
+        let logged = (0..200_u8).filter(|n| callers.logs(ip(&format!("10.0.1.{n}")), now)).count();
+        assert_eq!(logged, MAX_LOGGED - 1);
+        assert!(callers.logs(ip("10.0.0.66"), now + LOG_EVERY));
     }
 }

@@ -5,14 +5,12 @@ use std::collections::HashMap;
 use base64::Engine as _;
 use jiff::Timestamp;
 use moxlet_cri::v1::{self, image_service_server::ImageService};
-use moxlet_errors::chain;
 use moxlet_ids::ChainId;
 use moxlet_image::{Credentials, ImageRecord, InspectedLayer, InspectedManifest, Origin};
 use moxlet_storage::Usage;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tonic::{Request, Response, Status};
-use tracing::debug;
 
 use super::{Parts, Service, in_chunks};
 use crate::{
@@ -120,24 +118,6 @@ impl Service {
     }
 }
 
-impl Service {
-    /// What all containers have written.
-    async fn roots_usage(&self) -> Result<Usage> {
-        let mut sum = Usage::default();
-        for id in self.rooms.driver.roots().await? {
-            match self.rooms.driver.root_usage(&id).await {
-                Ok(usage) => {
-                    sum.bytes = sum.bytes.saturating_add(usage.bytes);
-                    sum.inodes = sum.inodes.saturating_add(usage.inodes);
-                }
-                // It is removed meanwhile.
-                Err(error) => debug!(container = %id, error = chain(&error), "a root is not counted"),
-            }
-        }
-        Ok(sum)
-    }
-}
-
 #[tonic::async_trait]
 impl ImageService for Service {
     async fn list_images(&self, request: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
@@ -190,7 +170,7 @@ impl ImageService for Service {
         let driver = &self.rooms.driver;
         let mountpoint = driver.fs_usage().await.map_err(Error::from)?.mountpoint.display().to_string();
         let images = driver.layers_usage().await.map_err(Error::from)?;
-        let containers = self.roots_usage().await?;
+        let containers = self.rooms.usages.sum();
         let shown = |usage: Usage| {
             let number = |value| Some(v1::UInt64Value { value });
             vec![v1::FilesystemUsage {

@@ -7,6 +7,7 @@ mod callers;
 mod conditions;
 mod host;
 mod images;
+mod info;
 mod remote;
 mod runtime;
 mod store;

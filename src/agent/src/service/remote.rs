@@ -119,7 +119,7 @@ impl Port {
                 let Ok(_slot) = self.streams.acquire().await else { return };
                 serve_connection(self.streaming.clone(), stream).await;
             }
-            Err(error) if self.callers.tells(peer.ip(), Instant::now()) => {
+            Err(error) if self.callers.logs(peer.ip(), Instant::now()) => {
                 warn!(%error, "a connection to the agent's port is refused");
             }
             Err(error) => debug!(%error, "a connection to the agent's port is refused"),

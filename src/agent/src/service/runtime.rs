@@ -1,6 +1,6 @@
 //! CRI's RuntimeService.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use futures::StreamExt;
 use moxlet_cri::v1::{self, runtime_service_server::RuntimeService};
@@ -8,7 +8,7 @@ use moxlet_errors::chain;
 use tokio_stream::wrappers::{BroadcastStream, errors::BroadcastStreamRecvError};
 use tonic::{Request, Response, Status};
 
-use super::{Parts, Service, conditions::conditions, in_chunks, selected};
+use super::{Parts, Service, conditions::conditions, in_chunks, info, selected};
 use crate::{
     clock::now_ns,
     config::EngineSettings,
@@ -143,8 +143,11 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::PodSandboxStatusRequest>,
     ) -> Answer<v1::PodSandboxStatusResponse> {
-        let sandbox = self.rooms.state.sandbox(&request.into_inner().pod_sandbox_id)?;
+        let request = request.into_inner();
+        let sandbox = self.rooms.state.sandbox(&request.pod_sandbox_id)?;
+        let info = if request.verbose { info::sandbox(&self.rooms, &sandbox).await? } else { HashMap::new() };
         Ok(Response::new(v1::PodSandboxStatusResponse {
+            info,
             status: Some(status::sandbox(&sandbox)),
             containers_statuses: self
                 .rooms
@@ -154,7 +157,6 @@ impl RuntimeService for Service {
                 .map(|c| status::container(c))
                 .collect(),
             timestamp: now_ns(),
-            ..v1::PodSandboxStatusResponse::default()
         }))
     }
 
@@ -231,11 +233,15 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::ContainerStatusRequest>,
     ) -> Answer<v1::ContainerStatusResponse> {
-        let container = self.rooms.state.container(&request.into_inner().container_id)?;
-        Ok(Response::new(v1::ContainerStatusResponse {
-            status: Some(status::container(&container)),
-            ..v1::ContainerStatusResponse::default()
-        }))
+        let request = request.into_inner();
+        let container = self.rooms.state.container(&request.container_id)?;
+        let info = if request.verbose {
+            let (rooms, container) = (self.rooms.clone(), container.clone());
+            blocking(move || info::container(&rooms, &container)).await?
+        } else {
+            HashMap::new()
+        };
+        Ok(Response::new(v1::ContainerStatusResponse { status: Some(status::container(&container)), info }))
     }
 
     async fn update_container_resources(
@@ -349,10 +355,12 @@ impl RuntimeService for Service {
         Ok(Response::new(v1::UpdateRuntimeConfigResponse {}))
     }
 
-    async fn status(&self, _: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
+    async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
         let network = self.rooms.network.ready().await.err().map(|e| chain(&e));
         let on_proxmox_ve = matches!(self.rooms.config.engine, EngineSettings::Pve(_));
+        let verbose = request.into_inner().verbose;
         Ok(Response::new(v1::StatusResponse {
+            info: if verbose { info::runtime(&self.rooms)? } else { HashMap::new() },
             status: Some(v1::RuntimeStatus {
                 conditions: conditions(&*self.rooms.engine, on_proxmox_ve, network),
             }),
@@ -361,7 +369,6 @@ impl RuntimeService for Service {
                 supplemental_groups_policy: true,
                 ..v1::RuntimeFeatures::default()
             }),
-            ..v1::StatusResponse::default()
         }))
     }
 

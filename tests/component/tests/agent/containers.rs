@@ -48,6 +48,24 @@ async fn a_container_lives_and_nothing_is_left_of_its_pod() {
     let of_pod = of_pod.unwrap().into_inner().stats.unwrap().linux.unwrap();
     assert_eq!(of_pod.containers.len(), 1);
     assert!(number(of_pod.process.unwrap().process_count) >= 2, "the init and the container");
+    let interface = of_pod.network.unwrap().default_interface.unwrap();
+    assert_eq!(interface.name, "eth0");
+    // Both are of the time since somebody asked before, or since the container was made.
+    until("a rate and a measurement", async || {
+        let request = v1::ContainerStatsRequest { container_id: id.clone() };
+        let stats = host.runtime().container_stats(request).await.unwrap().into_inner().stats.unwrap();
+        match (stats.cpu.unwrap().usage_nano_cores, &stats.writable_layer) {
+            (Some(_), Some(_)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    let verbose = v1::ContainerStatusRequest { container_id: id.clone(), verbose: true };
+    let info = host.runtime().container_status(verbose).await.unwrap().into_inner().info;
+    assert!(info["info"].contains(&pod.id) && !info["info"].contains("COLOUR"), "{info:?}");
+    let verbose = v1::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+    let info = host.runtime().pod_sandbox_status(verbose).await.unwrap().into_inner().info;
+    assert!(info["info"].contains("\"pid\":"), "{info:?}");
 
     host.stop_container(&id, 10).await.unwrap();
     let ended = host.status(&id).await.unwrap();

@@ -230,3 +230,36 @@ async fn a_removal_that_was_cut_short_is_ended() {
     host.nothing_is_left().await;
     host.end().await;
 }
+
+/// Cuts a file in half, as a disk may do that loses power.
+fn cut(path: &Path) {
+    let bytes = fs::read(path).unwrap();
+    fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_record_is_put_aside_and_what_it_was_of_is_removed() {
+    let mut host = Host::start().await;
+    let (lost, stays) = (host.pod("lost").await, host.pod("stays").await);
+    host.run(&lost, sleeper("main")).await;
+    let (unknown, known) = (
+        host.run(&stays, container("unknown", "exec sleep 4712")).await,
+        host.run(&stays, sleeper("known")).await,
+    );
+    host.stop_agent().await;
+    let ledger = host.root().join("ledger");
+    cut(&ledger.join(format!("sandboxes/{}.json", lost.id)));
+    cut(&ledger.join(format!("containers/{unknown}.json")));
+    host.start_agent().await;
+    assert!(host.pod_status(&lost.id).await.is_err());
+    assert_eq!(processes(&lost.id), Vec::<u32>::new());
+    assert_eq!(host.status(&known).await.unwrap().state(), v1::ContainerState::ContainerRunning);
+    assert!(host.status(&unknown).await.is_err());
+    assert_eq!(process(&stays.id, "sleep 4712"), None, "nobody knows of it, so that it would run twice");
+    for name in [&lost.id, &unknown] {
+        assert!(ledger.join(format!("damaged/{name}.json")).exists());
+    }
+    // Whoever wanted it makes it anew, by the same name.
+    host.run(&stays, container("unknown", "exec sleep 4712")).await;
+    host.end().await;
+}
