@@ -12,10 +12,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     keys,
-    keys::Pair,
+    keys::{Pair, sleep_until},
     kubeconfig,
     request::{self, Purpose},
-    sleep_until,
     store::Store,
 };
 use crate::{Config, Error, Result};

@@ -7,7 +7,7 @@ use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use super::ServingNames;
+use super::names::ServingNames;
 use crate::{Error, Result};
 
 /// The group of all nodes, exactly the organisation that the signers accept.
@@ -204,6 +204,17 @@ impl std::fmt::Debug for Pair {
 /// The present time, UNIX seconds.
 pub(super) fn now() -> i64 {
     jiff::Timestamp::now().as_second()
+}
+
+/// Sleeps until that UNIX second, with looks at the clock between: it may be set.
+pub(super) async fn sleep_until(when: i64) {
+    loop {
+        let left = when - now();
+        if left <= 0 {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_secs(left.unsigned_abs().min(3600))).await;
+    }
 }
 
 #[cfg(test)]

@@ -63,7 +63,7 @@ pub(super) fn fingerprint(path: &Path) -> u64 {
 pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-    use crate::identity::{ServingNames, keys};
+    use crate::identity::{keys, names::ServingNames};
 
     pub(crate) fn write(dir: &Path, server: &str) -> std::path::PathBuf {
         let path = dir.join("kubeconfig");

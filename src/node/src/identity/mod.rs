@@ -9,19 +9,20 @@
 mod client;
 mod keys;
 mod kubeconfig;
+mod names;
 mod request;
 mod serving;
 mod store;
 
-use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc};
 
 use rustls::RootCertStore;
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-pub use self::serving::ServingCertificate;
 use self::{client::Rotating, store::Store};
+pub use self::{names::ServingNames, serving::ServingCertificate};
 use crate::{Config, Error, Result};
 
 /// The node's identity; clones share it.
@@ -31,15 +32,6 @@ pub struct Identity {
     serving: Arc<ServingCertificate>,
     client_ca: Option<Arc<RootCertStore>>,
     names: Arc<watch::Sender<Option<ServingNames>>>,
-}
-
-/// What the serving certificate must name.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ServingNames {
-    /// DNS names, as a rule the host's name.
-    pub dns: Vec<String>,
-    /// The node's addresses.
-    pub ips: Vec<IpAddr>,
 }
 
 impl Identity {
@@ -136,17 +128,6 @@ fn roots_from_file(path: &Path) -> Result<RootCertStore> {
         store.add(certificate).map_err(|e| bad(e.to_string()))?;
     }
     Ok(store)
-}
-
-/// Sleeps until that UNIX second, with looks at the clock between: it may be set.
-async fn sleep_until(when: i64) {
-    loop {
-        let left = when - keys::now();
-        if left <= 0 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_secs(left.unsigned_abs().min(3600))).await;
-    }
 }
 
 #[cfg(test)]

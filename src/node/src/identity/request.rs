@@ -14,7 +14,7 @@ use kube::{
 use rcgen::{KeyPair, PublicKeyData};
 use sha2::{Digest, Sha256};
 
-use super::{ServingNames, keys, keys::Pair, store::Store};
+use super::{keys, keys::Pair, names::ServingNames, store::Store};
 use crate::{Error, Result};
 
 /// What a certificate is for.

@@ -14,8 +14,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ServingNames, keys,
+    keys,
     keys::{Leaf, Pair},
+    names::ServingNames,
     request::{self, Purpose},
     store::Store,
 };
@@ -111,7 +112,7 @@ async fn provide(
     match store.pair(Purpose::Serving.file()) {
         Ok(Some(pair)) if usable(&pair.leaf, node, names, keys::now()) => {
             shown.show(&pair);
-            super::sleep_until(pair.leaf.renew_at(rand::random())).await;
+            keys::sleep_until(pair.leaf.renew_at(rand::random())).await;
         }
         Ok(Some(pair)) if pair.leaf.valid_at(keys::now()) => {
             tracing::info!("the node's names have changed: a new serving certificate is requested");

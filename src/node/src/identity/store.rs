@@ -106,7 +106,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::identity::{ServingNames, keys};
+    use crate::identity::{keys, names::ServingNames};
 
     #[test]
     fn keeps_a_pair_0600_and_survives_garbage() {
