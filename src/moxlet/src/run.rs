@@ -234,6 +234,7 @@ fn node_config(config: &Config, endpoint: Endpoint) -> Result<moxlet_node::Confi
         link_files: config.link_files()?,
         kubeconfig: config.kubeconfig.clone(),
         bootstrap_kubeconfig: config.bootstrap_kubeconfig.clone(),
+        allow_any_identity: config.allow_any_identity,
         client_ca_file: config.client_ca_file.clone(),
         state_dir: config.root_dir.join("node"),
         listen: config.listen,

@@ -23,6 +23,8 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// A kubeconfig with a bootstrap token, with which a client certificate is requested.
     pub bootstrap_kubeconfig: Option<PathBuf>,
+    /// Whether the kubeconfig may be of somebody else than the node.
+    pub allow_any_identity: bool,
     /// Certificates that sign callers of the kubelet API; default: the kubeconfig's CA.
     pub client_ca_file: Option<PathBuf>,
     /// Keys and certificates of the node, 0600.
@@ -88,6 +90,7 @@ impl Default for Config {
             link_files: None,
             kubeconfig: None,
             bootstrap_kubeconfig: None,
+            allow_any_identity: false,
             client_ca_file: None,
             state_dir: PathBuf::from("/var/lib/moxlet/node"),
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 10250)),

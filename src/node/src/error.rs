@@ -99,6 +99,33 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// Another process has the node's state directory.
+    #[error("another moxlet uses the state directory {path}")]
+    StateDirInUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The API server takes this process for somebody else.
+    #[error(
+        "the kubeconfig is not that of node {node:?}: with it the API server takes this process for {found}, not for \"system:node:{node}\" of the group system:nodes. \
+         Use --bootstrap-kubeconfig to get an identity for the node (and unset KUBECONFIG if it is meant for kubectl), or set allow_any_identity = true"
+    )]
+    NotTheNode {
+        /// The node's name.
+        node: String,
+        /// User and groups.
+        found: String,
+    },
+    /// Another instance has taken over the Node's Lease while this one did not renew it.
+    #[error(
+        "the Lease of node {node:?} is now held by {holder}: this process stops acting for the node, its pods keep running"
+    )]
+    NodeNameTaken {
+        /// The node's name.
+        node: String,
+        /// Who holds it.
+        holder: String,
+    },
     /// A manifest of a static pod is not valid.
     #[error("static pod {path}: {reason}")]
     Manifest {

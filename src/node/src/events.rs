@@ -13,7 +13,7 @@ use kube::{
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::pods::names;
 
@@ -24,7 +24,7 @@ const QUEUE: usize = 4096;
 /// Series that are remembered, and for how long when there are more.
 const SERIES: usize = 4096;
 const REMEMBERED: Duration = Duration::from_secs(600);
-/// What one object may say at once, and how often after that.
+/// How many events one object may have at once, and how often after that.
 const BURST: f64 = 25.0;
 const REFILL_PER_SECOND: f64 = 1.0 / 30.0;
 /// How long a write may take.
@@ -99,19 +99,19 @@ impl Recorder {
         (Self { notes }, queue)
     }
 
-    /// Says something of an object.
-    pub(crate) fn say(
+    /// Emits an event of an object.
+    pub(crate) fn emit(
         &self,
         object: ObjectReference,
         kind: Kind,
         reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
-        self.say_at(object, kind, reason, message, Timestamp::now());
+        self.emit_at(object, kind, reason, message, Timestamp::now());
     }
 
-    /// Says what was so at an earlier time. Said again with the same time it is the same event, also after a restart.
-    pub(crate) fn say_at(
+    /// Emits an event of an earlier time. With the same time it is the same event, also after a restart.
+    pub(crate) fn emit_at(
         &self,
         object: ObjectReference,
         kind: Kind,
@@ -126,12 +126,16 @@ impl Recorder {
             message.push_str("...");
         }
         let name = object.name.as_deref().unwrap_or_default();
-        info!(namespace = object.namespace.as_deref(), name, reason = &*reason, message, "event");
+        let namespace = object.namespace.as_deref();
+        match kind {
+            Kind::Normal => info!(namespace, name, reason = &*reason, message, "event"),
+            Kind::Warning => warn!(namespace, name, reason = &*reason, message, "event"),
+        }
         // A full queue loses the newest event: never worth a wait.
         let _ = self.notes.try_send(Note { object, kind, reason, message, at });
     }
 
-    /// Says something of a pod or of one of its containers.
+    /// Emits an event of a pod or of one of its containers.
     pub(crate) fn pod(
         &self,
         pod: &Pod,
@@ -140,7 +144,7 @@ impl Recorder {
         reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
-        self.say(reference(pod, container), kind, reason, message);
+        self.emit(reference(pod, container), kind, reason, message);
     }
 }
 
@@ -154,7 +158,7 @@ struct Series {
     used: Instant,
 }
 
-/// Lets an object say so much at once and then little.
+/// Lets an object have so many events at once and then few.
 struct Bucket {
     left: f64,
     at: Instant,
@@ -202,7 +206,7 @@ impl Writer {
     async fn note(&mut self, client: &Client, note: &Note) {
         let now = Instant::now();
         if !self.may(note.object.uid.as_deref().unwrap_or_default(), now) {
-            debug!(reason = &*note.reason, "event dropped, its object says too much");
+            debug!(reason = &*note.reason, "event dropped: its object has too many");
             return;
         }
         if self.series.len() > SERIES {
@@ -231,7 +235,7 @@ impl Writer {
         }
     }
 
-    /// Whether an object may say something now.
+    /// Whether an object may have an event now.
     fn may(&mut self, uid: &str, now: Instant) -> bool {
         if self.buckets.len() > SERIES {
             self.buckets.retain(|_, b| now.duration_since(b.at) < REMEMBERED);
@@ -283,7 +287,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_object_may_say_25_things_at_once() {
+    fn an_object_has_25_events_at_once() {
         let now = Instant::now();
         let mut bucket = Bucket { left: BURST, at: now };
         assert_eq!((0..100).filter(|_| bucket.take(now)).count(), 25);

@@ -54,7 +54,7 @@ pub(crate) async fn run(
                 );
                 match judge(&done) {
                     Some((Some(reason), message)) => {
-                        recorder.say(events::node_reference(&node), Kind::Warning, reason, message.clone());
+                        recorder.emit(events::node_reference(&node), Kind::Warning, reason, message.clone());
                         Err(message)
                     }
                     Some((None, message)) => Err(message),
@@ -68,7 +68,7 @@ pub(crate) async fn run(
             // Only what fails again is worth an event.
             Err(message) if failed_before => {
                 error!(message, "image garbage collection failed again");
-                recorder.say(events::node_reference(&node), Kind::Warning, "ImageGCFailed", message);
+                recorder.emit(events::node_reference(&node), Kind::Warning, "ImageGCFailed", message);
             }
             Err(message) => {
                 warn!(message, "image garbage collection failed");

@@ -3,10 +3,11 @@
 //! | task | takes in | gives out |
 //! |---|---|---|
 //! | [`identity`] | kubeconfigs | the client of the API server, certificates |
-//! | `register` | the agent's facts and health | the Node, facts for everybody (watch channel), the pod CIDR for the agent |
-//! | `lease` | | the Lease, every 10 s |
+//! | `register` | the agent's facts and health, the Node as it is shown | the Node, facts for everybody (watch channel), the pod CIDR for the agent |
+//! | `membership` | | the Lease, every 10 s; whether this process may act for the Node (watch channel) |
 //! | `env::services` | Services | variables of service links |
-//! | `pods::source`, `static_pods` | the API server's pods, manifests | updates (mpsc) |
+//! | `pods::source`, `static_pods::files` | the API server's pods, manifests | updates (mpsc) |
+//! | `static_pods::mirror` | static pods, the API server's copies of them | those copies, where their status goes |
 //! | `pods::manager` | updates, the agent's events | one worker a pod, told by a watch channel |
 //! | `pods::worker` | what a pod shall be, what the agent reports | CRI calls, status, the published copy |
 //! | `image_gc` | the policy | removals on the agent every 5 min, events where they do not help |
@@ -25,7 +26,8 @@ mod error;
 mod events;
 pub mod identity;
 mod image_gc;
-mod lease;
+mod instance;
+mod membership;
 pub mod metrics;
 mod notices;
 pub mod pods;
@@ -64,6 +66,7 @@ use crate::{
         registry::PodRegistry,
         worker::Shared,
     },
+    static_pods::mirror,
 };
 
 /// Updates of pods that wait for the manager.
@@ -133,6 +136,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     }
     metrics::install();
     let bound = api::bind(&config).await?;
+    let instance = Arc::new(instance::Instance::take(&config.state_dir)?);
     let Some((connector, agent, info)) = meet_agent(&mut config, &stop).await? else { return Ok(()) };
     let channel = agent.channel();
     let agent: Arc<dyn Runtime> = Arc::new(agent);
@@ -145,7 +149,21 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
 
     let mut tasks = Tasks::new(&stop);
     let token = tasks.token.clone();
+    let host = info.hostname.clone();
     let (info_sender, info) = watch::channel(Arc::new(info));
+    let (admitted, is_admitted) = watch::channel(false);
+    let (uid_sender, node_uid) = watch::channel(None);
+    if let Some(client) = client.clone() {
+        let membership = membership::Membership {
+            client,
+            node: config.node_name.clone(),
+            host,
+            instance,
+            any_identity: config.allow_any_identity,
+            admitted,
+        };
+        tasks.all.spawn(membership.run(token.clone()));
+    }
     let (recorder, write_events) = Recorder::new(client.clone(), config.node_name.clone(), token.clone());
     tasks.spawn(write_events);
     let registrar = register::Registrar {
@@ -153,6 +171,8 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
         agent: agent.clone(),
         client: client.clone(),
         info: info_sender,
+        admitted: is_admitted.clone(),
+        node_uid: uid_sender,
     };
     tasks.spawn(registrar.run(token.clone()));
     let registry = PodRegistry::default();
@@ -170,9 +190,15 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     });
     let (updates, queue) = mpsc::channel(UPDATES);
     if client.is_some() {
-        recorder.say(events::node_reference(&config.node_name), Kind::Normal, "Starting", "Starting moxlet.");
+        recorder.emit(
+            events::node_reference(&config.node_name),
+            Kind::Normal,
+            "Starting",
+            "Starting moxlet.",
+        );
     }
-    let sources = sources(&config, client, &updates, &mut tasks);
+    let mirrors = mirrors(&shared, node_uid, &updates, &mut tasks);
+    let sources = sources(&config, client, is_admitted, &updates, mirrors, &mut tasks);
     let manager = Manager::new(shared, sources, token.clone());
     tasks.spawn(async move {
         manager.run(queue).await;
@@ -221,25 +247,60 @@ fn cluster_of(client: Option<&Client>, tasks: &mut Tasks) -> (Arc<dyn Cluster>, 
     (Arc::new(KubeCluster(client.clone())), services)
 }
 
+/// Starts the keeper of mirror pods.
+fn mirrors(
+    shared: &Arc<Shared>,
+    node_uid: watch::Receiver<Option<String>>,
+    updates: &mpsc::Sender<Update>,
+    tasks: &mut Tasks,
+) -> mpsc::Sender<mirror::Input> {
+    let (mirrors, inputs) = mpsc::channel(UPDATES);
+    let keeper = mirror::Mirrors {
+        cluster: shared.cluster.clone(),
+        node: shared.config.node_name.clone(),
+        node_uid,
+        events: shared.events.clone(),
+        updates: updates.clone(),
+    };
+    let token = tasks.token.clone();
+    tasks.spawn(keeper.run(inputs, token));
+    mirrors
+}
+
 /// Starts what brings pods: the API server, a folder, or both.
 fn sources(
     config: &Config,
     client: Option<Client>,
+    mut admitted: watch::Receiver<bool>,
     updates: &mpsc::Sender<Update>,
+    mirrors: mpsc::Sender<mirror::Input>,
     tasks: &mut Tasks,
 ) -> Vec<Source> {
     let (node, token) = (&config.node_name, tasks.token.clone());
     let mut sources = Vec::new();
     if let Some(client) = client {
         sources.push(Source::Api);
-        tasks.spawn(lease::run(client.clone(), node.clone(), token.clone()));
-        tasks.spawn(pods::source::watch(client, node.clone(), updates.clone(), token.clone()));
+        let watch =
+            pods::source::watch(client, node.clone(), updates.clone(), mirrors.clone(), token.clone());
+        let stop = token.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                // An error means that the node ends.
+                yes = admitted.wait_for(|yes| *yes) => if yes.is_err() { return },
+            }
+            watch.await;
+        });
     } else {
         info!("no kubeconfig: static pods only");
     }
     if let Some(folder) = config.static_pod_dir.clone() {
         sources.push(Source::Files);
-        tasks.spawn(static_pods::watch(folder, node.clone(), updates.clone(), token));
+        let files = static_pods::files::watch(folder, node.clone(), updates.clone(), mirrors, token);
+        tasks.spawn(files);
+    } else {
+        // Then all mirrors are of nobody.
+        let _ = mirrors.try_send(mirror::Input::Static(Vec::new()));
     }
     sources
 }

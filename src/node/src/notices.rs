@@ -105,7 +105,7 @@ impl<S: Source> Teller<S> {
         let kind = if notice.warning { Kind::Warning } else { Kind::Normal };
         let at = Timestamp::from_nanosecond(notice.at_ns.into()).unwrap_or_else(|_| Timestamp::now());
         let object = self.object(&notice);
-        self.events.say_at(object, kind, notice.reason, notice.message, at);
+        self.events.emit_at(object, kind, notice.reason, notice.message, at);
     }
 
     fn object(&self, notice: &Notice) -> ObjectReference {

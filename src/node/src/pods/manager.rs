@@ -43,6 +43,15 @@ pub(crate) enum Update {
     Gone(Arc<Pod>),
     /// All pods of a source were told; whatever else was from it is gone.
     Listed(Source, HashSet<String>),
+    /// The API server's copy of a static pod, to which its status goes; no UID: there is none.
+    Mirror {
+        /// The pod's namespace.
+        namespace: String,
+        /// The pod's name.
+        name: String,
+        /// UID of the copy.
+        uid: String,
+    },
 }
 
 /// Orphans that are ended get this grace, as in the kubelet.
@@ -63,7 +72,8 @@ pub(crate) struct Manager {
     tasks: JoinSet<String>,
     listed: BTreeSet<Source>,
     wanted: BTreeSet<Source>,
-    mirrors: HashMap<(String, String), Arc<Pod>>,
+    /// UIDs of the API server's copies of static pods.
+    mirrors: HashMap<(String, String), String>,
     /// Static pods that wait for their forerunner of the same name to end.
     queued: HashMap<(String, String), Arc<Pod>>,
     stop: CancellationToken,
@@ -71,10 +81,6 @@ pub(crate) struct Manager {
 
 fn key(pod: &Pod) -> (String, String) {
     (names::namespace(pod).to_owned(), names::name(pod).to_owned())
-}
-
-fn is_mirror(pod: &Pod) -> bool {
-    names::get(pod.metadata.annotations.as_ref(), names::MIRROR).is_some()
 }
 
 impl Manager {
@@ -146,7 +152,7 @@ impl Manager {
     fn target(&self, pod: &Pod) -> Target {
         let (namespace, name) = key(pod);
         let uid = if names::is_static(pod) {
-            self.mirrors.get(&key(pod)).map(|m| names::uid(m).to_owned()).unwrap_or_default()
+            self.mirrors.get(&key(pod)).cloned().unwrap_or_default()
         } else {
             names::uid(pod).to_owned()
         };
@@ -156,29 +162,13 @@ impl Manager {
     async fn take(&mut self, update: Update) {
         match update {
             Update::Apply(_, pod) if names::uid(&pod).is_empty() => {}
-            Update::Apply(Source::Api, pod) if is_mirror(&pod) => self.mirror(pod).await,
+            Update::Mirror { namespace, name, uid } => self.mirror((namespace, name), uid),
             Update::Apply(source, pod) => {
-                let replaced = source == Source::Files
-                    && !self.workers.contains_key(names::uid(&pod))
-                    && self.occupied(&key(&pod));
+                let replaced = source == Source::Files && self.must_wait(&pod);
                 if replaced {
                     self.queued.insert(key(&pod), pod);
                 } else {
-                    if source == Source::Files && !self.mirrors.contains_key(&key(&pod)) {
-                        self.make_mirror(&pod);
-                    }
                     self.apply(Some(source), pod);
-                }
-            }
-            Update::Gone(pod) if is_mirror(&pod) => {
-                self.mirrors.remove(&key(&pod));
-                let own = self
-                    .workers
-                    .values()
-                    .map(|w| w.desired.borrow().clone())
-                    .find(|d| key(&d.pod) == key(&pod) && !d.gone);
-                if let Some(own) = own {
-                    self.make_mirror(&own.pod);
                 }
             }
             Update::Gone(pod) => self.gone(names::uid(&pod), Some(pod.clone()), None),
@@ -199,57 +189,30 @@ impl Manager {
         }
     }
 
-    async fn mirror(&mut self, mirror: Arc<Pod>) {
-        let name = key(&mirror);
-        let own = self.workers.values().find(|w| {
-            let d = w.desired.borrow();
-            key(&d.pod) == name && names::is_static(&d.pod) && !d.gone
-        });
-        let hash =
-            names::get(mirror.metadata.annotations.as_ref(), names::MIRROR).unwrap_or_default().to_owned();
-        let fits = own.is_some_and(|w| names::uid(&w.desired.borrow().pod) == hash);
-        // A mirror of what is no longer here, or of another version, goes; but not before the manifests were read.
-        if !fits || mirror.metadata.deletion_timestamp.is_some() {
-            let read = self.listed.contains(&Source::Files) || !self.wanted.contains(&Source::Files);
-            if read
-                && let Err(error) =
-                    self.shared.cluster.delete_pod(&name.0, &name.1, names::uid(&mirror)).await
-            {
-                debug!(error = %chain(&error), "old mirror pod not deleted");
-            }
-            return;
-        }
-        self.mirrors.insert(name.clone(), mirror);
-        let targets: Vec<_> =
-            self.workers.values().filter(|w| key(&w.desired.borrow().pod) == name).collect();
-        for worker in targets {
-            let target = self.target(&worker.desired.borrow().pod.clone());
-            worker.desired.send_modify(|d| d.target = target);
+    /// Whether a static pod has to wait: for another of its name to end, or for its own end where its manifest came back meanwhile.
+    fn must_wait(&self, pod: &Pod) -> bool {
+        match self.workers.get(names::uid(pod)) {
+            Some(own) => own.desired.borrow().gone,
+            None => self.occupied(&key(pod)),
         }
     }
 
-    /// Has the API server's copy of a static pod made, off the path.
-    fn make_mirror(&self, pod: &Arc<Pod>) {
-        let (shared, pod) = (self.shared.clone(), pod.clone());
-        let stop = self.stop.clone();
-        tokio::spawn(async move {
-            let mut copy = (*pod).clone();
-            let hash = names::uid(&pod).to_owned();
-            copy.metadata.uid = None;
-            copy.metadata.resource_version = None;
-            copy.status = None;
-            copy.metadata.annotations.get_or_insert_default().insert(names::MIRROR.to_owned(), hash);
-            for _ in 0..20 {
-                match shared.cluster.create_pod(&copy).await {
-                    Ok(()) => return,
-                    Err(error) => debug!(error = %chain(&error), "mirror pod not made yet"),
+    fn mirror(&mut self, name: (String, String), uid: String) {
+        if uid.is_empty() {
+            self.mirrors.remove(&name);
+        } else {
+            self.mirrors.insert(name.clone(), uid);
+        }
+        for worker in self.workers.values().filter(|w| key(&w.desired.borrow().pod) == name) {
+            let target = self.target(&worker.desired.borrow().pod.clone());
+            worker.desired.send_if_modified(|d| {
+                let changed = names::is_static(&d.pod) && d.target.uid != target.uid;
+                if changed {
+                    d.target = target;
                 }
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(Duration::from_secs(5)) => {}
-                }
-            }
-        });
+                changed
+            });
+        }
     }
 
     fn apply(&mut self, source: Option<Source>, pod: Arc<Pod>) {

@@ -1,4 +1,4 @@
-//! Pods that the API server binds to this node.
+//! Pods that the API server binds to this node, and its copies of static pods.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -13,13 +13,14 @@ use super::{
     manager::{Source, Update},
     names,
 };
-use crate::relist;
+use crate::{relist, static_pods::mirror};
 
 /// Watches until stopped.
 pub(crate) async fn watch(
     client: Client,
     node: String,
     updates: mpsc::Sender<Update>,
+    mirrors: mpsc::Sender<mirror::Input>,
     stop: CancellationToken,
 ) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
@@ -31,6 +32,26 @@ pub(crate) async fn watch(
             event = stream.try_next() => event,
         };
         let ours = |pod: &Pod| pod.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node.as_str());
+        let for_mirrors = match &event {
+            Ok(Some(watcher::Event::InitApply(pod) | watcher::Event::Apply(pod)))
+                if mirror::is_mirror(pod) =>
+            {
+                Some(mirror::Input::Shown(Arc::new(pod.clone())))
+            }
+            Ok(Some(watcher::Event::Delete(pod))) if mirror::is_mirror(pod) => {
+                Some(mirror::Input::Removed(Arc::new(pod.clone())))
+            }
+            _ => None,
+        };
+        if let Some(input) = for_mirrors {
+            if let Ok(Some(watcher::Event::InitApply(pod))) = &event {
+                listed.insert(names::uid(pod).to_owned());
+            }
+            if mirrors.send(input).await.is_err() {
+                return;
+            }
+            continue;
+        }
         let update = match event {
             Ok(Some(watcher::Event::Init)) => {
                 listed.clear();
@@ -40,7 +61,13 @@ pub(crate) async fn watch(
                 listed.insert(names::uid(&pod).to_owned());
                 Update::Apply(Source::Api, Arc::new(pod))
             }
-            Ok(Some(watcher::Event::InitDone)) => Update::Listed(Source::Api, std::mem::take(&mut listed)),
+            Ok(Some(watcher::Event::InitDone)) => {
+                let listed = std::mem::take(&mut listed);
+                if mirrors.send(mirror::Input::Listed(listed.clone())).await.is_err() {
+                    return;
+                }
+                Update::Listed(Source::Api, listed)
+            }
             Ok(Some(watcher::Event::Apply(pod))) if ours(&pod) => Update::Apply(Source::Api, Arc::new(pod)),
             Ok(Some(watcher::Event::Delete(pod))) => Update::Gone(Arc::new(pod)),
             Ok(Some(_)) => continue,
