@@ -59,6 +59,104 @@ fn an_upgrade_touches_no_running_pod() {
     assert_eq!(ns.exec("stays", "echo alive").ok(), "alive\n");
 }
 
+/// Sends a signal to `moxlet up`.
+fn signal(name: &str) {
+    let pid = std::fs::read_to_string(Cluster::get().dir.join("run/moxlet.pid")).unwrap();
+    let pid = pid.split_whitespace().next().unwrap();
+    assert!(Command::new("kill").args([name, pid]).status().unwrap().success());
+}
+
+#[test]
+fn a_node_that_was_silent_is_ready_again_without_waiting_for_a_heartbeat() {
+    let _turn = turn();
+    let ready = || {
+        let node = Kubectl::new(None, &["get", "node", &Cluster::get().node, "-o", "json"]).json();
+        let conditions = node["status"]["conditions"].as_array().unwrap().clone();
+        conditions.iter().find(|c| c["type"] == "Ready").unwrap()["status"].as_str().unwrap().to_owned()
+    };
+    signal("-STOP");
+    let unknown =
+        std::panic::catch_unwind(|| {
+            eventually_within(Duration::from_secs(150), "the controller to call the node NotReady", || {
+                match ready() {
+                    status if status != "True" => Ok(()),
+                    status => Err(status),
+                }
+            });
+        });
+    signal("-CONT");
+    unknown.unwrap();
+    // The heartbeat would come after up to 5 minutes.
+    eventually("the node to be Ready", || match ready() {
+        status if status == "True" => Ok(()),
+        status => Err(status),
+    });
+}
+
+#[test]
+fn static_pods_have_mirrors_and_a_broken_manifest_holds_up_no_other() {
+    let _turn = turn();
+    let cluster = Cluster::get();
+    let (dir, config) = (tempfile::tempdir().unwrap(), cluster.dir.join("moxlet.toml"));
+    let before = std::fs::read_to_string(&config).unwrap();
+    let manifest = |name: &str| {
+        let spec = json!({"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": cluster.image("busybox"),
+            "command": ["sleep", "3600"]}]});
+        json!({"kind": "Pod", "apiVersion": "v1", "metadata": {"name": name}, "spec": spec}).to_string()
+    };
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    let mirror = |name: &str| {
+        let name = format!("{name}-{}", cluster.node);
+        let found = Kubectl::new(Some("default"), &["get", "pod", &name, "-o", "json", "--ignore-not-found"])
+            .run()
+            .ok();
+        serde_json::from_str::<Value>(&found).unwrap_or_default()
+    };
+    let running = |name: &str| {
+        eventually_within(LONG, "a mirror that is Running", || {
+            let pod = mirror(name);
+            if pod["status"]["phase"] == "Running" { Ok(pod) } else { Err(pod.to_string()) }
+        })
+    };
+    let gone = |name: &str| {
+        eventually_within(LONG, "no mirror", || {
+            if mirror(name).is_null() { Ok(()) } else { Err(name.to_owned()) }
+        });
+    };
+    std::fs::write(&config, format!("{before}\nstatic_pod_dir = {:?}\n", dir.path())).unwrap();
+    cluster.script("node-stop");
+    cluster.script("node-start");
+    let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        write("stays.json", &manifest("stays"));
+        write("goes.json", &manifest("goes"));
+        let first = running("stays");
+        assert_eq!(first["metadata"]["ownerReferences"][0]["kind"], "Node");
+        running("goes");
+        write("broken.json", "{\"kind\": \"Pod\", ");
+        std::fs::remove_file(dir.path().join("goes.json")).unwrap();
+        gone("goes");
+        assert_eq!(running("stays")["metadata"]["uid"], first["metadata"]["uid"]);
+        // Taken out and put back while it ends: the folder is looked at every 2 s.
+        write("goes.json", &manifest("goes"));
+        running("goes");
+        std::fs::remove_file(dir.path().join("goes.json")).unwrap();
+        std::thread::sleep(Duration::from_millis(2500));
+        write("goes.json", &manifest("goes"));
+        std::thread::sleep(Duration::from_secs(4));
+        running("goes");
+    }));
+    for name in ["stays.json", "goes.json", "broken.json"] {
+        let _ = std::fs::remove_file(dir.path().join(name));
+    }
+    gone("stays");
+    gone("goes");
+    std::fs::write(&config, before).unwrap();
+    cluster.script("node-stop");
+    cluster.script("node-start");
+    told.unwrap();
+    no_leaks();
+}
+
 #[test]
 fn a_pod_that_ended_while_moxlet_was_away_has_its_exit_code() {
     let _turn = turn();

@@ -98,6 +98,79 @@ fn a_serviceaccount_with_the_right_scrapes_metrics_and_nothing_else() {
 }
 
 #[test]
+fn dashboards_find_cadvisors_names_and_the_configuration() {
+    let ns = Namespace::new("cadvisor");
+    ns.running("measured", "while true; do sleep 1; done");
+    let read = |path: &str| {
+        let path = format!("/api/v1/nodes/{}/proxy{path}", Cluster::get().node);
+        Kubectl::new(None, &["get", "--raw", &path]).run()
+    };
+    eventually("the pod in /metrics/cadvisor", || {
+        let text = read("/metrics/cadvisor").ok();
+        let pod = format!("namespace=\"{}\",pod=\"measured\"", ns.name);
+        let has = |name: &str| text.lines().any(|l| l.starts_with(name) && l.contains(&pod));
+        let all = ["container_memory_working_set_bytes{", "container_cpu_usage_seconds_total{"];
+        if all.iter().all(|name| has(name)) { Ok(()) } else { Err(text) }
+    });
+    let config: Value = serde_json::from_str(&read("/configz").ok()).unwrap();
+    assert_eq!(config["kubeletconfig"]["kind"], "KubeletConfiguration");
+    for path in ["/metrics/probes", "/pods/"] {
+        assert_eq!(read(path).code, 0, "{path}");
+    }
+}
+
+/// Runs `moxlet node` for some seconds, or until it ends, at the cluster's own agent, with this configuration; its log.
+fn second_node(config: &str, until: &str) -> (Option<i32>, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let (cluster, log) = (Cluster::get(), dir.path().join("log"));
+    let agent = cluster.root_dir().join("run/agent.sock");
+    let file = dir.path().join("moxlet.toml");
+    let common = format!(
+        "root_dir = {:?}\nagent_endpoint = \"unix://{}\"\nlisten = \"127.0.0.1:0\"\n{config}\n",
+        dir.path().join("root"),
+        agent.display()
+    );
+    std::fs::write(&file, common).unwrap();
+    let mut command = std::process::Command::new(cluster.bin.join("moxlet"));
+    command.env_remove("KUBECONFIG").args(["node", "--config"]).arg(&file).stdin(std::process::Stdio::null());
+    let mut child = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+    let (code, text) = eventually(&format!("{until:?} in the log of a second node"), || {
+        let code = child.try_wait().unwrap().and_then(|status| status.code());
+        let text = std::fs::read_to_string(&log).unwrap();
+        if text.contains(until) { Ok((code, text)) } else { Err(text) }
+    });
+    let code = code.or_else(|| child.try_wait().unwrap().and_then(|status| status.code()));
+    let _ = child.kill();
+    let _ = child.wait();
+    (code, text)
+}
+
+#[test]
+fn a_second_process_of_the_same_name_waits_and_names_the_first() {
+    let cluster = Cluster::get();
+    let lease = || {
+        let args = ["get", "lease", &cluster.node, "-o", "json"];
+        Kubectl::new(Some("kube-node-lease"), &args).json()["metadata"]["annotations"].clone()
+    };
+    let before = lease();
+    let holder = before["moxlet.dev/instance"].as_str().unwrap().to_owned();
+    let bootstrap = cluster.dir.join("control-plane/bootstrap.kubeconfig");
+    let config = format!("node_name = {:?}\nbootstrap_kubeconfig = {bootstrap:?}", cluster.node);
+    let (_, log) = second_node(&config, "held by another instance");
+    assert!(log.contains(&holder), "{log}");
+    assert_eq!(lease(), before, "the Lease is still the first one's");
+}
+
+#[test]
+fn an_administrators_kubeconfig_makes_no_node() {
+    let config = format!("node_name = \"stranger\"\nkubeconfig = {:?}", Cluster::get().kubeconfig);
+    let (_, log) = second_node(&config, "not for \"system:node:stranger\"");
+    assert!(log.contains("allow_any_identity"), "{log}");
+    let nodes = Kubectl::new(None, &["get", "nodes", "-o", "name"]).run().ok();
+    assert!(!nodes.contains("stranger"), "{nodes}");
+}
+
+#[test]
 fn the_serving_certificate_was_approved_and_is_the_clusters() {
     // curl checks it against the cluster's CA; a self-signed one would give status 0.
     assert_ne!(Cluster::get().node_api("/healthz", None).0, 0);

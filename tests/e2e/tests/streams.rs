@@ -151,6 +151,22 @@ fn exec_gives_the_exit_code_and_keeps_the_streams_apart() {
 }
 
 #[test]
+fn exec_takes_commands_as_long_as_a_kubelet_does() {
+    let ns = Namespace::new("long-command");
+    ns.running("box", IDLE);
+    for websockets in TRANSPORTS {
+        for length in [60_000, 70_000, 100_000] {
+            let argument = "x".repeat(length);
+            let done = ns
+                .call(&["exec", "box", "--", "sh", "-c", "printf %s \"$1\" | wc -c", "sh", &argument])
+                .env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets)
+                .run();
+            assert_eq!(done.text().trim(), length.to_string(), "websockets={websockets}: {}", done.stderr);
+        }
+    }
+}
+
+#[test]
 fn exec_takes_stdin_to_its_end() {
     let ns = Namespace::new("stdin");
     ns.running("box", IDLE);

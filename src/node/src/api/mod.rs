@@ -3,12 +3,16 @@
 //! | file | what it does |
 //! |---|---|
 //! | `tls` | the listener: TLS with the serving certificate of the moment, callers' certificates, bounds on connections |
+//! | `head` | the head of a request that is larger than the HTTP server takes: exec of long commands |
 //! | `auth` | who calls and what it may do; before every route |
 //! | `logs` | `/containerLogs`: relayed from the agent |
 //! | `streams` | `/exec`, `/attach`, `/portForward`: upgraded connections, joined with the agent's byte for byte |
 //! | `query` | what a request asks for |
+//! | `configz` | the configuration as a kubelet shows it |
 
 mod auth;
+mod configz;
+mod head;
 mod logs;
 mod query;
 mod streams;
@@ -116,11 +120,17 @@ fn routes(api: Arc<Api>) -> Router {
     Router::new()
         .route("/healthz", get(async || "ok"))
         .route("/pods", get(pods))
+        .route("/pods/", get(pods))
+        .route("/configz", get(configz::configz))
         .route("/runningpods", get(running_pods))
         .route("/runningpods/", get(running_pods))
         .route("/metrics", get(own_metrics))
         .route("/metrics/resource", get(resource_metrics))
+        .route("/metrics/cadvisor", get(cadvisor_metrics))
+        // Prober figures; there are none while there are no probes.
+        .route("/metrics/probes", get(async || ([(CONTENT_TYPE, METRICS)], "")))
         .route("/stats/summary", get(summary))
+        .route("/stats/summary/", get(summary))
         .route("/containerLogs/{namespace}/{pod}/{container}", get(logs::container_logs))
         .route("/exec/{namespace}/{pod}/{container}", get(streams::exec).post(streams::exec))
         .route("/exec/{namespace}/{pod}/{uid}/{container}", get(streams::exec).post(streams::exec))
@@ -137,10 +147,14 @@ fn routes(api: Arc<Api>) -> Router {
 async fn gate(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Option<User>>,
-    request: Request,
+    Extension(query): Extension<head::LongQuery>,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let begun = Instant::now();
+    if let Some(query) = query.take() {
+        request.extensions_mut().insert(head::Query(query.into()));
+    }
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let shown = request.extensions().get::<MatchedPath>().map_or("other", |p| first_part(p.as_str()));
     let answer = async {
@@ -160,8 +174,9 @@ async fn gate(
 
 /// The first part of a route, which is one of a few: a label of metrics must not be the caller's choice.
 fn first_part(route: &str) -> &'static str {
-    const PARTS: [&str; 9] = [
+    const PARTS: [&str; 10] = [
         "healthz",
+        "configz",
         "pods",
         "runningpods",
         "metrics",
@@ -261,6 +276,11 @@ async fn own_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
 async fn resource_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
     let shot = metrics::resource::snapshot(&api.agent, &api.registry).await;
     ([(CONTENT_TYPE, METRICS)], metrics::resource::encode(&shot))
+}
+
+async fn cadvisor_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
+    let shot = metrics::resource::snapshot(&api.agent, &api.registry).await;
+    ([(CONTENT_TYPE, METRICS)], metrics::cadvisor::encode(&shot))
 }
 
 async fn summary(State(api): State<Arc<Api>>) -> Json<serde_json::Value> {

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::{
-    Api, Failure, container,
+    Api, Failure, container, head,
     query::{self, Streams},
 };
 use crate::{Error, error::chain, metrics::runtime_operation};
@@ -45,6 +45,12 @@ fn part<'a>(parts: &'a HashMap<String, String>, name: &str) -> &'a str {
     parts.get(name).map_or("", String::as_str)
 }
 
+/// The query of a request, wherever it was read.
+fn query_of(request: &Request) -> Option<&str> {
+    let long = request.extensions().get::<head::Query>();
+    long.map(|q| q.0.as_ref()).or_else(|| request.uri().query())
+}
+
 impl Api {
     fn runtime(&self) -> RuntimeServiceClient<tonic::transport::Channel> {
         RuntimeServiceClient::new(self.agent.clone())
@@ -65,7 +71,7 @@ pub(super) async fn exec(
     request: Request,
 ) -> Result<Response, Failure> {
     let id = api.container_id(&parts)?;
-    let wanted = Streams::parse(request.uri().query()).map_err(bad)?;
+    let wanted = Streams::parse(query_of(&request)).map_err(bad)?;
     let ask = v1::ExecRequest {
         container_id: id,
         cmd: wanted.command,
@@ -85,7 +91,7 @@ pub(super) async fn attach(
     request: Request,
 ) -> Result<Response, Failure> {
     let id = api.container_id(&parts)?;
-    let wanted = Streams::parse(request.uri().query()).map_err(bad)?;
+    let wanted = Streams::parse(query_of(&request)).map_err(bad)?;
     let ask = v1::AttachRequest {
         container_id: id,
         tty: wanted.tty,
@@ -107,7 +113,7 @@ pub(super) async fn port_forward(
     let view = api.pod(part(&parts, "namespace"), pod, parts.get("uid").map(String::as_str))?;
     let sandbox = view.sandbox_id.clone();
     let sandbox = sandbox.ok_or_else(|| Failure::not_found(format!("pod \"{pod}\" has no sandbox yet")))?;
-    let port = query::ports(request.uri().query()).map_err(|e| Failure::new(StatusCode::BAD_REQUEST, e))?;
+    let port = query::ports(query_of(&request)).map_err(|e| Failure::new(StatusCode::BAD_REQUEST, e))?;
     let ask = v1::PortForwardRequest { pod_sandbox_id: sandbox, port };
     let answer = runtime_operation("port_forward", api.runtime().port_forward(ask)).await;
     let url = answer.map_err(Error::agent("PortForward"))?.into_inner().url;

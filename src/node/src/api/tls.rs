@@ -15,7 +15,10 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
-use super::auth::{User, user_from_certificate};
+use super::{
+    auth::{User, user_from_certificate},
+    head::{self, Rewound},
+};
 use crate::{Error, Result, identity::Identity};
 
 /// Connections at one time, upgraded ones apart.
@@ -104,7 +107,13 @@ async fn connection(
         }
         None => None,
     };
-    let service = TowerToHyperService::new(routes.layer(Extension(caller)));
+    let mut stream = stream;
+    let (head, query) = timeout(PATIENCE, head::read(&mut stream))
+        .await
+        .map_err(|_| "the head of a request took too long".to_owned())?
+        .map_err(|e| e.to_string())?;
+    let stream = Rewound::new(head, stream);
+    let service = TowerToHyperService::new(routes.layer(Extension(caller)).layer(Extension(query)));
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE)

@@ -82,8 +82,14 @@ fn is_name(key: &str) -> bool {
     !key.is_empty() && key.bytes().all(|b| (b' '..=b'~').contains(&b) && b != b'=')
 }
 
-fn secret_text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+/// The text of a Secret's key. CRI carries variables as text: other bytes would become others on the way.
+fn secret_text(variable: &str, secret: &str, key: &str, bytes: &[u8]) -> Result<String> {
+    let text = std::str::from_utf8(bytes).map(str::to_owned);
+    text.map_err(|_| {
+        Error::ContainerConfig(format!(
+            "environment variable {variable}: the value of key {key} in Secret {secret} is not valid UTF-8; mount it as a volume"
+        ))
+    })
 }
 
 /// Makes a container's environment.
@@ -122,7 +128,7 @@ pub(crate) async fn environment(
                 let known = |n: &str| own.values.get(n).or_else(|| links.get(n)).map(String::as_str);
                 Some(expand::expand(text, known))
             }
-            Some(from) => sources.one_of(from)?,
+            Some(from) => sources.one_of(&variable.name, from)?,
         };
         if let Some(value) = value {
             own.put(variable.name.clone(), value);
@@ -176,17 +182,21 @@ impl Sources<'_> {
         }
         if let Some(r) = &from.secret_ref {
             let secret = unless_optional(self.objects.secret(&r.name), r.optional, no_secret(&r.name))?;
-            let pairs = |secret: &Secret| {
-                let data = secret.data.iter().flatten();
-                data.map(|(key, value)| (key.clone(), secret_text(&value.0))).collect()
+            let Some(secret) = secret else { return Ok(None) };
+            let prefix = from.prefix.as_deref().unwrap_or_default();
+            let text = |key: &String, bytes: &[u8]| {
+                let text = secret_text(&format!("{prefix}{key}"), &self.full(&r.name), key, bytes)?;
+                Ok((key.clone(), text))
             };
-            return Ok(secret.map(|secret| (label("Secret", &r.name), pairs(secret))));
+            let data = secret.data.iter().flatten();
+            let pairs = data.map(|(key, value)| text(key, &value.0)).collect::<Result<_>>()?;
+            return Ok(Some((label("Secret", &r.name), pairs)));
         }
         Ok(None)
     }
 
     /// One value; none if it may be missing and is.
-    fn one_of(&self, from: &EnvVarSource) -> Result<Option<String>> {
+    fn one_of(&self, variable: &str, from: &EnvVarSource) -> Result<Option<String>> {
         let unsupported = |text| Error::ContainerConfig(text);
         if let Some(f) = &from.field_ref {
             let value = fields::field(self.pod, self.facts, &f.field_path);
@@ -209,10 +219,17 @@ impl Sources<'_> {
         if let Some(r) = &from.secret_key_ref {
             let secret = unless_optional(self.objects.secret(&r.name), r.optional, no_secret(&r.name))?;
             let Some(secret) = secret else { return Ok(None) };
-            let value = secret.data.as_ref().and_then(|d| d.get(&r.key)).map(|v| secret_text(&v.0));
+            let value = secret.data.as_ref().and_then(|d| d.get(&r.key));
+            let value =
+                value.map(|v| secret_text(variable, &self.full(&r.name), &r.key, &v.0)).transpose()?;
             return unless_optional(value, r.optional, self.no_key("Secret", &r.key, &r.name));
         }
         Ok(Some(String::new()))
+    }
+
+    /// An object's namespace and name.
+    fn full(&self, name: &str) -> String {
+        format!("{}/{name}", self.namespace)
     }
 
     fn no_key(&self, kind: &str, key: &str, name: &str) -> String {
@@ -240,4 +257,36 @@ fn unless_optional<T>(found: Option<T>, optional: Option<bool>, missing: String)
 pub(crate) fn arguments(list: Option<&Vec<String>>, variables: &[(String, String)]) -> Vec<String> {
     let known: HashMap<&str, &str> = variables.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
     list.into_iter().flatten().map(|text| expand::expand(text, |n| known.get(n).copied())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    fn sources<'a>(pod: &'a Pod, container: &'a Container, facts: &'a Facts) -> Sources<'a> {
+        let secret: Secret =
+            serde_json::from_value(serde_json::json!({"data": {"good": "YQ==", "raw": "Qf/+Qg=="}})).unwrap();
+        let objects = Objects {
+            secrets: HashMap::from([("s".to_owned(), Some(Arc::new(secret)))]),
+            ..Objects::default()
+        };
+        Sources { namespace: "d", objects, pod, container, facts }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_refused_by_the_name_of_their_variable() {
+        let (pod, container, facts) = (Pod::default(), Container::default(), Facts::default());
+        let sources = sources(&pod, &container, &facts);
+        let key = |key: &str| -> EnvVarSource {
+            serde_json::from_value(serde_json::json!({"secretKeyRef": {"name": "s", "key": key}})).unwrap()
+        };
+        assert_eq!(sources.one_of("KEY", &key("good")).unwrap().as_deref(), Some("a"));
+        let error = sources.one_of("KEY", &key("raw")).unwrap_err().to_string();
+        assert!(error.contains("variable KEY") && error.contains("key raw in Secret d/s"), "{error}");
+        let from: EnvFromSource =
+            serde_json::from_value(serde_json::json!({"prefix": "P_", "secretRef": {"name": "s"}})).unwrap();
+        let error = sources.all_of(&from).unwrap_err().to_string();
+        assert!(error.contains("variable P_raw"), "{error}");
+    }
 }

@@ -1,7 +1,8 @@
-//! The node's own figures (`/metrics`) and its pods' resources (`/metrics/resource`).
+//! The node's own figures (`/metrics`) and its pods' resources (`/metrics/resource`, `/metrics/cadvisor`).
 //!
 //! Whoever does the work reports it here by one call; names are the kubelet's where the meaning is the kubelet's.
 
+pub(crate) mod cadvisor;
 mod process;
 pub(crate) mod resource;
 pub(crate) mod text;

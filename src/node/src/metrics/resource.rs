@@ -23,6 +23,20 @@ pub(crate) struct Usage {
     pub(crate) cpu: Option<(u64, i64)>,
     /// Bytes of working set, and when they were read.
     pub(crate) memory: Option<(u64, i64)>,
+    /// All bytes of memory, page cache included.
+    pub(crate) memory_all: Option<u64>,
+    /// Bytes of anonymous memory.
+    pub(crate) memory_rss: Option<u64>,
+}
+
+/// What a network interface carried since it was made.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Interface {
+    pub(crate) name: String,
+    pub(crate) received_bytes: Option<u64>,
+    pub(crate) received_errors: Option<u64>,
+    pub(crate) sent_bytes: Option<u64>,
+    pub(crate) sent_errors: Option<u64>,
 }
 
 /// One container's use.
@@ -31,9 +45,15 @@ pub(crate) struct ContainerUsage {
     pub(crate) namespace: String,
     pub(crate) pod: String,
     pub(crate) name: String,
+    /// CRI id.
+    pub(crate) id: String,
+    /// Image as run.
+    pub(crate) image: String,
     /// UNIX seconds.
     pub(crate) started: Option<f64>,
     pub(crate) usage: Usage,
+    /// Bytes and inodes of its writable layer, where they are measured.
+    pub(crate) layer: Option<(u64, Option<u64>)>,
 }
 
 /// One pod's use.
@@ -42,7 +62,12 @@ pub(crate) struct PodUsage {
     pub(crate) namespace: String,
     pub(crate) name: String,
     pub(crate) uid: String,
+    /// CRI id of its sandbox.
+    pub(crate) id: String,
     pub(crate) usage: Usage,
+    /// Its processes and threads.
+    pub(crate) processes: Option<u64>,
+    pub(crate) interfaces: Vec<Interface>,
 }
 
 /// All of it at one time.
@@ -59,6 +84,8 @@ fn usage(cpu: Option<&v1::CpuUsage>, memory: Option<&v1::MemoryUsage>) -> Usage 
     Usage {
         cpu: cpu.and_then(|c| Some((c.usage_core_nano_seconds.as_ref()?.value, c.timestamp))),
         memory: memory.and_then(|m| Some((m.working_set_bytes.as_ref()?.value, m.timestamp))),
+        memory_all: memory.and_then(|m| Some(m.usage_bytes.as_ref()?.value)),
+        memory_rss: memory.and_then(|m| Some(m.rss_bytes.as_ref()?.value)),
     }
 }
 
@@ -85,28 +112,35 @@ pub(crate) async fn snapshot(agent: &Channel, registry: &PodRegistry) -> Snapsho
         shot.node.memory = Some((info.memory_working_set_bytes, now));
     }
     for stats in pods.map(|r| r.into_inner().stats).unwrap_or_default() {
-        let (Some(meta), Some(linux)) = (stats.attributes.and_then(|a| a.metadata), stats.linux) else {
-            continue;
-        };
+        let (Some(attributes), Some(linux)) = (stats.attributes, stats.linux) else { continue };
+        let Some(meta) = attributes.metadata else { continue };
+        let network = linux.network.unwrap_or_default();
         shot.pods.push(PodUsage {
             namespace: meta.namespace,
             name: meta.name,
             uid: meta.uid,
+            id: attributes.id,
             usage: usage(linux.cpu.as_ref(), linux.memory.as_ref()),
+            processes: linux.process.and_then(|p| Some(p.process_count?.value)),
+            interfaces: network
+                .default_interface
+                .into_iter()
+                .chain(network.interfaces)
+                .map(interface)
+                .collect(),
         });
     }
     let known = running(registry);
     for stats in containers.map(|r| r.into_inner().stats).unwrap_or_default() {
-        let Some((namespace, pod, name, started)) = stats.attributes.as_ref().and_then(|a| known.get(&a.id))
-        else {
-            continue;
-        };
+        let id = stats.attributes.map(|a| a.id).unwrap_or_default();
+        let Some(known) = known.get(&id) else { continue };
+        let layer =
+            stats.writable_layer.and_then(|w| Some((w.used_bytes?.value, w.inodes_used.map(|n| n.value))));
         shot.containers.push(ContainerUsage {
-            namespace: namespace.clone(),
-            pod: pod.clone(),
-            name: name.clone(),
-            started: *started,
             usage: usage(stats.cpu.as_ref(), stats.memory.as_ref()),
+            layer,
+            id,
+            ..known.clone()
         });
     }
     shot.pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
@@ -114,28 +148,44 @@ pub(crate) async fn snapshot(agent: &Channel, registry: &PodRegistry) -> Snapsho
     shot
 }
 
-type Known = HashMap<String, (String, String, String, Option<f64>)>;
+fn interface(usage: v1::NetworkInterfaceUsage) -> Interface {
+    let number = |n: Option<v1::UInt64Value>| n.map(|n| n.value);
+    Interface {
+        name: usage.name,
+        received_bytes: number(usage.rx_bytes),
+        received_errors: number(usage.rx_errors),
+        sent_bytes: number(usage.tx_bytes),
+        sent_errors: number(usage.tx_errors),
+    }
+}
 
-/// Newest containers of all pods by CRI id: namespace, pod, name, start.
-fn running(registry: &PodRegistry) -> Known {
+/// Newest containers of all pods by CRI id, without what they use.
+fn running(registry: &PodRegistry) -> HashMap<String, ContainerUsage> {
     let mut known = HashMap::new();
     for view in registry.list() {
-        let status = view.pod.status.as_ref();
-        let started: HashMap<&str, f64> = status
-            .into_iter()
+        let statuses = view.pod.status.iter();
+        let statuses: HashMap<_, _> = statuses
             .flat_map(|s| s.container_statuses.iter().chain(&s.init_container_statuses).flatten())
-            .filter_map(|s| {
-                let at = s.state.as_ref()?.running.as_ref()?.started_at.as_ref()?;
-                Some((s.name.as_str(), at.0.as_nanosecond() as f64 / 1e9))
-            })
+            .map(|s| (s.name.as_str(), s))
             .collect();
         let meta = &view.pod.metadata;
         for (name, container) in &view.containers {
-            if let Some(id) = &container.current {
-                let (namespace, pod) =
-                    (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default());
-                known.insert(id.clone(), (namespace, pod, name.clone(), started.get(name.as_str()).copied()));
-            }
+            let Some(id) = &container.current else { continue };
+            let status = statuses.get(name.as_str());
+            let started = status
+                .and_then(|s| s.state.as_ref()?.running.as_ref()?.started_at.as_ref())
+                .map(|at| at.0.as_nanosecond() as f64 / 1e9);
+            let one = ContainerUsage {
+                namespace: meta.namespace.clone().unwrap_or_default(),
+                pod: meta.name.clone().unwrap_or_default(),
+                name: name.clone(),
+                id: String::new(),
+                image: status.map(|s| s.image.clone()).unwrap_or_default(),
+                started,
+                usage: Usage::default(),
+                layer: None,
+            };
+            known.insert(id.clone(), one);
         }
     }
     known
@@ -177,9 +227,10 @@ pub(crate) fn encode(shot: &Snapshot) -> String {
     text.finish()
 }
 
-type Labels = Vec<(&'static str, String)>;
+pub(super) type Labels = Vec<(&'static str, String)>;
 
-fn family(
+/// A family with its samples; none without any.
+pub(super) fn family(
     text: &mut Text,
     name: &str,
     kind: Kind,
@@ -262,14 +313,16 @@ pub(crate) fn summary(node: &str, shot: &Snapshot) -> serde_json::Value {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
 
-    fn shot() -> Snapshot {
+    pub(crate) fn shot() -> Snapshot {
         let usage = |ns, bytes| Usage {
             cpu: Some((ns, 1_700_000_000_123_000_000)),
             memory: Some((bytes, 1_700_000_000_456_000_000)),
+            memory_all: Some(bytes + 1),
+            memory_rss: None,
         };
         Snapshot {
             error: false,
@@ -278,14 +331,24 @@ mod tests {
                 namespace: "d".into(),
                 name: "p".into(),
                 uid: "u".into(),
+                id: "sandbox".into(),
                 usage: usage(2_500_000_000, 7),
+                processes: Some(3),
+                interfaces: vec![Interface {
+                    name: "eth0".into(),
+                    received_bytes: Some(11),
+                    ..Interface::default()
+                }],
             }],
             containers: vec![ContainerUsage {
                 namespace: "d".into(),
                 pod: "p".into(),
                 name: "c".into(),
+                id: "container".into(),
+                image: "busybox:1".into(),
                 started: Some(1_699_999_999.25),
                 usage: usage(1_250_000_000, 5),
+                layer: Some((4096, Some(2))),
             }],
         }
     }
