@@ -36,6 +36,7 @@ pub(crate) fn read(root: &Path) -> host::InfoResponse {
     let total = meminfo(&memory, "MemTotal:");
     let disk = rustix::fs::statvfs(root).ok();
     let disk = disk.as_ref();
+    let (threads, threads_max) = threads();
     host::InfoResponse {
         hostname: name.nodename().to_string_lossy().into_owned(),
         machine_id: text("/etc/machine-id"),
@@ -54,9 +55,24 @@ pub(crate) fn read(root: &Path) -> host::InfoResponse {
         addresses: addresses().iter().map(ToString::to_string).collect(),
         cpu_usage_core_nano_seconds: busy_ns(&text("/proc/stat")),
         resolv_conf: text("/etc/resolv.conf"),
+        threads,
+        threads_max,
         memory_working_set_bytes: total.saturating_sub(meminfo(&memory, "MemAvailable:")),
         ..host::InfoResponse::default()
     }
+}
+
+/// Processes and threads that there are, and the most that the kernel lets there be.
+fn threads() -> (u64, u64) {
+    let number = |path| text(path).parse::<u64>().ok();
+    let limits = [number("/proc/sys/kernel/pid_max"), number("/proc/sys/kernel/threads-max")];
+    (in_use(&text("/proc/loadavg")), limits.into_iter().flatten().min().unwrap_or(0))
+}
+
+/// The second number of `1/234` in `/proc/loadavg`: all that can be scheduled.
+fn in_use(loadavg: &str) -> u64 {
+    let entities = loadavg.split_whitespace().nth(3).and_then(|f| f.split_once('/'));
+    entities.and_then(|(_, all)| all.parse().ok()).unwrap_or(0)
 }
 
 /// The architecture as Go names it.
@@ -120,6 +136,8 @@ mod tests {
     fn figures_of_proc_are_read() {
         assert_eq!(meminfo("MemTotal:       2048 kB\nMemFree: 1 kB\n", "MemTotal:"), 2048 * 1024);
         assert_eq!(busy_ns("cpu  10 1 5 1000 50 2 3 4 9 9\ncpu0 1\n"), 25 * 10_000_000);
+        assert_eq!(in_use("0.20 0.18 0.12 1/80 11206"), 80);
+        assert_eq!(in_use(""), 0);
         assert_eq!(pretty_name("A=b\nPRETTY_NAME=\"Debian GNU/Linux 13\"\n"), "Debian GNU/Linux 13");
     }
 
@@ -138,6 +156,7 @@ mod tests {
     #[test]
     fn this_host_has_memory_and_an_address() {
         let info = read(Path::new("/"));
+        assert!(info.threads > 0 && info.threads_max > info.threads);
         assert!(info.memory_bytes > 0 && info.cpus > 0 && !info.addresses.is_empty());
     }
 }

@@ -81,6 +81,7 @@ pub(crate) struct Config {
     pub(crate) register_taints: Vec<String>,
     pub(crate) node_labels: BTreeMap<String, String>,
     pub(crate) max_pods: u32,
+    pub(crate) pod_pids_limit: u32,
     pub(crate) cluster_dns: Vec<IpAddr>,
     pub(crate) cluster_domain: String,
 
@@ -140,6 +141,7 @@ impl Default for Config {
             register_taints: vec!["virtual-kubelet.io/provider=proxmox:NoSchedule".to_owned()],
             node_labels: BTreeMap::new(),
             max_pods: 110,
+            pod_pids_limit: moxlet_node::Config::default().pod_pids_limit,
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
             image_gc_high_threshold_percent: 85,

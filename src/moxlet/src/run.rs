@@ -243,6 +243,7 @@ fn node_config(config: &Config, endpoint: Endpoint) -> Result<moxlet_node::Confi
         register_taints: config.register_taints.clone(),
         labels: config.node_labels.clone(),
         max_pods: config.max_pods,
+        pod_pids_limit: config.pod_pids_limit,
         image_gc: moxlet_node::ImageGc {
             high_percent: config.image_gc_high_threshold_percent,
             low_percent: config.image_gc_low_threshold_percent,

@@ -13,6 +13,7 @@ use kube::{
 
 use crate::{
     error::{Error, Result},
+    objects::Objects,
     pods::names,
 };
 
@@ -30,6 +31,10 @@ pub(crate) struct Token {
 /// The objects that a pod worker reads and writes.
 #[async_trait]
 pub(crate) trait Cluster: Send + Sync {
+    /// How often a ConfigMap or Secret that the pod of this UID names has changed.
+    fn revision(&self, _uid: &str) -> u64 {
+        0
+    }
     /// One ConfigMap.
     async fn config_map(&self, namespace: &str, name: &str) -> Result<ConfigMap>;
     /// One Secret.
@@ -51,23 +56,20 @@ pub(crate) trait Cluster: Send + Sync {
 
 /// The real API server.
 #[derive(Clone)]
-pub(crate) struct KubeCluster(pub(crate) Client);
-
-fn found<T>(kind: &'static str, name: &str, answer: kube::Result<T>) -> Result<T> {
-    answer.map_err(|e| match e {
-        kube::Error::Api(status) if status.code == 404 => Error::NotFound { kind, name: name.to_owned() },
-        other => Error::api(format!("get {kind} {name:?}"))(other),
-    })
-}
+pub(crate) struct KubeCluster(pub(crate) Client, pub(crate) Objects);
 
 #[async_trait]
 impl Cluster for KubeCluster {
+    fn revision(&self, uid: &str) -> u64 {
+        self.1.revision(uid)
+    }
+
     async fn config_map(&self, namespace: &str, name: &str) -> Result<ConfigMap> {
-        found("configmap", name, Api::namespaced(self.0.clone(), namespace).get(name).await)
+        self.1.config_map(namespace, name).await
     }
 
     async fn secret(&self, namespace: &str, name: &str) -> Result<Secret> {
-        found("secret", name, Api::namespaced(self.0.clone(), namespace).get(name).await)
+        self.1.secret(namespace, name).await
     }
 
     async fn token(&self, pod: &Pod, audience: Option<&str>, seconds: Option<i64>) -> Result<Token> {

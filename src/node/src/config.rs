@@ -42,6 +42,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// The most pods that the scheduler may put here.
     pub max_pods: u32,
+    /// The most processes and threads of one pod; 0: as many as the host takes.
+    pub pod_pids_limit: u32,
     /// Addresses of the cluster's DNS service; without them pods get the host's resolver.
     pub cluster_dns: Vec<IpAddr>,
     /// The cluster's DNS domain.
@@ -99,6 +101,7 @@ impl Default for Config {
             register_taints: vec!["virtual-kubelet.io/provider=proxmox:NoSchedule".into()],
             labels: BTreeMap::new(),
             max_pods: 110,
+            pod_pids_limit: 4096,
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".into(),
             kubelet_version: format!("v1.36.0-moxlet.{}", env!("CARGO_PKG_VERSION")),

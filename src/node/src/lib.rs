@@ -5,6 +5,7 @@
 //! | [`identity`] | kubeconfigs | the client of the API server, certificates |
 //! | `register` | the agent's facts and health, the Node as it is shown | the Node, facts for everybody (watch channel), the pod CIDR for the agent |
 //! | `membership` | | the Lease, every 10 s; whether this process may act for the Node (watch channel) |
+//! | `objects` | the pods' ConfigMaps and Secrets, a watch each | copies for workers, updates (mpsc) |
 //! | `env::services` | Services | variables of service links |
 //! | `pods::source`, `static_pods::files` | the API server's pods, manifests | updates (mpsc) |
 //! | `static_pods::mirror` | static pods, the API server's copies of them | those copies, where their status goes |
@@ -30,6 +31,7 @@ mod instance;
 mod membership;
 pub mod metrics;
 mod notices;
+mod objects;
 pub mod pods;
 mod pressure;
 mod register;
@@ -61,6 +63,7 @@ use crate::{
     cri_client::{Agent, Runtime},
     env::services::Services,
     events::{Kind, Recorder},
+    objects::Objects,
     pods::{
         manager::{Manager, Source, Update},
         registry::PodRegistry,
@@ -177,7 +180,9 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     tasks.spawn(registrar.run(token.clone()));
     let registry = PodRegistry::default();
     watch_the_host(&config, &agent, &recorder, &registry, &mut tasks);
-    let (cluster, services) = cluster_of(client.as_ref(), &mut tasks);
+    let (updates, queue) = mpsc::channel(UPDATES);
+    let objects = client.clone().map(|client| Objects::new(client, updates.clone()));
+    let (cluster, services) = cluster_of(client.as_ref().zip(objects.clone()), &mut tasks);
     let shared = Arc::new(Shared {
         slots: Semaphore::new(config.max_parallel_syncs.max(1)),
         agent,
@@ -188,7 +193,6 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
         info,
         config: config.clone(),
     });
-    let (updates, queue) = mpsc::channel(UPDATES);
     if client.is_some() {
         recorder.emit(
             events::node_reference(&config.node_name),
@@ -198,7 +202,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
         );
     }
     let mirrors = mirrors(&shared, node_uid, &updates, &mut tasks);
-    let sources = sources(&config, client, is_admitted, &updates, mirrors, &mut tasks);
+    let sources = sources(&config, client.zip(objects), is_admitted, &updates, mirrors, &mut tasks);
     let manager = Manager::new(shared, sources, token.clone());
     tasks.spawn(async move {
         manager.run(queue).await;
@@ -240,11 +244,11 @@ fn watch_the_host(
 }
 
 /// What pods need of the API server beside themselves.
-fn cluster_of(client: Option<&Client>, tasks: &mut Tasks) -> (Arc<dyn Cluster>, Services) {
-    let Some(client) = client else { return (Arc::new(NoCluster), Services::none()) };
+fn cluster_of(client: Option<(&Client, Objects)>, tasks: &mut Tasks) -> (Arc<dyn Cluster>, Services) {
+    let Some((client, objects)) = client else { return (Arc::new(NoCluster), Services::none()) };
     let (services, watching) = Services::watch(client.clone(), tasks.token.clone());
     tasks.spawn(watching);
-    (Arc::new(KubeCluster(client.clone())), services)
+    (Arc::new(KubeCluster(client.clone(), objects)), services)
 }
 
 /// Starts the keeper of mirror pods.
@@ -270,7 +274,7 @@ fn mirrors(
 /// Starts what brings pods: the API server, a folder, or both.
 fn sources(
     config: &Config,
-    client: Option<Client>,
+    client: Option<(Client, Objects)>,
     mut admitted: watch::Receiver<bool>,
     updates: &mpsc::Sender<Update>,
     mirrors: mpsc::Sender<mirror::Input>,
@@ -278,10 +282,10 @@ fn sources(
 ) -> Vec<Source> {
     let (node, token) = (&config.node_name, tasks.token.clone());
     let mut sources = Vec::new();
-    if let Some(client) = client {
+    if let Some((client, objects)) = client {
         sources.push(Source::Api);
-        let watch =
-            pods::source::watch(client, node.clone(), updates.clone(), mirrors.clone(), token.clone());
+        let (node, updates, mirrors) = (node.clone(), updates.clone(), mirrors.clone());
+        let watch = pods::source::watch(client, node, updates, mirrors, objects, token.clone());
         let stop = token.clone();
         tasks.spawn(async move {
             tokio::select! {

@@ -51,12 +51,13 @@ impl FromStr for Threshold {
     }
 }
 
-/// The thresholds of all that is measured, by default the kubelet's.
+/// The thresholds of all that is measured, by default the kubelet's; of process ids, for which that has none, a tenth.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PressureThresholds {
     memory_available: Threshold,
     disk_available: Threshold,
     inodes_free: Threshold,
+    pid_available: Threshold,
 }
 
 impl Default for PressureThresholds {
@@ -65,12 +66,14 @@ impl Default for PressureThresholds {
             memory_available: Threshold::Amount(100 << 20),
             disk_available: Threshold::Percent(10),
             inodes_free: Threshold::Percent(5),
+            pid_available: Threshold::Percent(10),
         }
     }
 }
 
 impl PressureThresholds {
-    /// The defaults with those replaced that are given by signal: `memory.available`, `nodefs.available`, `nodefs.inodesFree`.
+    /// The defaults with those replaced that are given by signal: `memory.available`, `nodefs.available`,
+    /// `nodefs.inodesFree`, `pid.available`.
     ///
     /// # Errors
     /// [`Error::Config`] names a signal that is not measured, or a value that is no threshold.
@@ -81,9 +84,10 @@ impl PressureThresholds {
                 "memory.available" => &mut all.memory_available,
                 "nodefs.available" => &mut all.disk_available,
                 "nodefs.inodesFree" => &mut all.inodes_free,
+                "pid.available" => &mut all.pid_available,
                 _ => {
                     let reason = format!(
-                        "{signal:?} is not measured; memory.available, nodefs.available and nodefs.inodesFree are"
+                        "{signal:?} is not measured; memory.available, nodefs.available, nodefs.inodesFree and pid.available are"
                     );
                     return Err(Error::Config { key: KEY, reason });
                 }
@@ -98,6 +102,10 @@ impl PressureThresholds {
     fn memory_is_short(&self, info: &host::InfoResponse) -> bool {
         let free = info.memory_bytes.saturating_sub(info.memory_working_set_bytes);
         self.memory_available.above(free, info.memory_bytes)
+    }
+
+    fn pids_are_short(&self, info: &host::InfoResponse) -> bool {
+        self.pid_available.above(info.threads_max.saturating_sub(info.threads), info.threads_max)
     }
 
     fn disk_is_short(&self, info: &host::InfoResponse) -> bool {
@@ -138,10 +146,14 @@ pub(crate) fn conditions(
         true => ("KubeletHasDiskPressure", "the host's disk is nearly full"),
         false => ("KubeletHasNoDiskPressure", "the host has no disk pressure"),
     };
+    let pids = match thresholds.pids_are_short(info) {
+        true => ("KubeletHasInsufficientPID", "the host has insufficient PID available"),
+        false => ("KubeletHasSufficientPID", "the host has sufficient PID available"),
+    };
     let mut all = vec![
         condition("MemoryPressure", thresholds.memory_is_short(info), memory.0, memory.1),
         condition("DiskPressure", thresholds.disk_is_short(info), disk.0, disk.1),
-        condition("PIDPressure", false, "KubeletHasSufficientPID", "the host has sufficient PID available"),
+        condition("PIDPressure", thresholds.pids_are_short(info), pids.0, pids.1),
         match not_ready {
             None => condition("Ready", true, "KubeletReady", "moxlet is posting ready status"),
             Some(why) => condition("Ready", false, "KubeletNotReady", why),
@@ -177,6 +189,22 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_runs_out_of_process_ids_has_pid_pressure() {
+        let (mut info, thresholds) = (nearly_full(), PressureThresholds::default());
+        let pressure = |info: &host::InfoResponse| {
+            let all = conditions(info, &thresholds, None, &[], &[]);
+            all.into_iter().find(|c| c.type_ == "PIDPressure").unwrap().status
+        };
+        assert_eq!(pressure(&info), "False", "an agent that does not measure it");
+        (info.threads, info.threads_max) = (899, 1000);
+        assert_eq!(pressure(&info), "False");
+        info.threads = 901;
+        assert_eq!(pressure(&info), "True");
+        let given = PressureThresholds::of([("pid.available", "50")]).unwrap();
+        assert!(!given.pids_are_short(&info));
+    }
+
+    #[test]
     fn thresholds_are_quantities_or_percentages_and_zero_switches_off() {
         let info = host::InfoResponse { ephemeral_storage_available_bytes: 0, ..nearly_full() };
         let given =
@@ -189,7 +217,7 @@ mod tests {
     #[test]
     fn what_is_not_measured_or_no_threshold_is_refused_by_name() {
         let why = |signal, text| PressureThresholds::of([(signal, text)]).unwrap_err().to_string();
-        assert!(why("pid.available", "1%").contains("pid.available"));
+        assert!(why("imagefs.available", "1%").contains("imagefs.available"));
         for bad in ["", "%", "101%", "-1", "10 %", "1.5%", "many"] {
             assert!(why("nodefs.available", bad).contains("nodefs.available"), "{bad}");
         }

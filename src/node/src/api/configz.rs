@@ -26,6 +26,7 @@ fn kubelet_config(config: &Config) -> serde_json::Value {
         "nodeStatusReportFrequency": "5m0s",
         "nodeLeaseDurationSeconds": 40,
         "maxPods": config.max_pods,
+        "podPidsLimit": config.pod_pids_limit,
         "clusterDNS": config.cluster_dns,
         "clusterDomain": config.cluster_domain,
         "imageGCHighThresholdPercent": config.image_gc.high_percent,

@@ -43,6 +43,8 @@ pub(crate) enum Update {
     Gone(Arc<Pod>),
     /// All pods of a source were told; whatever else was from it is gone.
     Listed(Source, HashSet<String>),
+    /// A ConfigMap or Secret that the pod of this UID names has changed.
+    Content(String),
     /// The API server's copy of a static pod, to which its status goes; no UID: there is none.
     Mirror {
         /// The pod's namespace.
@@ -162,6 +164,7 @@ impl Manager {
     async fn take(&mut self, update: Update) {
         match update {
             Update::Apply(_, pod) if names::uid(&pod).is_empty() => {}
+            Update::Content(uid) => self.poke(&uid),
             Update::Mirror { namespace, name, uid } => self.mirror((namespace, name), uid),
             Update::Apply(source, pod) => {
                 let replaced = source == Source::Files && self.must_wait(&pod);

@@ -33,7 +33,11 @@ pub(crate) fn config(
         host_port: p.host_port.unwrap_or(0),
         host_ip: p.host_ip.clone().unwrap_or_default(),
     });
-    let own = resources::pod_resources(pod);
+    let mut own = resources::pod_resources(pod);
+    if config.pod_pids_limit > 0 {
+        // CRI has no field for it; the file of cgroup v2 says it on v1 as well.
+        own.unified.insert("pids.max".to_owned(), config.pod_pids_limit.to_string());
+    }
     let overhead = (own.memory_limit_in_bytes > 0).then(|| v1::LinuxContainerResources {
         memory_limit_in_bytes: i64::try_from(overhead_memory).unwrap_or(0),
         ..v1::LinuxContainerResources::default()

@@ -13,7 +13,7 @@ use super::{
     manager::{Source, Update},
     names,
 };
-use crate::{relist, static_pods::mirror};
+use crate::{objects::Objects, relist, static_pods::mirror};
 
 /// Watches until stopped.
 pub(crate) async fn watch(
@@ -21,6 +21,7 @@ pub(crate) async fn watch(
     node: String,
     updates: mpsc::Sender<Update>,
     mirrors: mpsc::Sender<mirror::Input>,
+    objects: Objects,
     stop: CancellationToken,
 ) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
@@ -59,17 +60,25 @@ pub(crate) async fn watch(
             }
             Ok(Some(watcher::Event::InitApply(pod))) if ours(&pod) => {
                 listed.insert(names::uid(&pod).to_owned());
+                objects.set(&pod);
                 Update::Apply(Source::Api, Arc::new(pod))
             }
             Ok(Some(watcher::Event::InitDone)) => {
                 let listed = std::mem::take(&mut listed);
+                objects.keep(&listed);
                 if mirrors.send(mirror::Input::Listed(listed.clone())).await.is_err() {
                     return;
                 }
                 Update::Listed(Source::Api, listed)
             }
-            Ok(Some(watcher::Event::Apply(pod))) if ours(&pod) => Update::Apply(Source::Api, Arc::new(pod)),
-            Ok(Some(watcher::Event::Delete(pod))) => Update::Gone(Arc::new(pod)),
+            Ok(Some(watcher::Event::Apply(pod))) if ours(&pod) => {
+                objects.set(&pod);
+                Update::Apply(Source::Api, Arc::new(pod))
+            }
+            Ok(Some(watcher::Event::Delete(pod))) => {
+                objects.remove(names::uid(&pod));
+                Update::Gone(Arc::new(pod))
+            }
             Ok(Some(_)) => continue,
             Ok(None) => return,
             Err(error) => {

@@ -125,6 +125,8 @@ pub(crate) struct Worker {
     pub(super) publisher: Publisher,
     pub(super) said: HashSet<String>,
     volumes_at: Option<Instant>,
+    /// What the API server's objects had come to then.
+    volumes_revision: u64,
     pub(super) first_seen: Instant,
     pub(super) counted: bool,
     pub(super) failure: Option<(String, String)>,
@@ -158,6 +160,7 @@ impl Worker {
             publisher,
             said: HashSet::new(),
             volumes_at: None,
+            volumes_revision: 0,
             first_seen: Instant::now(),
             counted,
             failure: None,
@@ -349,9 +352,14 @@ impl Worker {
             }
         }
         let facts = self.facts(running.as_deref().unwrap_or_default());
+        let revision = shared.cluster.revision(names::uid(pod));
         let due = running.is_none()
-            || self.volumes_at.is_none_or(|at| at.elapsed() >= shared.config.volume_refresh);
+            || self.volumes_at.is_none_or(|at| at.elapsed() >= shared.config.volume_refresh)
+            || self.volumes_revision != revision;
         let mut volumes = std::mem::take(&mut self.volumes);
+        if running.is_none() {
+            volumes.forget_sent();
+        }
         let volumes_done = async {
             if due {
                 volumes.apply(shared.agent.as_ref(), shared.cluster.as_ref(), pod, &facts).await
@@ -380,6 +388,7 @@ impl Worker {
             Ok(()) => {
                 if due {
                     self.volumes_at = Some(Instant::now());
+                    self.volumes_revision = revision;
                 }
                 Ok(Ready::Yes(ips))
             }
@@ -387,6 +396,7 @@ impl Worker {
                 // A refresh that fails leaves what is there; containers go on.
                 debug!(error = %chain(&error), "volumes not refreshed");
                 self.volumes_at = Some(Instant::now());
+                self.volumes_revision = revision;
                 Ok(Ready::Yes(ips))
             }
             Err(error) => {

@@ -1,6 +1,7 @@
 //! Volumes of a pod: what shall be in them is gathered here (objects fetched side by side), the agent makes them.
 //!
-//! Contents are looked at again every `volume_refresh`; a volume is sent to the agent only when it changed.
+//! Contents are looked at again every `volume_refresh`, and when a ConfigMap or Secret changes; while the pod's sandbox runs, a volume is
+//! sent to the agent only when it changed.
 
 pub(crate) mod content;
 pub(crate) mod hosts;
@@ -130,8 +131,39 @@ impl Volumes {
         Ok(format!("{}/hosts", self.send(agent, request).await?.trim_end_matches('/')))
     }
 
+    /// Forgets what was sent: whoever makes a sandbox sends all volumes, since those on tmpfs are gone where the host was
+    /// restarted. The agent leaves alone what is there as it should be.
+    pub(crate) fn forget_sent(&mut self) {
+        self.applied.clear();
+    }
+
     /// Where a volume lies on the host.
     pub(crate) fn host_path(&self, name: &str) -> Option<&str> {
         self.applied.get(name).map(|a| a.host_path.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::{cluster::NoCluster, cri_client::fake::FakeRuntime};
+
+    #[tokio::test]
+    async fn a_volume_is_sent_once_while_a_sandbox_runs_and_again_for_the_next_one() {
+        let agent = FakeRuntime::new(|_, _| None);
+        let pod: Pod = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "p", "uid": "u"},
+            "spec": {"containers": [], "volumes": [{"name": "v", "downwardAPI": {"items": []}}]}}))
+        .unwrap();
+        let mut volumes = Volumes::default();
+        let facts = Facts::default();
+        for sent in [1, 1] {
+            volumes.apply(&agent, &NoCluster, &pod, &facts).await.unwrap();
+            assert_eq!(agent.calls(&["ApplyVolume"]).len(), sent);
+        }
+        volumes.forget_sent();
+        volumes.apply(&agent, &NoCluster, &pod, &facts).await.unwrap();
+        assert_eq!(agent.calls(&["ApplyVolume"]).len(), 2);
     }
 }
