@@ -12,7 +12,12 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, 
 
 use moxlet_cri::link::Endpoint;
 
-use crate::{check_config::CheckConfigArgs, image::ImageArgs};
+use crate::{
+    check_config::CheckConfigArgs,
+    cli_docs::{CompletionArgs, ManArgs},
+    image::ImageArgs,
+    pods::{EventsArgs, ExecArgs, InspectArgs, LogsArgs, PodsArgs},
+};
 
 /// Pods as LXC containers: one Kubernetes node out of Proxmox hosts, or out of this machine.
 #[derive(Debug, Parser)]
@@ -75,12 +80,32 @@ pub(crate) enum Command {
     Certificates(CertificatesArgs),
     /// Judge a configuration file and all that it names, without starting anything. Ends with status 1 where something is wrong.
     CheckConfig(CheckConfigArgs),
+    /// List the pods of this host, as `kubectl get pods` does.
+    Pods(PodsArgs),
+    /// Print a container's log.
+    Logs(LogsArgs),
+    /// Run a command in a running container; its exit status is this one's.
+    #[command(after_help = "Examples:
+  moxlet exec web -- nginx -t                  in the only container, or the first that runs
+  moxlet exec -it default/web -c main -- sh    a shell with a terminal")]
+    Exec(ExecArgs),
+    /// Show all that is known of pods, containers and images of this host, as JSON.
+    Inspect(InspectArgs),
+    /// Show what happened to the pods of this host.
+    Events(EventsArgs),
     /// Pull, list, tag, pin, mount and remove images, by the agent of this host or in a store of your own.
     Image(Box<ImageArgs>),
     /// Take from this host what Moxlet made on it: bridge, masquerading, ip_forward, mounts, and files if asked for.
     ///
     /// It is refused while Moxlet runs or a pod is left, says of each thing whether it is gone, and can be run again.
     Uninstall(UninstallArgs),
+    /// Print the script by which a shell completes this command line.
+    #[command(after_help = "Example:
+  moxlet completion bash > /etc/bash_completion.d/moxlet")]
+    Completion(CompletionArgs),
+    /// Write the man pages of this command line into a directory.
+    #[command(hide = true)]
+    Man(ManArgs),
 }
 
 /// What `moxlet uninstall` takes.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
+    io::Write as _,
     net::TcpListener,
     os::unix::{fs::PermissionsExt, process::CommandExt},
     path::Path,
@@ -129,6 +130,78 @@ impl Drop for Running {
     }
 }
 
+/// What people on the host see of the pod `static-…` by the agent's socket, in the words of kubectl.
+fn the_host_shows_its_pods(socket: &Path) {
+    let on_the_host = |args: &[&str]| {
+        let mut command = moxlet();
+        command.args(args).env("MOXLET_SOCKET", socket).stdin(Stdio::null());
+        let output = ends(command);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let listed = || on_the_host(&["pods", "-o", "json"]).1;
+    let pod = eventually("the pod runs", || {
+        let pods: serde_json::Value = serde_json::from_str(&listed()).map_err(|e| e.to_string())?;
+        if pods[0]["status"] == "Running" { Ok(pods[0].clone()) } else { Err(pods.to_string()) }
+    });
+    let name = pod["name"].as_str().unwrap();
+    let (_, table, _) = on_the_host(&["pods"]);
+    let lines: Vec<_> = table.lines().collect();
+    assert!(lines[0].starts_with("NAMESPACE ") && lines[0].ends_with("IP"), "{table}");
+    assert!(lines[1].contains(name) && lines[1].contains("1/1") && lines[1].contains("Running"), "{table}");
+    let (code, log, error) = on_the_host(&["logs", name, "--tail", "1"]);
+    assert_eq!((code, log.as_str()), (Some(0), "alone\n"), "{error}");
+    let (code, _, error) = on_the_host(&["logs", name, "--previous"]);
+    assert!(code == Some(1) && error.contains("before the last restart"), "{error}");
+    let (code, out, error) =
+        on_the_host(&["exec", name, "--", "sh", "-c", "echo out; echo err >&2; exit 42"]);
+    assert_eq!((code, out.as_str(), error.as_str()), (Some(42), "out\n", "err\n"));
+    let mut piped = moxlet();
+    piped.args(["exec", "-i", name, "--socket"]).arg(socket).args(["--", "cat"]);
+    let echoed = with_input(piped, b"to the container");
+    assert_eq!(String::from_utf8_lossy(&echoed.stdout), "to the container");
+    let (code, _, error) = on_the_host(&["exec", name, "-c", "nobody", "--", "true"]);
+    assert!(code == Some(1) && error.contains("no container \"nobody\""), "{error}");
+    let (_, inspected, _) = on_the_host(&["inspect", name]);
+    assert!(inspected.contains("\"CONTAINER_RUNNING\""), "{inspected}");
+    let (_, events, error) = on_the_host(&["events"]);
+    assert!(events.contains("Started") && events.contains(name), "{events}{error}");
+}
+
+/// Runs a program with that on its standard input.
+fn with_input(mut command: Command, input: &[u8]) -> Output {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_configuration_is_judged_without_a_start() {
+    let root = Root::new();
+    let file = root.path().join("moxlet.toml");
+    let judged = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        let mut command = moxlet();
+        command.args(["check-config", "--config"]).arg(&file);
+        let output = ends(command);
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(judged("container_log_max_bytes = \"10Mi\"\n"), (Some(0), String::new()));
+    let (code, text) = judged("log = \"inof\"\ndocker_config = \"/nonexistent/config.json\"\n");
+    assert_eq!(code, Some(1));
+    assert!(text.contains("did you mean \"info\"?") && text.contains("/nonexistent/config.json"), "{text}");
+}
+
+#[test]
+fn a_mistyped_store_is_not_made() {
+    let root = Root::new();
+    let mut command = moxlet();
+    command.args(["image", "--store"]).arg(root.path().join("typo")).arg("ls");
+    let text = complaint(command);
+    assert!(text.contains("there is no store"), "{text}");
+    assert!(!root.path().join("typo").exists());
+}
+
 #[test]
 fn pods_of_a_folder_run_without_a_cluster() {
     let root = Root::new();
@@ -165,6 +238,7 @@ fn pods_of_a_folder_run_without_a_cluster() {
             Err(std::fs::read_to_string(root.path().join("log")).unwrap())
         }
     });
+    the_host_shows_its_pods(&data.join("run/agent.sock"));
     std::fs::remove_file(pods.join("static.json")).unwrap();
     eventually("the CT is gone with its manifest", || {
         let found =
