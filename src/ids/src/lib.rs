@@ -110,7 +110,79 @@ impl ContainerId {
     }
 }
 
-/// `sha256:` and 64 lower-case hexadecimal digits: a blob's digest (OCI image spec, descriptor).
+/// The algorithm of a digest: those that the OCI image specification registers (descriptor.md, "Registered Algorithms").
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Algorithm {
+    /// 64 digits; what nearly everybody uses.
+    Sha256,
+    /// 128 digits.
+    Sha512,
+}
+
+impl Algorithm {
+    const ALL: [Self; 2] = [Self::Sha256, Self::Sha512];
+
+    /// Its name, as before the colon of a digest.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sha256 => "sha256",
+            Self::Sha512 => "sha512",
+        }
+    }
+
+    /// Hexadecimal digits of a digest.
+    const fn digits(self) -> usize {
+        match self {
+            Self::Sha256 => 64,
+            Self::Sha512 => 128,
+        }
+    }
+}
+
+/// The digest of bytes that come piece by piece.
+#[derive(Clone, Debug)]
+pub struct Hasher(Sum);
+
+#[derive(Clone, Debug)]
+enum Sum {
+    Sha256(sha2::Sha256),
+    Sha512(Box<sha2::Sha512>),
+}
+
+impl Hasher {
+    /// Of no bytes yet.
+    #[must_use]
+    pub fn new(algorithm: Algorithm) -> Self {
+        use sha2::Digest as _;
+        Self(match algorithm {
+            Algorithm::Sha256 => Sum::Sha256(sha2::Sha256::new()),
+            Algorithm::Sha512 => Sum::Sha512(Box::new(sha2::Sha512::new())),
+        })
+    }
+
+    /// Adds bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        use sha2::Digest as _;
+        match &mut self.0 {
+            Sum::Sha256(sum) => sum.update(bytes),
+            Sum::Sha512(sum) => sum.update(bytes),
+        }
+    }
+
+    /// The digest of all bytes.
+    #[must_use]
+    pub fn finish(self) -> Digest {
+        use sha2::Digest as _;
+        let (algorithm, hex) = match self.0 {
+            Sum::Sha256(sum) => (Algorithm::Sha256, hex::encode(sum.finalize())),
+            Sum::Sha512(sum) => (Algorithm::Sha512, hex::encode(sum.finalize())),
+        };
+        Digest(format!("{}:{hex}", algorithm.name()))
+    }
+}
+
+/// `sha256:` or `sha512:` and lower-case hexadecimal digits: a blob's digest (OCI image spec, descriptor).
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest(String);
@@ -122,29 +194,46 @@ impl Digest {
         &self.0
     }
 
-    /// The 64 digits without the algorithm.
+    /// The digits without the algorithm.
     #[must_use]
     pub fn hex(&self) -> &str {
-        self.0.trim_start_matches("sha256:")
+        self.0.split_once(':').map_or("", |(_, digits)| digits)
     }
 
-    /// The digest of some bytes.
+    /// The algorithm.
+    #[must_use]
+    pub fn algorithm(&self) -> Algorithm {
+        if self.0.starts_with("sha512:") { Algorithm::Sha512 } else { Algorithm::Sha256 }
+    }
+
+    /// The SHA-256 digest of some bytes.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
-        use sha2::Digest as _;
-        Self(format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes))))
+        Self::by(Algorithm::Sha256, bytes)
+    }
+
+    /// The digest of some bytes by an algorithm, for comparison with one that was given.
+    #[must_use]
+    pub fn by(algorithm: Algorithm, bytes: &[u8]) -> Self {
+        let mut sum = Hasher::new(algorithm);
+        sum.update(bytes);
+        sum.finish()
     }
 }
 
 impl FromStr for Digest {
     type Err = InvalidId;
     fn from_str(s: &str) -> Result<Self, InvalidId> {
-        match s.strip_prefix("sha256:") {
-            Some(h) if h.len() == 64 && h.chars().all(lower_hex) => Ok(Self(s.to_owned())),
-            _ => Err(InvalidId {
+        let known = |(name, digits): (&str, &str)| {
+            let algorithm = Algorithm::ALL.into_iter().find(|a| a.name() == name)?;
+            (digits.len() == algorithm.digits() && digits.chars().all(lower_hex)).then_some(())
+        };
+        match s.split_once(':').and_then(known) {
+            Some(()) => Ok(Self(s.to_owned())),
+            None => Err(InvalidId {
                 kind: "digest",
                 value: s.chars().take(80).collect(),
-                reason: "it is not sha256: and 64 hexadecimal digits",
+                reason: "it is not sha256: and 64 or sha512: and 128 lower-case hexadecimal digits",
             }),
         }
     }
@@ -174,7 +263,7 @@ impl fmt::Display for Digest {
 pub struct ChainId(Digest);
 
 impl ChainId {
-    /// The chain ID of the bottom layer: its DiffID.
+    /// The chain ID of the bottom layer: its DiffID, which is by sha256.
     #[must_use]
     pub fn base(diff_id: &Digest) -> Self {
         Self(diff_id.clone())
@@ -196,7 +285,15 @@ impl ChainId {
 impl FromStr for ChainId {
     type Err = InvalidId;
     fn from_str(s: &str) -> Result<Self, InvalidId> {
-        Ok(Self(s.parse()?))
+        let digest: Digest = s.parse()?;
+        match digest.algorithm() {
+            Algorithm::Sha256 => Ok(Self(digest)),
+            Algorithm::Sha512 => Err(InvalidId {
+                kind: "chain ID",
+                value: s.chars().take(80).collect(),
+                reason: "it is not by sha256",
+            }),
+        }
     }
 }
 
@@ -220,9 +317,16 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_is_sha256_in_lower_case() {
+    fn a_digest_is_sha256_or_sha512_in_lower_case() {
         assert!(Digest::of(b"").as_str().starts_with("sha256:e3b0c442"));
         assert!("sha256:ABC".parse::<Digest>().is_err());
+        let long = Digest::by(Algorithm::Sha512, b"");
+        assert!(long.as_str().starts_with("sha512:cf83e1357eefb8bd"));
+        assert_eq!((long.algorithm(), long.hex().len()), (Algorithm::Sha512, 128));
+        assert_eq!(long.as_str().parse(), Ok(long.clone()));
+        assert!(format!("sha256:{}", long.hex()).parse::<Digest>().is_err());
+        assert!("sha512:abc".parse::<Digest>().is_err() && "md5:abc".parse::<Digest>().is_err());
+        assert!(long.as_str().parse::<ChainId>().is_err());
         assert!("md5:00".parse::<Digest>().is_err());
     }
 

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use moxlet_ids::Digest;
+use moxlet_ids::{Algorithm, Digest};
 use serde::{
     Deserialize, Deserializer,
     de::{self, SeqAccess, Visitor},
@@ -82,6 +82,14 @@ impl ImageConfig {
     }
 }
 
+/// The DiffIDs, from which chain IDs are made: those are by sha256, here as with every other engine.
+fn by_sha256(diff_ids: Vec<Digest>) -> Result<Vec<Digest>, String> {
+    match diff_ids.iter().find(|d| d.algorithm() != Algorithm::Sha256) {
+        Some(other) => Err(format!("its DiffID {other} is not by sha256")),
+        None => Ok(diff_ids),
+    }
+}
+
 impl TryFrom<Document> for ImageConfig {
     type Error = String;
 
@@ -91,7 +99,7 @@ impl TryFrom<Document> for ImageConfig {
             architecture: document.architecture,
             os: document.os,
             created: document.created,
-            diff_ids: document.rootfs.diff_ids,
+            diff_ids: by_sha256(document.rootfs.diff_ids)?,
             user: run.user.unwrap_or_default(),
             env: run.env,
             entrypoint: run.entrypoint,

@@ -80,7 +80,8 @@ async fn pull_from(
 
     let reference = session.reference;
     let image = NewImage {
-        id: manifest.config.digest.clone(),
+        // Ids are by sha256, whatever the manifest has its config by.
+        id: blob.as_ref().map_or_else(|| manifest.config.digest.clone(), |blob| Digest::of(blob)),
         tags: reference.repo_tag().into_iter().collect(),
         digests: vec![format!("{}@{}", reference.name(), manifest.top)],
         size_bytes: manifest.layers.iter().fold(manifest.config.size, |sum, l| sum.saturating_add(l.size)),
@@ -185,7 +186,7 @@ async fn small_blob_once(
     };
     let (downloaded, bytes) = futures::join!(download(session, blob, part, out, served), gather);
     downloaded?;
-    let actual = Digest::of(&bytes);
+    let actual = Digest::by(blob.digest.algorithm(), &bytes);
     if actual != blob.digest {
         served.lied = true;
         return Err(mismatch(session, part, blob.digest.to_string(), actual.to_string()));

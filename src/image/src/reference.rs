@@ -100,9 +100,14 @@ fn parse(text: &str) -> std::result::Result<Reference, &'static str> {
         return Err("invalid reference format");
     }
     let (rest, digest) = match text.split_once('@') {
-        Some((rest, digest)) => {
-            (rest, Some(digest.parse::<Digest>().map_err(|_| "the digest is not sha256: and 64 digits")?))
-        }
+        Some((rest, digest)) => (
+            rest,
+            Some(
+                digest
+                    .parse::<Digest>()
+                    .map_err(|_| "the digest is neither sha256: and 64 nor sha512: and 128 digits")?,
+            ),
+        ),
         None => (text, None),
     };
     // A colon after the last slash begins a tag, one before it a port.

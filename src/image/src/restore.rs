@@ -4,9 +4,8 @@ use std::io::{self, Read, Write};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream};
-use moxlet_ids::{ChainId, Digest};
+use moxlet_ids::{Algorithm, ChainId, Digest, Hasher};
 use moxlet_storage::LayerView;
-use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -62,7 +61,7 @@ pub(crate) struct Archive {
 impl Archive {
     /// Reads all of it; the digest and length of the archive.
     pub(crate) fn digest(&mut self) -> io::Result<(Digest, u64)> {
-        let (mut hash, mut size) = (Sha256::new(), 0_u64);
+        let (mut hash, mut size) = (Hasher::new(Algorithm::Sha256), 0_u64);
         let mut buffer = vec![0; PIECE];
         loop {
             match self.read(&mut buffer)? {
@@ -73,8 +72,7 @@ impl Archive {
                 }
             }
         }
-        let text = format!("sha256:{}", hex::encode(hash.finalize()));
-        Ok((text.parse().map_err(io::Error::other)?, size))
+        Ok((hash.finish(), size))
     }
 }
 

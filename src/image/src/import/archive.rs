@@ -170,7 +170,7 @@ impl Members {
     /// A blob that fits into memory, checked.
     pub(super) fn blob(&self, digest: &Digest) -> Result<Vec<u8>> {
         let bytes = self.document(&blob_name(digest))?;
-        let actual = Digest::of(&bytes);
+        let actual = Digest::by(digest.algorithm(), &bytes);
         if actual != *digest {
             return Err(refused("the archive", format!("blob {digest} has digest {actual}")));
         }
@@ -180,7 +180,7 @@ impl Members {
 
 /// Where an OCI layout has a blob.
 pub(super) fn blob_name(digest: &Digest) -> String {
-    format!("blobs/sha256/{}", digest.hex())
+    format!("blobs/{}/{}", digest.algorithm().name(), digest.hex())
 }
 
 /// Copies a member's content. Tells a broken archive from a full disk.

@@ -8,8 +8,7 @@ use std::{
     thread,
 };
 
-use moxlet_ids::Digest;
-use sha2::{Digest as _, Sha256};
+use moxlet_ids::{Algorithm, Digest, Hasher};
 
 /// Bytes of a stretch: it is still in the processor's cache when it is digested and written.
 const STRETCH: usize = 128 << 10;
@@ -116,7 +115,7 @@ fn stretch(plain: &mut impl Read, buffer: &mut [u8], left: &mut u64) -> io::Resu
 
 /// Digests what is filled and hands it on until the end, an error, or nobody wants it any more.
 fn digest(filled: &Receiver<Unpacked>, full: &SyncSender<io::Result<Digested>>) {
-    let (mut hash, mut size) = (Sha256::new(), 0);
+    let (mut hash, mut size) = (Hasher::new(Algorithm::Sha256), 0);
     // A thread that ends without a last word has nobody left to hear it.
     while let Ok(unpacked) = filled.recv() {
         let next = match unpacked {
@@ -125,7 +124,11 @@ fn digest(filled: &Receiver<Unpacked>, full: &SyncSender<io::Result<Digested>>) 
                 size += n as u64;
                 Ok(Digested::Stretch(buffer, n))
             }
-            Ok(None) => super::stream::digest(std::mem::take(&mut hash)).map(|d| Digested::End(d, size)),
+            Ok(None) => {
+                // Nothing comes after the end.
+                let whole = std::mem::replace(&mut hash, Hasher::new(Algorithm::Sha256));
+                Ok(Digested::End(whole.finish(), size))
+            }
             Err(error) => Err(error),
         };
         if full.send(next).is_err() {

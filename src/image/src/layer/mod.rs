@@ -23,7 +23,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use moxlet_ids::Digest;
+use moxlet_ids::{Algorithm, Digest};
 use moxlet_storage::{Usage, WhiteoutStyle};
 
 pub(crate) use archive::{Archive, Entry, Kind};
@@ -125,7 +125,8 @@ pub(crate) fn unpack_reader(input: impl Read + Send, claim: &Claim, target: Targ
 }
 
 fn unpack_blob(input: impl BufRead + Send, claim: &Claim, target: Target<'_>) -> Outcome<Unpacked> {
-    let mut blob = Blob::new(input);
+    let algorithm = claim.digest.as_ref().map_or(Algorithm::Sha256, Digest::algorithm);
+    let mut blob = Blob::new(input, algorithm);
     let unpacked = unpack_from(&mut blob, target);
     if let Err(fault @ (Fault::System { .. } | Fault::Cut)) = unpacked {
         return Err(fault);

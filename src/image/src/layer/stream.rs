@@ -3,8 +3,7 @@
 use std::io::{self, BufRead, BufReader, Cursor, ErrorKind, Read};
 
 use flate2::bufread::MultiGzDecoder;
-use moxlet_ids::Digest;
-use sha2::{Digest as _, Sha256};
+use moxlet_ids::{Algorithm, Digest, Hasher};
 
 /// Bytes that are decompressed and hashed at a time: they stay in the processor's cache until they are written.
 const BUFFER: usize = 128 << 10;
@@ -15,14 +14,14 @@ const ZSTD_WINDOW: u32 = 27;
 pub(super) struct Blob<R> {
     inner: R,
     size: u64,
-    hash: Sha256,
+    hash: Hasher,
     /// What of the chunk at hand has been counted.
     counted: usize,
 }
 
 impl<R: BufRead> Blob<R> {
-    pub(super) fn new(inner: R) -> Self {
-        Self { inner, size: 0, hash: Sha256::new(), counted: 0 }
+    pub(super) fn new(inner: R, algorithm: Algorithm) -> Self {
+        Self { inner, size: 0, hash: Hasher::new(algorithm), counted: 0 }
     }
 
     /// Reads what is left; the digest and size of the whole.
@@ -30,7 +29,7 @@ impl<R: BufRead> Blob<R> {
         loop {
             let n = self.fill_buf()?.len();
             if n == 0 {
-                return Ok((digest(self.hash)?, self.size));
+                return Ok((self.hash.finish(), self.size));
             }
             self.consume(n);
         }
@@ -97,7 +96,7 @@ fn zstd<'a>(blob: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
 pub(super) struct Hashing<R> {
     inner: R,
     left: u64,
-    hash: Sha256,
+    hash: Hasher,
     buffer: Box<[u8]>,
     at: usize,
     end: usize,
@@ -106,12 +105,12 @@ pub(super) struct Hashing<R> {
 impl<R: Read> Hashing<R> {
     pub(super) fn new(inner: R, max: u64) -> Self {
         let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self { inner, left: max, hash: Sha256::new(), buffer, at: 0, end: 0 }
+        Self { inner, left: max, hash: Hasher::new(Algorithm::Sha256), buffer, at: 0, end: 0 }
     }
 
     /// The digest of what was read.
-    pub(super) fn digest(self) -> io::Result<Digest> {
-        digest(self.hash)
+    pub(super) fn digest(self) -> Digest {
+        self.hash.finish()
     }
 }
 
@@ -152,10 +151,4 @@ pub(super) fn take(input: &mut impl BufRead, into: &mut [u8]) -> io::Result<usiz
 /// Buffers what can only be read.
 pub(super) fn buffered<R: Read>(input: R) -> BufReader<R> {
     BufReader::with_capacity(BUFFER, input)
-}
-
-/// A digest that is complete.
-pub(super) fn digest(hash: Sha256) -> io::Result<Digest> {
-    let text = format!("sha256:{}", hex::encode(hash.finalize()));
-    text.parse().map_err(io::Error::other)
 }

@@ -13,6 +13,8 @@ use super::{
 use crate::{Credentials, Error, Result};
 
 const MAX_TOKEN: usize = 64 << 10;
+/// Challenges of one answer.
+const MAX_CHALLENGES: usize = 8;
 
 /// The login at one host.
 #[derive(Debug, Default)]
@@ -42,12 +44,44 @@ enum Challenge {
     Bearer { realm: String, service: Option<String>, scope: Option<String> },
 }
 
-/// The challenges that we know; at most a few.
+/// The challenges whose scheme we know, at most a few: others get no secret. A host that offers several is logged in at by a token,
+/// which is good for this repository alone, rather than by a password.
 fn challenges(headers: &HeaderMap) -> Vec<Challenge> {
-    let values = headers.get_all(WWW_AUTHENTICATE).iter().take(4);
-    values.filter_map(|v| challenge(v.to_str().ok()?)).collect()
+    let values = headers.get_all(WWW_AUTHENTICATE).iter().take(4).filter_map(|v| v.to_str().ok());
+    let mut all: Vec<_> = values.flat_map(listed).collect();
+    all.sort_by_key(|c| matches!(c, Challenge::Basic));
+    all.truncate(MAX_CHALLENGES);
+    all
 }
 
+/// The challenges of one header, which may be a list (RFC 9110, section 11.6.1).
+fn listed(text: &str) -> Vec<Challenge> {
+    match http_auth::parse_challenges(text) {
+        Ok(list) => list.iter().filter_map(known).collect(),
+        // Some registries do not quote what has to be quoted.
+        Err(_) => challenge(text).into_iter().collect(),
+    }
+}
+
+fn known(challenge: &http_auth::ChallengeRef<'_>) -> Option<Challenge> {
+    if challenge.scheme.eq_ignore_ascii_case("basic") {
+        return Some(Challenge::Basic);
+    }
+    if !challenge.scheme.eq_ignore_ascii_case("bearer") {
+        return None;
+    }
+    let parameter = |name: &str| {
+        let found = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
+        found.map(|(_, value)| value.to_unescaped())
+    };
+    Some(Challenge::Bearer {
+        realm: parameter("realm")?,
+        service: parameter("service"),
+        scope: parameter("scope"),
+    })
+}
+
+/// A single challenge, read with patience.
 fn challenge(text: &str) -> Option<Challenge> {
     let (scheme, mut rest) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
     if scheme.eq_ignore_ascii_case("basic") {
@@ -318,6 +352,37 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
     use super::*;
+
+    #[test]
+    fn several_challenges_come_in_one_header_or_in_several() {
+        let bearer = Challenge::Bearer {
+            realm: "https://a.b/token".into(),
+            service: Some("r".into()),
+            scope: Some("repository:a/b:pull,push".into()),
+        };
+        let token = r#"Bearer realm="https://a.b/token",service="r",scope="repository:a/b:pull,push""#;
+        let list = |texts: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for text in texts {
+                headers.append(WWW_AUTHENTICATE, HeaderValue::from_str(text).unwrap());
+            }
+            challenges(&headers)
+        };
+        for texts in [
+            &[&*format!("Basic realm=\"x\", {token}")][..],
+            &[&*format!("{token}, Basic realm=\"x\"")],
+            &["Basic realm=\"x\"", token],
+        ] {
+            let found = list(texts);
+            assert!(
+                matches!(found.as_slice(), [first, Challenge::Basic] if *first == bearer),
+                "{texts:?}: {found:?}"
+            );
+        }
+        assert_eq!(list(&["Negotiate, Basic realm=\"x\""]), [Challenge::Basic]);
+        assert_eq!(list(&["Digest realm=\"x\", nonce=\"y\", NTLM"]), []);
+        assert_eq!(list(&["Bearer realm=https://a.b/token,service=r"]).len(), 1, "without quotes");
+    }
 
     #[test]
     fn challenges_are_read() {

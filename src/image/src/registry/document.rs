@@ -1,6 +1,6 @@
 //! Manifests as hosts send them: whole and within bounds, or only announced.
 
-use moxlet_ids::Digest;
+use moxlet_ids::{Algorithm, Digest};
 use reqwest::{
     Method,
     header::{ACCEPT, HeaderValue},
@@ -72,8 +72,9 @@ impl Session<'_> {
             "gzip" | "x-gzip" => self.gunzip(&body, max)?,
             _ => return Err(self.bad("manifest", "the registry encodes it in a way that was not asked for")),
         };
-        let actual = Digest::of(&body);
-        match expected.or(announced.as_ref()) {
+        let expected = expected.or(announced.as_ref());
+        let actual = Digest::by(expected.map_or(Algorithm::Sha256, Digest::algorithm), &body);
+        match expected {
             Some(expected) if *expected != actual => Err(Error::DigestMismatch {
                 reference: self.name(),
                 part: "manifest".into(),

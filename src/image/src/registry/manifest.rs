@@ -77,7 +77,8 @@ pub(crate) async fn fetch(session: &Session<'_>) -> Result<Manifest> {
     let mut top = None;
     for _ in 0..MAX_DEPTH {
         let body = session.manifest(&wanted, expected.as_ref(), MAX_MANIFEST).await?;
-        let actual = Digest::of(&body);
+        // By which it was fetched, if it was by one.
+        let actual = expected.take().unwrap_or_else(|| Digest::of(&body));
         let top = top.get_or_insert(actual).clone();
         match read(&body).map_err(|reason| session.bad("manifest", reason))? {
             Found::Image(config, layers) => {

@@ -1,5 +1,6 @@
 //! Pulls: what comes, what is refused, and what registries do wrong.
 
+use moxlet_ids::{Algorithm, Digest};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
@@ -37,6 +38,27 @@ pub(super) fn large(seed: u64) -> Image {
 
 pub(super) fn user(name: &str, password: &str) -> Credentials {
     Credentials { username: name.into(), password: password.into(), ..Credentials::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn digests_by_sha512_are_followed_and_verified() {
+    let (registry, place) = (Registry::start().await, Place::new().await);
+    let image = two_layers();
+    let digest = registry.push_by(Algorithm::Sha512, "app:v1", &image);
+    assert!(digest.as_str().starts_with("sha512:"));
+    for name in [registry.name("app:v1"), registry.name(&format!("app@{digest}"))] {
+        let record = place.store.pull(&name, &[]).await.unwrap();
+        assert_eq!(record.id, image.id(), "an id is by sha256");
+        assert_eq!(place.read(&record.layers, &["etc/a"]).await, [Some("top".into())]);
+    }
+    let damaged = large(3);
+    registry.push_by(Algorithm::Sha512, "bad:v1", &damaged);
+    registry.fault(&Digest::by(Algorithm::Sha512, &damaged.blobs().1).to_string(), Fault::Damaged);
+    let error = place.store.pull(&registry.name("bad:v1"), &[]).await.unwrap_err();
+    assert!(
+        matches!(&error, Error::DigestMismatch { expected, .. } if expected.starts_with("sha512:")),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

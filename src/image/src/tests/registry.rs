@@ -15,7 +15,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::{StreamExt, stream};
-use moxlet_ids::Digest;
+use moxlet_ids::{Algorithm, Digest};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
@@ -182,12 +182,17 @@ impl Registry {
 
     /// Adds an image under `repository:tag`, by way of an index; the index's digest.
     pub(crate) fn push(&self, name: &str, image: &Image) -> Digest {
+        self.push_by(Algorithm::Sha256, name, image)
+    }
+
+    /// The same with all descriptors by that algorithm.
+    pub(crate) fn push_by(&self, algorithm: Algorithm, name: &str, image: &Image) -> Digest {
         let (repository, tag) = name.split_once(':').unwrap();
         let config = image.config();
         let mut content = self.content();
         let mut add = |bytes: &[u8]| {
-            content.blobs.insert(Digest::of(bytes).to_string(), bytes.to_vec());
-            json!({ "digest": Digest::of(bytes), "size": bytes.len() })
+            content.blobs.insert(Digest::by(algorithm, bytes).to_string(), bytes.to_vec());
+            json!({ "digest": Digest::by(algorithm, bytes), "size": bytes.len() })
         };
         let layers: Vec<_> = image
             .layers
@@ -204,15 +209,15 @@ impl Registry {
         let index = json!({
             "schemaVersion": 2,
             "manifests": [{
-                "digest": Digest::of(&manifest),
+                "digest": Digest::by(algorithm, &manifest),
                 "size": manifest.len(),
                 "platform": { "os": "linux", "architecture": architecture },
             }],
         });
         let index = serde_json::to_vec(&index).unwrap();
-        let digest = Digest::of(&index);
+        let digest = Digest::by(algorithm, &index);
         for (wanted, bytes) in [
-            (Digest::of(&manifest).to_string(), &manifest),
+            (Digest::by(algorithm, &manifest).to_string(), &manifest),
             (digest.to_string(), &index),
             (tag.to_owned(), &index),
         ] {
