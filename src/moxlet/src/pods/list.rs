@@ -86,7 +86,11 @@ fn wide(pods: &[Pod], now: SystemTime) -> String {
     let rows: Vec<_> = pods
         .iter()
         .map(|pod| {
-            let image = |c: &moxlet_cri::v1::ContainerStatus| c.image.as_ref().map(|i| i.image.clone());
+            let image = |c: &moxlet_cri::v1::ContainerStatus| {
+                let spec = c.image.as_ref()?;
+                let asked = Some(&spec.user_specified_image).filter(|name| !name.is_empty());
+                Some(asked.unwrap_or(&spec.image).clone())
+            };
             let images: Vec<_> = pod.newest().filter_map(image).collect();
             let mut cells = row(pod, now);
             cells.extend([pod.sandbox.id.clone(), images.join(",")]);
