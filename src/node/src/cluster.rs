@@ -41,13 +41,13 @@ pub(crate) trait Cluster: Send + Sync {
     async fn secret(&self, namespace: &str, name: &str) -> Result<Secret>;
     /// A token of the pod's service account, bound to the pod.
     async fn token(&self, pod: &Pod, audience: Option<&str>, seconds: Option<i64>) -> Result<Token>;
-    /// Patches a pod's status (strategic merge); `None`: there is no such pod any more.
+    /// Patches a pod's status (strategic merge) and answers the pod as it is then; `None`: there is no such pod any more.
     async fn patch_status(
         &self,
         namespace: &str,
         name: &str,
         patch: &serde_json::Value,
-    ) -> Result<Option<()>>;
+    ) -> Result<Option<Pod>>;
     /// Removes the object of a pod that has ended; one that is gone or another pod's is left alone.
     async fn delete_pod(&self, namespace: &str, name: &str, uid: &str) -> Result<()>;
     /// Makes the API server's copy of a static pod.
@@ -109,13 +109,22 @@ impl Cluster for KubeCluster {
         namespace: &str,
         name: &str,
         patch: &serde_json::Value,
-    ) -> Result<Option<()>> {
+    ) -> Result<Option<Pod>> {
         let api: Api<Pod> = Api::namespaced(self.0.clone(), namespace);
+        let what = || format!("patch the status of pod {namespace}/{name}");
         match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
-            Ok(_) => Ok(Some(())),
-            // Gone, or another pod of that name has taken its place.
-            Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(None),
-            Err(e) => Err(Error::api(format!("patch the status of pod {namespace}/{name}"))(e)),
+            Ok(pod) => Ok(Some(pod)),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                // Another pod of that name has taken its place, or somebody else wrote at the same time.
+                let now = api.get_opt(name).await.map_err(Error::api(what()))?;
+                let uid = patch["metadata"]["uid"].as_str();
+                match now.filter(|pod| pod.metadata.uid.as_deref() == uid) {
+                    Some(_) => Err(Error::api(what())(kube::Error::Api(status))),
+                    None => Ok(None),
+                }
+            }
+            Err(e) => Err(Error::api(what())(e)),
         }
     }
 
@@ -158,7 +167,7 @@ impl Cluster for NoCluster {
         Err(Error::NotFound { kind: "serviceaccount", name: "default".to_owned() })
     }
 
-    async fn patch_status(&self, _: &str, _: &str, _: &serde_json::Value) -> Result<Option<()>> {
+    async fn patch_status(&self, _: &str, _: &str, _: &serde_json::Value) -> Result<Option<Pod>> {
         Ok(None)
     }
 

@@ -11,6 +11,7 @@
 //! | `static_pods::mirror` | static pods, the API server's copies of them | those copies, where their status goes |
 //! | `pods::manager` | updates, the agent's events | one worker a pod, told by a watch channel |
 //! | `pods::worker` | what a pod shall be, what the agent reports | CRI calls, status, the published copy |
+//! | `status` | a pod's status as it should stand, as it is shown | patches until they agree |
 //! | `image_gc` | the policy | removals on the agent every 5 min, events where they do not help |
 //! | `notices` | what the agent saw done to CTs | events of the pods |
 //! | `events` | events (mpsc) | Event objects |
@@ -37,6 +38,7 @@ mod pressure;
 mod register;
 mod relist;
 mod static_pods;
+mod status;
 mod support;
 mod volumes;
 

@@ -21,10 +21,9 @@ use tracing::{debug, info, warn};
 
 use super::{
     names,
-    publish::Target,
     worker::{Desired, Shared, Worker},
 };
-use crate::{error::chain, metrics};
+use crate::{error::chain, metrics, status::Target};
 
 /// Where pods come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

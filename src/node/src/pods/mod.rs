@@ -10,7 +10,6 @@ pub(crate) mod image;
 mod images;
 pub(crate) mod manager;
 pub(crate) mod names;
-pub(crate) mod publish;
 pub mod registry;
 mod report;
 pub(crate) mod resources;

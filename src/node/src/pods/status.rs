@@ -450,14 +450,3 @@ fn unready(statuses: &[ContainerStatus]) -> Option<String> {
     let names: Vec<_> = statuses.iter().filter(|s| !s.ready).map(|s| s.name.as_str()).collect();
     (!names.is_empty()).then(|| names.join(" "))
 }
-
-/// The strategic merge patch that brings a pod's status there.
-pub(crate) fn patch(uid: &str, status: &PodStatus) -> serde_json::Value {
-    let mut value = serde_json::to_value(status).unwrap_or_default();
-    for key in ["podIPs", "hostIPs"] {
-        if let Some(list) = value.get_mut(key).and_then(serde_json::Value::as_array_mut) {
-            list.insert(0, serde_json::json!({"$patch": "replace"}));
-        }
-    }
-    serde_json::json!({"metadata": {"uid": uid}, "status": value})
-}

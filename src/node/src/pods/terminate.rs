@@ -12,6 +12,9 @@ use super::{
 };
 use crate::{error::Result, events::Kind};
 
+/// How long a pass waits for the API server to accept the last status.
+const SETTLED: Duration = Duration::from_secs(20);
+
 impl Worker {
     /// Ends the pod; every step is idempotent, so that a pass that failed is simply done again.
     pub(super) async fn terminate(&mut self, desired: &Desired, state: PodState) -> Result<Next> {
@@ -71,8 +74,19 @@ impl Worker {
             removed.await?;
             return Ok(Next::Done);
         }
-        let (removed, ()) = tokio::join!(removed, self.publisher.settled());
+        let settled = tokio::time::timeout(SETTLED, self.publisher.settled());
+        let (removed, settled) = tokio::join!(removed, settled);
         removed?;
+        if settled.is_err() {
+            // The API server is away: the object stays until it has the last status, but the worker looks up.
+            return Ok(Next::Wait(Some(Duration::from_secs(1))));
+        }
+        if let Some(why) = self.publisher.rejection() {
+            let text = format!(
+                "The API server refuses the last status of this pod, which is deleted without it: {why}"
+            );
+            self.say_once(pod, None, Kind::Warning, "FailedUpdateStatus", text);
+        }
         shared.cluster.delete_pod(names::namespace(pod), names::name(pod), &uid).await?;
         // The watch says when it is gone; if it does not, this is done again.
         Ok(Next::Wait(Some(Duration::from_secs(30))))

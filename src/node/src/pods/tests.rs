@@ -10,7 +10,6 @@ use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    publish::Target,
     registry::PodRegistry,
     worker::{Desired, Shared, Worker},
 };
@@ -20,6 +19,7 @@ use crate::{
     cri_client::fake::{FakeRuntime, with},
     env::services::Services,
     events::{Note, Recorder},
+    status::Target,
 };
 
 /// A pod with one container; one that is deleted where there is a time for it.

@@ -24,7 +24,6 @@ use tracing::{debug, warn};
 use super::{
     backoff::Backoff,
     names,
-    publish::{Publisher, Target},
     registry::PodRegistry,
     resources, restart, sandbox,
     state::{Phase, PodState, Sandbox},
@@ -36,7 +35,9 @@ use crate::{
     env::{fields::Facts, services::Services},
     error::{Error, Result, chain},
     events::{Kind, Recorder},
-    metrics, support,
+    metrics,
+    status::{Publisher, Target},
+    support,
     volumes::{Volumes, hosts},
 };
 
@@ -143,7 +144,7 @@ impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, desired: watch::Receiver<Desired>, poke: Arc<Notify>) -> Self {
         let first = desired.borrow().clone();
         let status = first.pod.status.clone().unwrap_or_default();
-        let publisher = Publisher::new(shared.cluster.clone(), first.target, status.clone());
+        let publisher = Publisher::new(shared.cluster.clone(), first.target);
         let counted = status.phase.as_deref().is_some_and(|p| p != "Pending");
         Self {
             shared,
@@ -174,6 +175,11 @@ impl Worker {
         loop {
             let desired = self.desired.borrow_and_update().clone();
             self.publisher.retarget(desired.target.clone());
+            self.publisher.shown(&desired.pod);
+            if let Some(why) = self.publisher.rejection() {
+                let text = format!("The API server refuses the status of this pod: {why}");
+                self.say_once(&desired.pod, None, Kind::Warning, "FailedUpdateStatus", text);
+            }
             let begun = Instant::now();
             let outcome = tokio::select! {
                 () = stop.cancelled() => return,
