@@ -146,6 +146,7 @@ impl Agent {
         rooms.reconciler.start().await?;
         rooms.reconciler.spawn(work);
         rooms.usages.spawn(&rooms.tasks);
+        network::restore_in_background(&rooms.network, &rooms.tasks);
         Self::serve(&rooms).await?;
         Ok(Self { rooms })
     }

@@ -1,21 +1,30 @@
 //! How a pod gets its network: by CNI on the started CT's namespace, or by its engine, which writes interfaces into the CT's
 //! configuration. Then the addresses are this host's to give, and one is free again only when its CT is gone.
 
-use std::{net::IpAddr, path::Path, path::PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use moxlet_ids::SandboxId;
 use moxlet_network::{Cni, Slice, SliceConfig};
+use moxlet_errors::chain;
 use moxlet_sandbox::{Engine, Nic, NicAddress};
+use tracing::warn;
 
 use crate::{
     config::{AddressSource, PveSettings},
     error::{Error, Result},
     ledger::SandboxRecord,
-    tasks::blocking,
+    tasks::{Tasks, blocking},
 };
 
 /// The annotation of a pod that puts it on further bridges: a list, parted by commas, of entries of `extra_bridges`.
 pub(crate) const BRIDGES: &str = "moxlet.dev/bridges";
+/// How often it is looked whether bridge and masquerading still stand.
+const RESTORE_INTERVAL: Duration = Duration::from_secs(30);
 /// The most interfaces that a pod gets.
 const MAX_NICS: usize = 8;
 
@@ -31,7 +40,7 @@ pub(crate) enum Network {
 pub(crate) struct EngineNetwork {
     settings: PveSettings,
     /// The host's addresses for pods; none: they come by DHCP.
-    slice: Option<std::sync::Arc<Slice>>,
+    slice: Option<Arc<Slice>>,
 }
 
 impl EngineNetwork {
@@ -41,7 +50,7 @@ impl EngineNetwork {
             AddressSource::Dhcp => None,
             AddressSource::Range { first, last, prefix, gateway } => {
                 let config = SliceConfig { first: *first, last: *last, prefix: *prefix, gateway: *gateway };
-                Some(std::sync::Arc::new(Slice::open(dir, config)?))
+                Some(Arc::new(Slice::open(dir, config)?))
             }
         };
         Ok(Self { settings, slice })
@@ -214,6 +223,29 @@ impl Network {
             Self::Engine(_) => Ok(()),
         }
     }
+}
+
+/// Has what others take from the pods' network on this host put back until the agent ends.
+pub(crate) fn restore_in_background(network: &Arc<Network>, tasks: &Tasks) {
+    let (network, stop) = (network.clone(), tasks.stop.clone());
+    tasks.spawn(async move {
+        let Network::Cni(cni) = &*network else { return };
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(RESTORE_INTERVAL) => {}
+            }
+            match cni.restore().await {
+                Ok(false) => {}
+                Ok(true) => {
+                    warn!("the masquerading of the pods' traffic was missing on the host and is set again");
+                }
+                Err(error) => {
+                    warn!(error = chain(&error), "the pods' network on the host is not as it should be");
+                }
+            }
+        }
+    });
 }
 
 #[cfg(test)]

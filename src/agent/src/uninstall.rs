@@ -45,7 +45,7 @@ pub async fn uninstall(config: &Config, with_files: bool) -> Result<Vec<Step>> {
     if matches!(config.engine, EngineSettings::Lxc) {
         step("the engine's directory and liblxc's lock files".into(), engine_directory(config).await);
         if config.cni.use_host_conf.is_none() {
-            let what = format!("the bridge {} and its masquerading", config.cni.bridge);
+            let what = format!("the bridge {}, if Moxlet made it, and its masquerading", config.cni.bridge);
             step(what, take_down(&engine::cni(config)).await.map_err(Error::from));
         }
         let record = root.join("ip_forward");

@@ -119,6 +119,17 @@ pub enum Error {
         /// What `ip` said.
         said: String,
     },
+    /// The configured bridge is somebody else's and does not have the gateway of the pods' range.
+    #[error(
+        "the interface {bridge} was not made by Moxlet and does not have the pods' gateway {gateway}, so it is left as it is: \
+         set `bridge` to a name that is free, give it this address, or attach pods to it by a CNI configuration of your own (`cni_conf_dir`)"
+    )]
+    ForeignBridge {
+        /// Which.
+        bridge: String,
+        /// The address that it would need, with the length of its range.
+        gateway: String,
+    },
     /// The pods' traffic cannot leave the host.
     #[error(
         "could not masquerade {cidr} ({said}): install nftables or iptables, or look whether the kernel has NAT"

@@ -3,7 +3,7 @@
 
 use std::{fs, io::ErrorKind, path::Path};
 
-use crate::{Result, durable, error::io};
+use crate::{Result, error::io};
 
 const SWITCH: &str = "/proc/sys/net/ipv4/ip_forward";
 
@@ -23,7 +23,7 @@ fn record_from(switch: &Path, record: &Path) -> Result<()> {
     }
     let value = fs::read_to_string(switch).map_err(io("read", switch))?;
     // Lost in a power cut, it would be recorded anew as 1, which by then is ours.
-    durable::write(record, value.as_bytes())
+    moxlet_files::replace(record, value.as_bytes(), 0o644).map_err(io("write", record))
 }
 
 fn restore_to(switch: &Path, record: &Path) -> Result<()> {

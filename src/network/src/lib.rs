@@ -7,7 +7,6 @@
 //! * [`forwarding`]: records and restores the host's `ip_forward`, which CNI's bridge switches on.
 
 mod cni;
-mod durable;
 mod error;
 pub mod files;
 pub mod forwarding;

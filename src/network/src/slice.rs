@@ -18,7 +18,7 @@ use std::{
 
 use moxlet_ids::SandboxId;
 
-use crate::{Error, Result, durable, error::io, host};
+use crate::{Error, Result, error::io, host};
 
 const MAX: u64 = 128;
 
@@ -164,7 +164,7 @@ impl Slice {
                     given.owners.insert(ip, sandbox.clone());
                     given.last = number;
                     let path = self.dir.join(ip.to_string());
-                    durable::sync_dir(&self.dir).map_err(io("write", &path))?;
+                    moxlet_files::sync_dir(&self.dir).map_err(io("write", &path))?;
                     return Ok(ip);
                 }
             }

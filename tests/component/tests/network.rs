@@ -315,3 +315,74 @@ async fn a_network_of_the_admins_own_is_used_as_it_is() {
     let mut left = fs::read_dir(network.config.ipam_dir.join("theirs")).unwrap().flatten();
     assert!(!left.any(|e| e.file_name().to_string_lossy().parse::<IpAddr>().is_ok()));
 }
+
+/// Runs `ip`, which must succeed.
+fn ip(args: &str) {
+    assert!(Command::new("ip").args(args.split(' ')).status().unwrap().success(), "ip {args}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bridge_of_somebody_else_keeps_its_address_is_refused_by_name_and_never_removed() {
+    let network = Network::new();
+    let bridge = &network.config.bridge_name;
+    ip(&format!("link add {bridge} type bridge"));
+    ip(&format!("address add 192.0.2.77/24 dev {bridge}"));
+    let error = Cni::new(network.config.clone()).await.unwrap_err();
+    assert!(matches!(error, Error::ForeignBridge { .. }), "{error}");
+    assert!(error.to_string().contains(bridge.as_str()), "{error}");
+    moxlet_network::take_down(&network.config).await.unwrap();
+    assert_eq!(network.gateways(), ["192.0.2.77/24".to_owned()].into());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bridge_of_somebody_else_with_the_pods_gateway_is_used_as_it_is() {
+    let network = Network::new();
+    let bridge = &network.config.bridge_name;
+    ip(&format!("link add {bridge} type bridge"));
+    ip(&format!("address add 192.0.2.77/24 dev {bridge}"));
+    ip(&format!("address add {} dev {bridge}", network.gateway(0)));
+    ip(&format!("link set {bridge} up"));
+    let as_it_was = network.gateways();
+    let cni = network.open().await;
+    let (namespace, id) = (Namespace::new().await, SandboxId::random());
+    let address = cni.add(&id, &namespace.path(), "default", "web").await.unwrap().ips[0];
+    assert!(
+        namespace.run(&format!("busybox ping -c 1 -W 5 {}", network.gateway(0).trim_end_matches("/26"))).0
+    );
+    assert!(network.is_in(address, 0));
+    cni.del(&id, Some(&namespace.path())).await.unwrap();
+    assert!(matches!(cni.set_pod_cidr(&network.range(1)).await, Err(Error::ForeignBridge { .. })));
+    cni.remove_bridge().await.unwrap();
+    assert_eq!(network.gateways(), as_it_was);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bridge_that_an_older_version_made_without_a_mark_is_ours() {
+    let network = Network::new();
+    let bridge = &network.config.bridge_name;
+    let mac = format!("0a:58:0a:f9:{:02x}:01", network.number);
+    ip(&format!("link add {bridge} address {mac} type bridge"));
+    ip(&format!("address add {} dev {bridge}", network.gateway(0)));
+    let cni = network.open().await;
+    cni.set_pod_cidr(&network.range(1)).await.unwrap();
+    assert_eq!(network.gateways(), [network.gateway(1)].into());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_that_the_hosts_firewall_has_flushed_and_a_lost_gateway_come_back() {
+    let network = Network::new();
+    let cni = network.open().await;
+    assert!(!cni.restore().await.unwrap(), "nothing was missing");
+    let table = format!("moxlet_{}", network.config.bridge_name);
+    for command in [vec!["flush", "table", "ip", &table], vec!["delete", "table", "ip", &table]] {
+        assert!(Command::new("nft").args(&command).status().unwrap().success());
+        assert!(cni.restore().await.unwrap(), "{command:?}");
+        let listed = Command::new("nft").args(["list", "table", "ip", &table]).output().unwrap();
+        assert!(String::from_utf8_lossy(&listed.stdout).contains("masquerade"));
+        assert!(!cni.restore().await.unwrap());
+    }
+    ip(&format!("address flush dev {}", network.config.bridge_name));
+    cni.restore().await.unwrap();
+    assert_eq!(network.gateways(), [network.gateway(0)].into());
+    cni.remove_bridge().await.unwrap();
+}

@@ -2,8 +2,14 @@
 //!
 //! CNI's bridge plugin knows one gateway for a bridge. A cluster that registers a node anew allots it another range while pods
 //! of the old one run on: so the bridge carries a gateway for each range in use, and the plugin is told to leave it alone.
+//!
+//! A bridge that Moxlet makes carries its mark, an interface alias, from the same run of `ip` that makes it. One without the mark is
+//! somebody else's (`vmbr0` of a host of Proxmox VE, say): it is used if it has the range's gateway already, refused by name if not,
+//! and never changed or removed.
 
-use std::{fs, net::Ipv4Addr};
+use std::{fs, net::Ipv4Addr, path::PathBuf};
+
+use moxlet_files::read_text_bounded;
 
 use crate::{
     Error, Result,
@@ -12,6 +18,56 @@ use crate::{
 };
 
 const FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+/// The interface alias of a bridge that Moxlet made.
+const MARK: &str = "dev.moxlet:bridge";
+
+/// Whose an interface of the configured name is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// There is no interface of this name.
+    Nobody,
+    /// Moxlet made it.
+    Moxlet,
+    /// Somebody else made it.
+    Other,
+}
+
+fn interface(name: &str) -> PathBuf {
+    PathBuf::from("/sys/class/net").join(name)
+}
+
+/// Whose the bridge is. One without a mark is ours too if it has the hardware address that Moxlet makes of a gateway which it
+/// carries: older versions set no mark.
+///
+/// # Errors
+/// What is there could not be read.
+pub(super) fn owner(bridge: &str) -> Result<Owner> {
+    let dir = interface(bridge);
+    let read = |name: &str| {
+        let path = dir.join(name);
+        read_text_bounded(&path, 4096).map(|text| text.trim().to_owned()).map_err(io("read", path))
+    };
+    if !dir.exists() {
+        return Ok(Owner::Nobody);
+    }
+    if !dir.join("bridge").is_dir() {
+        return Ok(Owner::Other);
+    }
+    let alias = read("ifalias")?;
+    if alias == MARK {
+        return Ok(Owner::Moxlet);
+    }
+    let address = read("address")?;
+    let made =
+        |(at, range): &(Ipv4Addr, Range)| *at == range.gateway() && hardware_address(*range) == address;
+    let ours = alias.is_empty() && addresses(bridge).iter().any(made);
+    Ok(if ours { Owner::Moxlet } else { Owner::Other })
+}
+
+/// Without an address of its own a bridge takes that of its first port, and another when that goes.
+fn hardware_address(range: Range) -> String {
+    format!("0a:58:{}", range.gateway().octets().map(|o| format!("{o:02x}")).join(":"))
+}
 
 /// An IPv4 range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,14 +117,22 @@ pub(super) fn addresses(bridge: &str) -> Vec<(Ipv4Addr, Range)> {
 }
 
 /// Makes sure that the bridge is there with the range's gateway, and that the host forwards.
+///
+/// # Errors
+/// [`Error::ForeignBridge`] where somebody else's interface of this name has another address, or `ip` failed.
 pub(super) async fn ensure(bridge: &str, range: Range) -> Result<()> {
     if addresses(bridge).iter().any(|(address, own)| *own == range && *address == range.gateway()) {
-        return Ok(());
+        return forward();
     }
-    if !std::path::Path::new("/sys/class/net").join(bridge).exists() {
-        // Without an address of its own a bridge takes that of its first port, and another when that goes.
-        let mac = format!("0a:58:{}", range.gateway().octets().map(|o| format!("{o:02x}")).join(":"));
-        ip(&["link", "add", "name", bridge, "address", &mac, "type", "bridge"]).await?;
+    match owner(bridge)? {
+        Owner::Other => {
+            return Err(Error::ForeignBridge {
+                bridge: bridge.to_owned(),
+                gateway: format!("{}/{}", range.gateway(), range.length),
+            });
+        }
+        Owner::Nobody => make(bridge, range).await?,
+        Owner::Moxlet => {}
     }
     let address = format!("{}/{}", range.gateway(), range.length);
     ip(&["address", "replace", &address, "dev", bridge]).await?;
@@ -76,7 +140,37 @@ pub(super) async fn ensure(bridge: &str, range: Range) -> Result<()> {
     if !up.status.success() || addresses(bridge).is_empty() {
         return Err(Error::Bridge { bridge: bridge.to_owned(), what: "make", said: up.said() });
     }
-    fs::write(FORWARD, "1").map_err(io("write", FORWARD))
+    forward()
+}
+
+/// Makes the bridge with its mark. `ip` does not go on to the mark where the name is taken.
+async fn make(bridge: &str, range: Range) -> Result<()> {
+    let commands = format!(
+        "link add name {bridge} address {} type bridge\nlink set dev {bridge} alias {MARK}\n",
+        hardware_address(range)
+    );
+    let made = program::run("ip", &["-batch", "-"], &commands).await?;
+    if made.status.success() {
+        return Ok(());
+    }
+    Err(Error::Bridge { bridge: bridge.to_owned(), what: "make", said: made.said() })
+}
+
+fn forward() -> Result<()> {
+    let on = read_text_bounded(std::path::Path::new(FORWARD), 16).is_ok_and(|text| text.trim() == "1");
+    if on { Ok(()) } else { fs::write(FORWARD, "1").map_err(io("write", FORWARD)) }
+}
+
+/// Marks a bridge of ours that an older version made; without its first gateway it could not be told any more.
+///
+/// # Errors
+/// `ip` failed.
+pub(super) async fn mark(bridge: &str) -> Result<()> {
+    let marked = ip(&["link", "set", "dev", bridge, "alias", MARK]).await?;
+    if marked.status.success() {
+        return Ok(());
+    }
+    Err(Error::Bridge { bridge: bridge.to_owned(), what: "mark", said: marked.said() })
 }
 
 /// Takes a gateway from the bridge.
@@ -84,10 +178,18 @@ pub(super) async fn drop_gateway(bridge: &str, address: Ipv4Addr, range: Range) 
     ip(&["address", "delete", &format!("{address}/{}", range.length), "dev", bridge]).await.map(drop)
 }
 
-/// Removes the bridge. Idempotent.
+/// Removes the bridge if Moxlet made it. Idempotent.
+///
+/// # Errors
+/// `ip` failed.
 pub(super) async fn remove(bridge: &str) -> Result<()> {
-    if !std::path::Path::new("/sys/class/net").join(bridge).join("bridge").exists() {
-        return Ok(());
+    match owner(bridge)? {
+        Owner::Nobody => return Ok(()),
+        Owner::Other => {
+            tracing::warn!(bridge, "the bridge was not made by Moxlet and stays");
+            return Ok(());
+        }
+        Owner::Moxlet => {}
     }
     let ended = ip(&["link", "delete", "dev", bridge]).await?;
     if ended.status.success() {

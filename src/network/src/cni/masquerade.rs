@@ -55,6 +55,34 @@ pub(super) async fn set(bridge: &str, ranges: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// Whether the rules for these ranges are there.
+pub(super) async fn is_set(bridge: &str, ranges: &[String]) -> Result<bool> {
+    let name = table(bridge);
+    if find("nft").is_some() {
+        let listed = run("nft", &["list", "table", "ip", &name], "").await?;
+        let text = String::from_utf8_lossy(&listed.stdout);
+        return Ok(listed.status.success() && masquerades(&text, ranges));
+    }
+    if find("iptables").is_some() {
+        for cidr in ranges {
+            if !run("iptables", &rule("-C", cidr, &name), "").await?.status.success() {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a table as `nft list` shows it has a rule that masquerades each of the ranges.
+fn masquerades(listed: &str, ranges: &[String]) -> bool {
+    let rules: Vec<Vec<&str>> = listed
+        .lines()
+        .filter(|line| line.contains("masquerade"))
+        .map(|line| line.split(|c: char| c.is_whitespace() || "{},".contains(c)).collect())
+        .collect();
+    ranges.iter().all(|range| rules.iter().any(|words| words.contains(&range.as_str())))
+}
+
 /// Removes the rules of all ranges. Idempotent.
 pub(super) async fn clear(bridge: &str) -> Result<()> {
     let name = table(bridge);
@@ -82,6 +110,23 @@ fn commented(listed: &str, comment: &str) -> Vec<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_without_the_rule_or_one_of_its_ranges_masquerades_nothing() {
+        let table = |rules: &str| {
+            format!(
+                "table ip moxlet_a {{\n\tchain postrouting {{\n\t\ttype nat hook postrouting priority srcnat;\n{rules}\t}}\n}}\n"
+            )
+        };
+        let both = ["10.1.0.0/24".to_owned(), "10.2.0.0/24".to_owned()];
+        let full = table(
+            "\t\tip saddr { 10.1.0.0/24, 10.2.0.0/24 } ip daddr != { 10.1.0.0/24, 10.2.0.0/24 } masquerade\n",
+        );
+        assert!(masquerades(&full, &both) && masquerades(&full, &both[1..]));
+        let one = table("\t\tip saddr 10.1.0.0/24 ip daddr != 10.1.0.0/24 masquerade\n");
+        assert!(masquerades(&one, &both[..1]) && !masquerades(&one, &both));
+        assert!(!masquerades(&table(""), &both) && !masquerades("", &both));
+    }
 
     #[test]
     fn only_rules_with_the_bridges_comment_are_removed() {

@@ -11,16 +11,16 @@ use std::{
     io::ErrorKind,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{PoisonError, RwLock},
     time::Duration,
 };
 
 use moxlet_ids::SandboxId;
+use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    Attachment, Error, Result, durable,
+    Attachment, Error, Result,
     error::io,
     program::{self, Ended},
 };
@@ -80,6 +80,8 @@ struct Kept {
 pub struct Cni {
     config: CniConfig,
     pod_cidr: RwLock<Option<String>>,
+    /// One change of bridge and masquerading at a time.
+    changing: tokio::sync::Mutex<()>,
 }
 
 impl Cni {
@@ -91,7 +93,7 @@ impl Cni {
         if config.write_default {
             fs::create_dir_all(&config.conf_dir).map_err(io("create", &config.conf_dir))?;
         }
-        let cni = Self { config, pod_cidr: RwLock::new(None) };
+        let cni = Self { config, pod_cidr: RwLock::new(None), changing: tokio::sync::Mutex::default() };
         // Without a word from the configuration the range of the last start stays, until the cluster says another.
         let cidr = cni.config.pod_cidr.clone().or_else(|| cni.written_cidr());
         if let Some(cidr) = cidr {
@@ -184,6 +186,7 @@ impl Cni {
     /// Sets the range of our own network; pods that have an address keep it.
     pub async fn set_pod_cidr(&self, cidr: &str) -> Result<()> {
         check_cidr(cidr)?;
+        let _changing = self.changing.lock().await;
         if !self.config.write_default || self.pod_cidr().as_deref() == Some(cidr) {
             return Ok(());
         }
@@ -205,7 +208,7 @@ impl Cni {
             }],
         });
         write_json(&self.config.conf_dir.join(OWN_FILE), &conflist)?;
-        *self.pod_cidr.write().unwrap_or_else(PoisonError::into_inner) = Some(cidr.to_owned());
+        *self.pod_cidr.write() = Some(cidr.to_owned());
         Ok(())
     }
 
@@ -227,21 +230,38 @@ impl Cni {
         take_down(&self.config).await
     }
 
+    /// Puts back what somebody took from our own network on the host: the bridge, the range's gateway, masquerading (a firewall
+    /// that is loaded anew flushes all rules). Whether masquerading was missing.
+    ///
+    /// # Errors
+    /// A program failed, or the bridge is somebody else's by now.
+    pub async fn restore(&self) -> Result<bool> {
+        let _changing = self.changing.lock().await;
+        let Some(range) = self.pod_cidr().filter(|_| self.config.write_default) else { return Ok(false) };
+        let Some(range) = bridge::Range::parse(&range) else { return Ok(false) };
+        bridge::ensure(&self.config.bridge_name, range).await?;
+        if !self.config.ip_masq {
+            return Ok(false);
+        }
+        let ranges = self.ranges(range).await?;
+        if masquerade::is_set(&self.config.bridge_name, &ranges).await? {
+            return Ok(false);
+        }
+        masquerade::set(&self.config.bridge_name, &ranges).await?;
+        Ok(true)
+    }
+
     /// Brings bridge and masquerading in line with the present range and those that attached pods still have.
     async fn set_ranges(&self, cidr: &str) -> Result<()> {
         let name = &self.config.bridge_name;
         let Some(range) = bridge::Range::parse(cidr) else { return check_cidr(cidr) };
-        let mut in_use = vec![range.to_string()];
-        let mut addresses: Vec<IpAddr> = Vec::new();
-        for id in self.attached().await? {
-            addresses.extend(self.attachment(&id).await.ok().flatten().into_iter().flat_map(|a| a.ips));
-        }
-        for (address, other) in bridge::addresses(name).into_iter().filter(|(_, other)| *other != range) {
-            let used = addresses.iter().any(|ip| matches!(ip, IpAddr::V4(v4) if other.contains(*v4)));
-            if used {
-                in_use.push(other.to_string());
-            } else {
-                bridge::drop_gateway(name, address, other).await?;
+        let in_use = self.ranges(range).await?;
+        if bridge::owner(name)? == bridge::Owner::Moxlet {
+            bridge::mark(name).await?;
+            for (address, other) in bridge::addresses(name) {
+                if address == other.gateway() && !in_use.contains(&other.to_string()) {
+                    bridge::drop_gateway(name, address, other).await?;
+                }
             }
         }
         bridge::ensure(name, range).await?;
@@ -249,6 +269,20 @@ impl Cni {
             masquerade::set(name, &in_use).await?;
         }
         Ok(())
+    }
+
+    /// The present range, and those of the bridge's gateways in which a pod has an address.
+    async fn ranges(&self, range: bridge::Range) -> Result<Vec<String>> {
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        for id in self.attached().await? {
+            addresses.extend(self.attachment(&id).await.ok().flatten().into_iter().flat_map(|a| a.ips));
+        }
+        let used = |other: &bridge::Range| {
+            addresses.iter().any(|ip| matches!(ip, IpAddr::V4(v4) if other.contains(*v4)))
+        };
+        let others = bridge::addresses(&self.config.bridge_name).into_iter().map(|(_, other)| other);
+        let others = others.filter(|other| *other != range && used(other));
+        Ok(std::iter::once(range).chain(others).map(|range| range.to_string()).collect())
     }
 
     /// The range in our own conflist, if there is one.
@@ -261,7 +295,7 @@ impl Cni {
     }
 
     fn pod_cidr(&self) -> Option<String> {
-        self.pod_cidr.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.pod_cidr.read().clone()
     }
 
     fn file(&self, sandbox: &SandboxId) -> PathBuf {
@@ -439,7 +473,8 @@ fn loopback() -> Map<String, Value> {
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    durable::write(path, &serde_json::to_vec(value).map_err(|e| io("write", path)(e.into()))?)
+    let bytes = serde_json::to_vec(value).map_err(|e| io("write", path)(e.into()))?;
+    moxlet_files::replace(path, &bytes, 0o644).map_err(io("write", path))
 }
 
 fn check_name(what: &'static str, value: &str, max: usize) -> Result<()> {
