@@ -17,6 +17,51 @@ use crate::{
     error::{Attempt, Error, Result},
 };
 
+/// What of a bind mount may not be written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReadOnly {
+    /// Nothing is read-only that is not so at the source.
+    #[default]
+    No,
+    /// The mount itself; mounts that come along from below the source stay as they are.
+    Top,
+    /// The mount and all that come along from below the source.
+    Recursive,
+}
+
+/// How a bind mount is made. It is always a private copy: neither do mounts that the host makes later below the source appear in it,
+/// nor do mounts go from the source when they are taken from the copy.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BindOptions {
+    /// Mounts below the source come along.
+    pub recursive: bool,
+    /// What may not be written to.
+    pub read_only: ReadOnly,
+    /// No program gains rights by its set-user-ID or set-group-ID bit.
+    pub no_suid: bool,
+    /// Device files are no devices.
+    pub no_dev: bool,
+    /// No program can be executed.
+    pub no_exec: bool,
+}
+
+impl BindOptions {
+    /// For files that are only read and written by programs: logs, messages, sockets.
+    #[must_use]
+    pub fn data() -> Self {
+        Self { no_suid: true, no_dev: true, no_exec: true, ..Self::default() }
+    }
+
+    /// The attributes of all mounts of the copy.
+    fn attributes(self) -> u64 {
+        let when = |set: bool, attribute| if set { attribute } else { 0 };
+        when(self.no_suid, libc::MOUNT_ATTR_NOSUID)
+            | when(self.no_dev, libc::MOUNT_ATTR_NODEV)
+            | when(self.no_exec, libc::MOUNT_ATTR_NOEXEC)
+            | when(self.read_only == ReadOnly::Recursive, libc::MOUNT_ATTR_RDONLY)
+    }
+}
+
 /// A user namespace with a map, to make mounts with; it lives as long as this.
 #[derive(Debug)]
 pub struct Namespace(OwnedFd);
@@ -38,7 +83,7 @@ impl Namespace {
         let attributes = libc::mount_attr {
             attr_set: libc::MOUNT_ATTR_IDMAP,
             attr_clr: 0,
-            propagation: 0,
+            propagation: libc::MS_PRIVATE,
             userns_fd: u64::try_from(self.0.as_raw_fd()).unwrap_or(u64::MAX),
         };
         set_attributes(mount, &attributes, false)
@@ -46,12 +91,12 @@ impl Namespace {
 
     /// Mounts `src` (a file or a directory) at `dst`, which must exist, with its ids shifted by the map.
     ///
-    /// With `recursive`, mounts below `src` come along; each of their file systems has to know idmapped mounts.
+    /// Of mounts that come along from below `src` each file system has to know idmapped mounts.
     ///
     /// # Errors
     /// What the system says of which path.
-    pub fn bind(&self, src: &Path, dst: &Path, recursive: bool, read_only: bool) -> Result<()> {
-        bind_with(src, dst, Some(self.0.as_fd()), recursive, read_only)
+    pub fn bind(&self, src: &Path, dst: &Path, options: BindOptions) -> Result<()> {
+        bind_with(src, dst, Some(self.0.as_fd()), options)
     }
 }
 
@@ -102,28 +147,35 @@ fn map_and_open(pid: libc::c_long, map: IdMap) -> Result<OwnedFd> {
 }
 
 /// Mounts `src` at `dst` as it is, or shifted by the map of a user namespace.
+///
+/// The copy leaves the source's peer group before it is moved. Below a shared directory it gets a group of its own then, which is how
+/// it appears in a CT; as a peer of its source its unmounting would go back to the host.
 pub(crate) fn bind_with(
     src: &Path,
     dst: &Path,
     namespace: Option<std::os::fd::BorrowedFd<'_>>,
-    recursive: bool,
-    read_only: bool,
+    options: BindOptions,
 ) -> Result<()> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    if recursive {
+    if options.recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     let tree = rustix::mount::open_tree(CWD, src, flags).attempt("clone the mount of", src)?;
-    let mut attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let mut attributes = libc::mount_attr {
+        attr_set: options.attributes(),
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
     if let Some(namespace) = namespace {
         attributes.attr_set |= libc::MOUNT_ATTR_IDMAP;
         attributes.userns_fd = u64::try_from(namespace.as_raw_fd()).unwrap_or(u64::MAX);
     }
-    if read_only {
-        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
-    }
-    if attributes.attr_set != 0 {
-        set_attributes(&tree, &attributes, recursive).attempt("shift the ids of", src)?;
+    set_attributes(&tree, &attributes, options.recursive).attempt("set the ids and attributes of", src)?;
+    if options.read_only == ReadOnly::Top {
+        let top =
+            libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+        set_attributes(&tree, &top, false).attempt("make read-only", src)?;
     }
     rustix::mount::move_mount(&tree, "", CWD, dst, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .attempt("mount at", dst)

@@ -20,7 +20,7 @@ use crate::error::{Attempt, Result};
 pub fn make_shared_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).attempt("create", path)?;
     if !is_mounted(path)? {
-        crate::idmap::bind_with(path, path, None, false, false)?;
+        crate::idmap::bind_with(path, path, None, crate::idmap::BindOptions::default())?;
     }
     rustix::mount::mount_change(path, MountPropagationFlags::SHARED).attempt("make shared", path)
 }
@@ -52,9 +52,14 @@ pub fn unmount(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Unmounts all that is mounted strictly below a directory, the innermost first.
+/// Unmounts all that is mounted strictly below a directory, the innermost first. What is mounted elsewhere stays: a mount with a
+/// peer outside of the directory leaves its group before.
 pub fn unmount_all_below(dir: &Path) -> Result<()> {
     let mut failed = None;
+    for path in with_peers_elsewhere(dir)? {
+        // Of two mounts on one place only the upper one can be named; the lower one is reached when that is gone.
+        rustix::mount::mount_change(&path, MountPropagationFlags::PRIVATE).attempt("make private", &path)?;
+    }
     for path in mounted_below(dir)?.into_iter().rev() {
         if let Err(e) = unmount(&path) {
             failed.get_or_insert(e);
@@ -72,6 +77,36 @@ pub fn mounted_below(dir: &Path) -> Result<Vec<PathBuf>> {
         Err(e) => return Err(e).attempt("look at", dir),
     };
     Ok(mount_points(&table).filter(|p| p.starts_with(&dir) && *p != dir).collect())
+}
+
+/// The mount points strictly below a directory that share a peer group with a mount that is not there.
+fn with_peers_elsewhere(dir: &Path) -> Result<Vec<PathBuf>> {
+    let table = fs::read("/proc/self/mountinfo").attempt("read", "/proc/self/mountinfo")?;
+    match fs::canonicalize(dir) {
+        Ok(dir) => Ok(shared_across(&table, &dir)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e).attempt("look at", dir),
+    }
+}
+
+/// As [`with_peers_elsewhere`], of a `mountinfo` table: the peer group is the optional field `shared:N` before the lone dash.
+fn shared_across(table: &[u8], dir: &Path) -> Vec<PathBuf> {
+    let mut elsewhere = std::collections::HashSet::new();
+    let mut below = Vec::new();
+    for line in table.split(|b| *b == b'\n') {
+        let mut fields = line.split(|b| *b == b' ');
+        let Some(point) = fields.nth(4).map(|f| PathBuf::from(OsString::from_vec(unescape(f)))) else {
+            continue;
+        };
+        let group = fields.skip(1).take_while(|f| *f != b"-").find(|f| f.starts_with(b"shared:"));
+        match group {
+            Some(group) if point.starts_with(dir) && point != dir => below.push((point, group)),
+            Some(group) => drop(elsewhere.insert(group)),
+            None => {}
+        }
+    }
+    below.retain(|(_, group)| elsewhere.contains(group));
+    below.into_iter().map(|(point, _)| point).collect()
 }
 
 /// What is mounted at a path, as the file system names it (a device or a dataset); none if nothing is.
@@ -164,6 +199,15 @@ mod tests {
         let table = b"36 35 98:0 /mnt1 /mnt/a\\040b\\134 rw shared:1 - ext4 /dev/root rw\nshort\n";
         let points: Vec<_> = mount_points(table).collect();
         assert_eq!(points, [PathBuf::from("/mnt/a b\\")]);
+    }
+
+    #[test]
+    fn only_mounts_with_a_peer_outside_of_the_directory_are_named() {
+        let table = b"1 0 0:1 / / rw shared:1 - ext4 a rw\n2 1 0:2 / /srv rw shared:2 - tmpfs t rw\n\
+            3 1 0:1 /p /pods rw shared:3 - ext4 a rw\n4 3 0:2 / /pods/a rw shared:2 - tmpfs t rw\n\
+            5 3 0:2 / /pods/b rw shared:4 master:2 - tmpfs t rw\n6 5 0:3 / /pods/b/c rw - tmpfs t rw\n";
+        assert_eq!(shared_across(table, Path::new("/pods")), [PathBuf::from("/pods/a")]);
+        assert_eq!(shared_across(table, Path::new("/pods/b")), Vec::<PathBuf>::new());
     }
 
     #[test]

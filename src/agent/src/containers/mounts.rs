@@ -13,7 +13,10 @@ use std::{
 use moxlet_cri::{annotations, v1};
 use moxlet_ids::ContainerId;
 use moxlet_sandbox::POD_DIR_IN_CT;
-use moxlet_storage::IdMap;
+use moxlet_storage::{
+    IdMap,
+    idmap::{BindOptions, ReadOnly},
+};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::Containers;
@@ -62,6 +65,7 @@ pub(super) fn all(making: &Making<'_>, config: &v1::ContainerConfig) -> Result<V
             source_ct: format!("{POD_DIR_IN_CT}/{source}"),
             target,
             read_only,
+            data: true,
             ..ResolvedMount::default()
         },
     ));
@@ -99,13 +103,23 @@ fn own_mount(making: &Making<'_>, number: usize, mount: &v1::Mount) -> Result<Re
         fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&target).map(drop)
     };
     made.map_err(failed)?;
-    making.own.shifted.bind(source, &target, !ours && is_dir, mount.readonly)?;
+    let options = BindOptions {
+        recursive: !ours && is_dir,
+        read_only: match (mount.readonly, mount.recursive_read_only) {
+            (false, _) => ReadOnly::No,
+            (true, false) => ReadOnly::Top,
+            (true, true) => ReadOnly::Recursive,
+        },
+        no_dev: true,
+        ..BindOptions::default()
+    };
+    making.own.shifted.bind(source, &target, options)?;
     Ok(ResolvedMount {
         source_ct: format!("{POD_DIR_IN_CT}/{relative}"),
         target: mount.container_path.clone(),
         read_only: mount.readonly,
         recursive: !ours && is_dir,
-        tmpfs: false,
+        ..ResolvedMount::default()
     })
 }
 

@@ -211,7 +211,7 @@ fn bind_logs(shifted: &idmap::Namespace, logs: &Path, at: &Path) -> Result<()> {
     fs::create_dir_all(logs)
         .and_then(|()| fs::set_permissions(logs, fs::Permissions::from_mode(0o700)))
         .map_err(|e| Error::io(format!("cannot make {}", logs.display()), e))?;
-    shifted.bind(logs, at, false, false)?;
+    shifted.bind(logs, at, idmap::BindOptions::data())?;
     let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_remount(at, flags, "")
         .map_err(|e| Error::io(format!("cannot restrict the mount at {}", at.display()), e))

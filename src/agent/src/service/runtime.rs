@@ -364,7 +364,13 @@ impl RuntimeService for Service {
             status: Some(v1::RuntimeStatus {
                 conditions: conditions(&*self.rooms.engine, on_proxmox_ve, network),
             }),
-            runtime_handlers: vec![v1::RuntimeHandler::default()],
+            runtime_handlers: vec![v1::RuntimeHandler {
+                features: Some(v1::RuntimeHandlerFeatures {
+                    recursive_read_only_mounts: true,
+                    ..v1::RuntimeHandlerFeatures::default()
+                }),
+                ..v1::RuntimeHandler::default()
+            }],
             features: Some(v1::RuntimeFeatures {
                 supplemental_groups_policy: true,
                 ..v1::RuntimeFeatures::default()

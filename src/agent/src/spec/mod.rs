@@ -52,8 +52,8 @@ pub(crate) struct ResolvedMount {
     pub(crate) read_only: bool,
     /// With the mounts below the source.
     pub(crate) recursive: bool,
-    /// A new tmpfs; no source.
-    pub(crate) tmpfs: bool,
+    /// No program in it is ever executed and no device opened.
+    pub(crate) data: bool,
 }
 
 /// What a spec is made from.

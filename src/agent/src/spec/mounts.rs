@@ -52,17 +52,15 @@ pub(super) fn all(mounts: &[ResolvedMount]) -> Result<Vec<Value>> {
             return Err(Error::Invalid("a mount on the container's root".to_owned()));
         }
         let access = if mount.read_only { "ro" } else { "rw" };
-        let value = if mount.tmpfs {
-            json!({"destination": at, "type": "tmpfs", "source": "tmpfs",
-                "options": ["nosuid", "noexec", "nodev", "mode=1777", access]})
-        } else {
-            if !mount.source_ct.starts_with('/') {
-                return Err(Error::Invalid(format!("mount source {:?} is not absolute", mount.source_ct)));
-            }
-            let bind = if mount.recursive { "rbind" } else { "bind" };
-            json!({"destination": at, "type": "bind", "source": mount.source_ct,
-                "options": [bind, "rprivate", access]})
-        };
+        if !mount.source_ct.starts_with('/') {
+            return Err(Error::Invalid(format!("mount source {:?} is not absolute", mount.source_ct)));
+        }
+        // No file of a mount is a device of the host's in a CT.
+        let mut options = vec![if mount.recursive { "rbind" } else { "bind" }, "rprivate", access, "nodev"];
+        if mount.data {
+            options.extend(["nosuid", "noexec"]);
+        }
+        let value = json!({"destination": at, "type": "bind", "source": mount.source_ct, "options": options});
         if let Some(place) = all[..ours].iter().position(|(standard, _)| *standard == at) {
             all[place].1 = value;
         } else {
@@ -93,8 +91,12 @@ pub(super) fn refuse(config: &v1::ContainerConfig) -> Result<()> {
     if let Some(device) = config.cdi_devices.first() {
         return Err(Error::Refused(format!("CDI device {}", device.name)));
     }
-    if let Some(mount) = config.mounts.iter().find(|m| m.recursive_read_only) {
-        return Err(Error::Refused(format!("recursively read-only mount of {}", mount.container_path)));
+    // CRI: the runtime must refuse what contradicts itself.
+    if let Some(mount) = config.mounts.iter().find(|m| m.recursive_read_only && !m.readonly) {
+        return Err(Error::Invalid(format!(
+            "mount of {}: recursive_read_only without readonly",
+            mount.container_path
+        )));
     }
     Ok(())
 }

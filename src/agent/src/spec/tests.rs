@@ -369,15 +369,16 @@ fn mounts_say_how_they_are_made() {
     let mut case = Case::new();
     case.mounts = vec![
         ResolvedMount { read_only: true, recursive: true, ..bind("/ro") },
-        ResolvedMount { tmpfs: true, source_ct: String::new(), ..bind("/scratch") },
+        ResolvedMount { data: true, ..bind("/etc/resolv.conf") },
     ];
     let spec = case.spec();
     let of = |path: &str| {
         spec["mounts"].as_array().unwrap().iter().find(|m| m["destination"] == path).unwrap().clone()
     };
-    assert_eq!(of("/ro")["options"], json!(["rbind", "rprivate", "ro"]));
+    assert_eq!(of("/ro")["options"], json!(["rbind", "rprivate", "ro", "nodev"]));
+    let data = json!(["bind", "rprivate", "rw", "nodev", "nosuid", "noexec"]);
+    assert_eq!(of("/etc/resolv.conf")["options"], data, "nothing runs there");
     assert_eq!(of("/ro")["source"], "/run/moxlet/pod/mnt/x");
-    assert_eq!(of("/scratch")["type"], "tmpfs");
     assert_eq!(of("/proc")["type"], "proc");
     for bad in ["/", "", "/a/../b"] {
         case.mounts = vec![bind(bad)];

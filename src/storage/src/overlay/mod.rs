@@ -277,7 +277,11 @@ impl Inner {
         let _one = lock(&self.mapping);
         if !mounts::is_mounted(&path)? {
             make_dir(&path, 0o700)?;
-            idmap::Namespace::new(map)?.bind(&self.dir.join("layers"), &path, false, true)?;
+            idmap::Namespace::new(map)?.bind(
+                &self.dir.join("layers"),
+                &path,
+                idmap::BindOptions { read_only: idmap::ReadOnly::Top, ..idmap::BindOptions::default() },
+            )?;
         }
         Ok(path)
     }
