@@ -6,6 +6,8 @@ use std::{
 };
 
 const ROOT: &str = "/sys/fs/cgroup";
+/// How often the processes of a cgroup without `cgroup.kill` are killed anew: some may fork while the list is gone through.
+const KILL_ROUNDS: usize = 100;
 
 /// On cgroup v2 a group with processes cannot hand controllers down: PID 1 goes into a leaf. What the CT was not given stays
 /// missing; on v1 there is nothing to do.
@@ -57,18 +59,51 @@ pub(crate) fn join(pid: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a container's cgroup wherever it was made. What the host made, or what is busy, the agent removes.
-pub(crate) fn remove(cgroups_path: &str) {
+/// The directories of a container's cgroup, on v1 one in each hierarchy.
+fn directories(cgroups_path: &str) -> Vec<PathBuf> {
     let relative = cgroups_path.trim_start_matches('/');
     if relative.is_empty() || relative.split('/').any(|p| p == "..") {
+        return Vec::new();
+    }
+    let hierarchies = fs::read_dir(ROOT).into_iter().flatten().flatten().map(|e| e.path());
+    std::iter::once(PathBuf::from(ROOT))
+        .chain(hierarchies)
+        .map(|dir| dir.join(relative))
+        .filter(|dir| dir.is_dir())
+        .collect()
+}
+
+/// The processes of a container's cgroup.
+pub(crate) fn processes(cgroups_path: &str) -> Vec<i32> {
+    let listed = directories(cgroups_path).into_iter().find_map(|dir| {
+        let text = fs::read_to_string(dir.join("cgroup.procs")).ok()?;
+        Some(text.lines().filter_map(|pid| pid.parse().ok()).filter(|pid| *pid > 1).collect())
+    });
+    listed.unwrap_or_default()
+}
+
+/// Kills all processes of a container's cgroup, also those that are made meanwhile.
+pub(crate) fn kill(cgroups_path: &str) {
+    if directories(cgroups_path).iter().any(|dir| fs::write(dir.join("cgroup.kill"), "1").is_ok()) {
         return;
     }
-    let _ = fs::remove_dir(Path::new(ROOT).join(relative));
-    for hierarchy in fs::read_dir(ROOT).into_iter().flatten().flatten() {
-        let dir = hierarchy.path().join(relative);
-        if dir.is_dir() {
-            let _ = fs::remove_dir(dir);
+    for _ in 0..KILL_ROUNDS {
+        let left = processes(cgroups_path);
+        if left.is_empty() {
+            return;
         }
+        for pid in left {
+            // SAFETY: a plain call. The PID was read this instant.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+/// Removes a container's cgroup wherever it was made. What the host made, or what is busy, the agent removes.
+pub(crate) fn remove(cgroups_path: &str) {
+    for dir in directories(cgroups_path) {
+        let _ = fs::remove_dir(dir);
     }
 }
 

@@ -64,6 +64,10 @@ pub(crate) struct Container {
     pub(crate) created_at_ns: i64,
     pub(crate) bundle: PathBuf,
     pub(crate) cgroups_path: String,
+    /// The user and group of its command.
+    pub(crate) owner: (u32, u32),
+    /// It has no PID namespace of its own: its end does not take its other processes with it.
+    pub(crate) shares_pids: bool,
     pub(crate) wants_stdin: bool,
     pub(crate) stdin_once: bool,
     pub(crate) stop_signal: i32,
@@ -82,6 +86,9 @@ pub(crate) struct Container {
 impl Container {
     /// Its first process has ended.
     pub(crate) fn died(&self, exit: Exit) {
+        if self.shares_pids {
+            crate::cgroup::kill(&self.cgroups_path);
+        }
         lock(&self.state).exit = Some(exit);
         self.wake.wake();
     }

@@ -87,6 +87,11 @@ impl Execs {
         }
     }
 
+    /// How many have not ended.
+    pub(crate) fn running(&self) -> usize {
+        lock(&self.0).all.values().filter(|exec| !exec.ended()).count()
+    }
+
     pub(crate) fn get(&self, id: &str) -> Result<Arc<Exec>> {
         let inner = lock(&self.0);
         inner
@@ -120,7 +125,7 @@ mod tests {
         let last = execs.get(&format!("exec-{}", KEPT + 10)).unwrap();
         assert_eq!(last.wait(|| true), Some(265));
         let (id, running) = execs.add(1, "c");
-        assert!(!running.ended());
+        assert!(!running.ended() && execs.running() == 1);
         execs.forget(&id);
         assert!(execs.get(&id).is_err());
     }

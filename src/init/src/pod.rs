@@ -35,11 +35,13 @@ use crate::{
     output::{self, Source},
     reaper::Reaper,
     shell, spec,
-    sys::{Wake, lock, now_ns, pipe, spawn_self, thread, trim_memory},
+    sys::{Wake, give_to, lock, now_ns, pipe, spawn_self, thread, trim_memory},
 };
 
 /// Bytes of a pipe of a container or exec, where the system allows it.
 const PIPE: usize = 256 << 10;
+/// Commands of [`Pod::exec`] that may run at one time, fewer than requests: each has a request that waits for its end.
+const MAX_EXECS: usize = 192;
 /// How long a port of the pod may take to accept.
 const CONNECT: Duration = Duration::from_secs(10);
 /// How long a killed container may take to be gone.
@@ -130,7 +132,7 @@ impl Pod {
         let mut log = LogFile::open(request.log_path.take(), request.log_max_bytes, request.log_max_files)
             .context(format!("opening the log {log_name}"))?;
         log.show_on(&self.console, &name);
-        let Streams { stdio, stdin, mut sources } = Streams::of(request)?;
+        let Streams { stdio, stdin, mut sources } = Streams::of(request, prepared.owner)?;
         let root = self.runtime_root();
         let mut notes = Notes::new(spawn_self("create", &[&bundle, &root, request.id.as_ref()], stdio)?);
         let (pid, master) = match notes.next()? {
@@ -152,6 +154,8 @@ impl Pod {
             created_at_ns: now_ns(),
             bundle,
             cgroups_path: prepared.cgroups_path,
+            owner: prepared.owner,
+            shares_pids: prepared.shares_pids,
             wants_stdin: request.stdin,
             stdin_once: request.stdin_once,
             stop_signal: if (1..65).contains(&request.stop_signal) {
@@ -246,7 +250,12 @@ impl Pod {
         }
         let container = self.get(id)?;
         if all {
-            for pid in namesakes(container.pid) {
+            let others = if container.shares_pids {
+                cgroup::processes(&container.cgroups_path)
+            } else {
+                namesakes(container.pid)
+            };
+            for pid in others {
                 if pid != container.pid {
                     // SAFETY: a plain call. The PID was read this instant.
                     unsafe { libc::kill(pid, signal) };
@@ -266,6 +275,11 @@ impl Pod {
         if phase != Phase::Running {
             return Err(container.not_in(phase, "a running one"));
         }
+        if self.execs.running() >= MAX_EXECS {
+            return Err(Error::Invalid(format!(
+                "more than {MAX_EXECS} commands beside the containers' own run in the pod"
+            )));
+        }
         let mut set = StreamSet::default();
         let mut ours = Vec::new();
         let mut stdio = [Stdio::null(), Stdio::null(), Stdio::null()];
@@ -277,13 +291,13 @@ impl Pod {
                 terminal: false,
             };
             if request.stdin {
-                let (read, write) = pipe(PIPE)?;
+                let (read, write) = pipe_of(container.owner)?;
                 stdio[0] = read.into();
                 ours.push(write);
             }
             for (at, wanted) in [(1, request.stdout), (2, request.stderr)] {
                 if wanted {
-                    let (read, write) = pipe(PIPE)?;
+                    let (read, write) = pipe_of(container.owner)?;
                     stdio[at] = write.into();
                     ours.push(read);
                 }
@@ -450,6 +464,13 @@ impl Pod {
     }
 }
 
+/// A pipe for a standard stream of this user and group.
+fn pipe_of((uid, gid): (u32, u32)) -> Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe(PIPE)?;
+    give_to(&write, uid, gid)?;
+    Ok((read, write))
+}
+
 /// Writes what the process that creates a container reads.
 fn write_bundle(bundle: &Path, config: &[u8]) -> Result<()> {
     fs::create_dir_all(bundle).context(format!("making {}", bundle.display()))?;
@@ -467,19 +488,19 @@ struct Streams {
 }
 
 impl Streams {
-    fn of(request: &CreateRequest) -> Result<Self> {
+    fn of(request: &CreateRequest, owner: (u32, u32)) -> Result<Self> {
         if request.tty {
             let stdio = [Stdio::null(), Stdio::null(), Stdio::null()];
             return Ok(Self { stdio, stdin: None, sources: Vec::new() });
         }
         let (input, stdin) = if request.stdin {
-            let (read, write) = pipe(PIPE)?;
+            let (read, write) = pipe_of(owner)?;
             (Stdio::from(read), Some(write))
         } else {
             (Stdio::null(), None)
         };
-        let (out_read, out_write) = pipe(PIPE)?;
-        let (err_read, err_write) = pipe(PIPE)?;
+        let (out_read, out_write) = pipe_of(owner)?;
+        let (err_read, err_write) = pipe_of(owner)?;
         let sources = vec![
             Source { stream: Stream::Stdout, fd: out_read, terminal: false },
             Source { stream: Stream::Stderr, fd: err_read, terminal: false },

@@ -26,8 +26,10 @@ use crate::{
     sys::{frugal_memory, loopback_up, thread, wait_ready},
 };
 
-/// Requests at one time; each is a thread.
-const MAX_REQUESTS: usize = 256;
+/// Requests at one time that may take long; each is a thread.
+const MAX_LONG: usize = 256;
+/// Further requests, which are short or end the pod: they get through whatever the others do.
+const RESERVED: usize = 32;
 /// How long a caller may take for its request and for taking the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -108,31 +110,62 @@ fn listen(options: &Options) -> Result<UnixListener> {
     Ok(listener)
 }
 
+/// A place among a bounded number of requests.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>, most: usize) -> Result<Self> {
+        if taken.fetch_add(1, Ordering::SeqCst) >= most {
+            taken.fetch_sub(1, Ordering::SeqCst);
+            return Err(Error::Container(format!("more than {most} requests at one time")));
+        }
+        Ok(Self(Arc::clone(taken)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 fn accept(pod: &Arc<Pod>, listener: &UnixListener) {
-    let busy = Arc::new(AtomicUsize::new(0));
+    let (all, long) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     loop {
         let Ok((stream, _)) = listener.accept() else {
             std::thread::sleep(Duration::from_millis(50));
             continue;
         };
-        if busy.fetch_add(1, Ordering::SeqCst) >= MAX_REQUESTS {
-            busy.fetch_sub(1, Ordering::SeqCst);
-            let error = Error::Container(format!("more than {MAX_REQUESTS} requests at one time"));
-            let _ = frame::write(&stream, &error.response(), &[]);
-            continue;
-        }
-        let (pod, counter) = (Arc::clone(pod), Arc::clone(&busy));
-        let started = thread("request", move || {
-            serve(&pod, stream);
-            counter.fetch_sub(1, Ordering::SeqCst);
+        let place = match Place::take(&all, MAX_LONG + RESERVED) {
+            Ok(place) => place,
+            Err(error) => {
+                let _ = frame::write(&stream, &error.response(), &[]);
+                continue;
+            }
+        };
+        let (pod, long) = (Arc::clone(pod), Arc::clone(&long));
+        let _ = thread("request", move || {
+            let _place = place;
+            serve(&pod, stream, &long);
         });
-        if started.is_err() {
-            busy.fetch_sub(1, Ordering::SeqCst);
-        }
     }
 }
 
-fn serve(pod: &Arc<Pod>, stream: UnixStream) {
+/// Whether a request is short, or ends something: it needs no place among the long ones.
+fn is_short(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Hello
+            | Request::Signal { .. }
+            | Request::SignalExec { .. }
+            | Request::List
+            | Request::Remove { .. }
+            | Request::Events
+            | Request::Shutdown { .. }
+    )
+}
+
+fn serve(pod: &Arc<Pod>, stream: UnixStream, long: &Arc<AtomicUsize>) {
     let _ = stream.set_read_timeout(Some(PATIENCE));
     let _ = stream.set_write_timeout(Some(PATIENCE));
     let mut decoder = frame::Decoder::default();
@@ -145,6 +178,17 @@ fn serve(pod: &Arc<Pod>, stream: UnixStream) {
         }
     };
     drop(decoder);
+    let _place = if is_short(&request) {
+        None
+    } else {
+        match Place::take(long, MAX_LONG) {
+            Ok(place) => Some(place),
+            Err(error) => {
+                let _ = frame::write(&stream, &error.response(), &[]);
+                return;
+            }
+        }
+    };
     if let Request::Events = request {
         // The bus keeps the stream.
         let _ = stream.try_clone().context("event stream").and_then(|s| pod.bus.subscribe(s)).map_err(|e| {
@@ -152,14 +196,11 @@ fn serve(pod: &Arc<Pod>, stream: UnixStream) {
         });
         return;
     }
-    let shutdown = match request {
-        Request::Shutdown { grace_ms } => Some(Duration::from_millis(grace_ms)),
-        _ => None,
-    };
+    let shutdown = matches!(request, Request::Shutdown { .. });
     let (response, fds) = answer(pod, request, &stream).unwrap_or_else(|e| (e.response(), Vec::new()));
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     let _ = frame::write(&stream, &response, &borrowed);
-    if shutdown.is_some() {
+    if shutdown {
         drop(stream);
         stop(pod, Duration::ZERO);
     }
@@ -222,4 +263,55 @@ fn hung_up(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     wait_ready(&mut fds, Some(Duration::ZERO))
         && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    fn ask(socket: &std::path::Path, request: Request) -> UnixStream {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        frame::write(&stream, &Envelope { version: VERSION, request }, &[]).unwrap();
+        stream
+    }
+
+    fn answered(stream: &UnixStream) -> Response {
+        frame::read(stream, &mut frame::Decoder::default()).unwrap().unwrap().0
+    }
+
+    #[test]
+    fn a_signal_gets_through_when_all_other_requests_wait() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("init.sock");
+        let pod = Arc::new(Pod::new(Options {
+            socket: socket.clone(),
+            run: dir.path().join("run"),
+            state: dir.path().join("state"),
+            grace: Duration::ZERO,
+        }));
+        let listener = listen(&pod.options).unwrap();
+        let server = Arc::clone(&pod);
+        thread("accept", move || accept(&server, &listener)).unwrap();
+        let (exec_id, _exec) = pod.execs.add(1, "c");
+        let wait = || ask(&socket, Request::WaitExec { exec_id: exec_id.clone() });
+        let waiting: Vec<_> = (0..MAX_LONG).map(|_| wait()).collect();
+        // Which of those that were sent at one time is refused is open.
+        let mut fds: Vec<_> = waiting.iter().collect();
+        let late = wait();
+        fds.push(&late);
+        let mut polled: Vec<_> = fds.iter().map(|s| PollFd::new(*s, PollFlags::IN)).collect();
+        assert!(wait_ready(&mut polled, Some(Duration::from_secs(30))), "one is too many");
+        let refused: Vec<_> = polled.iter().zip(&fds).filter(|(p, _)| !p.revents().is_empty()).collect();
+        assert_eq!(refused.len(), 1);
+        let Response::Error { message, .. } = answered(refused[0].1) else { panic!("it is answered") };
+        assert!(message.contains("256 requests"), "{message}");
+        let signal = Request::Signal { id: "c".into(), signal: 15, all: false };
+        for _ in 0..2 {
+            let Response::Error { message, .. } = answered(&ask(&socket, signal.clone())) else { panic!() };
+            assert!(message.contains("is not known"), "{message}");
+        }
+        assert!(matches!(answered(&ask(&socket, Request::List)), Response::Containers { .. }));
+    }
 }

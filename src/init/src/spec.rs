@@ -12,6 +12,10 @@ pub(crate) struct Prepared {
     pub(crate) config: Vec<u8>,
     /// The container's cgroup as the CT sees it, absolute.
     pub(crate) cgroups_path: String,
+    /// The user and group of its command.
+    pub(crate) owner: (u32, u32),
+    /// It has no PID namespace of its own.
+    pub(crate) shares_pids: bool,
 }
 
 /// Adjusts the request's spec, taking it out of the request.
@@ -27,6 +31,10 @@ pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Prepared> {
     let new_uts = spec["linux"]["namespaces"]
         .as_array()
         .is_some_and(|all| all.iter().any(|n| n["type"] == "uts" && n["path"].is_null()));
+    let shares_pids =
+        !spec["linux"]["namespaces"].as_array().is_some_and(|all| all.iter().any(|n| n["type"] == "pid"));
+    let id_of = |name: &str| spec["process"]["user"][name].as_u64().and_then(|id| u32::try_from(id).ok());
+    let owner = (id_of("uid").unwrap_or(0), id_of("gid").unwrap_or(0));
     let Some(top) = spec.as_object_mut() else { return Err(wrong("is no object")) };
     if !new_uts {
         // The CT has the pod's name already; libcontainer refuses one without a UTS namespace.
@@ -55,7 +63,7 @@ pub(crate) fn prepare(request: &mut CreateRequest) -> Result<Prepared> {
     };
     let cgroups_path = cgroups_path.to_owned();
     let config = serde_json::to_vec(&spec).map_err(|e| wrong(&e.to_string()))?;
-    Ok(Prepared { config, cgroups_path })
+    Ok(Prepared { config, cgroups_path, owner, shares_pids })
 }
 
 /// In a masked comparison OCI's `value` is the mask and `valueTwo` what must be left (so does runc); libcontainer 0.7 reads
@@ -105,6 +113,17 @@ mod tests {
         assert_eq!(spec["hostname"], "web");
         assert_eq!(spec["process"]["noNewPrivileges"], true);
         assert_eq!(spec["linux"]["cgroupsPath"], "/c");
+    }
+
+    #[test]
+    fn it_is_known_whose_the_pipes_are_and_whether_processes_are_the_pods() {
+        let spec = |user: Value, namespaces: Value| json!({"root": {"path": "/x"}, "process": {"args": ["a"], "user": user}, "linux": {"namespaces": namespaces}});
+        let user = json!({"uid": 1000, "gid": 2000});
+        let prepared =
+            prepare(&mut request(spec(user, json!([{"type": "pid"}, {"type": "mount"}])))).unwrap();
+        assert_eq!((prepared.owner, prepared.shares_pids), ((1000, 2000), false));
+        let prepared = prepare(&mut request(spec(Value::Null, json!([{"type": "mount"}])))).unwrap();
+        assert_eq!((prepared.owner, prepared.shares_pids), ((0, 0), true));
     }
 
     #[test]

@@ -32,6 +32,13 @@ pub(crate) fn pipe(size: usize) -> Result<(OwnedFd, OwnedFd)> {
     Ok((read, write))
 }
 
+/// Gives a pipe to a user: whoever opens it by name (`/dev/stdout`) is asked for rights as with any file.
+pub(crate) fn give_to(pipe: &OwnedFd, uid: u32, gid: u32) -> Result<()> {
+    let owner = rustix::fs::Uid::from_raw(uid);
+    rustix::fs::fchown(pipe, Some(owner), Some(rustix::fs::Gid::from_raw(gid)))
+        .context("giving a pipe to its user")
+}
+
 /// Something to be woken by.
 #[derive(Debug)]
 pub(crate) struct Wake(OwnedFd);

@@ -29,9 +29,10 @@ impl Executor for Run {
         let process = spec.process().as_ref();
         let args = process.and_then(|p| p.args().clone()).unwrap_or_default();
         let mut env = command::environment(process.and_then(|p| p.env().as_ref()).map_or(&[], Vec::as_slice));
-        // libcontainer has put HOME there where it was missing.
-        if let Ok(home) = std::env::var("HOME") {
-            env.entry("HOME".into()).or_insert(home);
+        if !env.contains_key("HOME") {
+            // libcontainer has looked for it before the root was the container's, and leaves it out for users without a line there.
+            let uid = process.map_or(0, |p| p.user().uid());
+            env.insert("HOME".into(), std::env::var("HOME").unwrap_or_else(|_| command::home(uid)));
         }
         let reason = command::execute(&args, &env);
         self.0.fail(reason, true);
