@@ -113,6 +113,7 @@ pub(crate) struct Config {
 
     pub(crate) pod_cidr: Option<String>,
     pub(crate) bridge: String,
+    pub(crate) resolv_conf: Option<PathBuf>,
     pub(crate) cni_conf_dir: Option<PathBuf>,
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
 
@@ -167,6 +168,7 @@ impl Default for Config {
             system_reserved_memory_bytes: None,
             pod_cidr: None,
             bridge: "moxlet0".to_owned(),
+            resolv_conf: None,
             cni_conf_dir: None,
             cni_bin_dirs: vec![PathBuf::from("/usr/lib/cni"), PathBuf::from("/opt/cni/bin")],
             pve: None,

@@ -214,6 +214,7 @@ pub(crate) fn agent_config(config: &Config, role: Role) -> Result<moxlet_agent::
             bin_dirs: config.cni_bin_dirs.clone(),
             bridge: config.bridge.clone(),
         },
+        resolv_conf: config.resolv_conf.clone(),
         plain_http_registries: config.plain_http_registries.clone(),
         registry_config_dir: config.registry_config_dir.clone(),
         docker_config: config.docker_config.clone(),

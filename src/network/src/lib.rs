@@ -4,6 +4,7 @@
 //!   what it attached on disk, and writes a conflist of its own where it is told to.
 //! * [`files`]: the text of `resolv.conf` and `hosts`.
 //! * [`Slice`]: addresses for CTs that their engine attaches, one file each.
+//! * [`resolver`]: the resolver of a host as its pods can use it.
 //! * [`forwarding`]: records and restores the host's `ip_forward`, which CNI's bridge switches on.
 
 mod cni;
@@ -12,6 +13,7 @@ pub mod files;
 pub mod forwarding;
 mod host;
 mod program;
+pub mod resolver;
 mod slice;
 
 use std::net::IpAddr;

@@ -65,6 +65,7 @@ impl Config {
     /// What the agent reads.
     fn check_agent(&self, wrongs: &mut Wrongs) {
         wrongs.extend(missing("init_binary", self.init_binary.as_deref()));
+        wrongs.extend(missing("resolv_conf", self.resolv_conf.as_deref()));
         wrongs.extend(missing("cni_conf_dir", self.cni_conf_dir.as_deref()));
         wrongs.extend(missing("registry_config_dir", self.registry_config_dir.as_deref()));
         wrongs.extend(missing("docker_config", self.docker_config.as_deref()));
