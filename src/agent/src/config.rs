@@ -139,6 +139,8 @@ pub struct Config {
     pub pod_cidr: Option<String>,
     /// Which network pods get.
     pub cni: CniSettings,
+    /// The resolver's configuration for pods, in place of the host's own.
+    pub resolv_conf: Option<PathBuf>,
     /// Registries (`host` or `host:port`) that are spoken to without TLS.
     pub plain_http_registries: Vec<String>,
     /// A directory of registries' `hosts.toml` files and certificates, as containerd's `certs.d`.
@@ -199,6 +201,7 @@ impl Default for Config {
             container_root_quota: None,
             pod_cidr: None,
             cni: CniSettings::default(),
+            resolv_conf: None,
             plain_http_registries: Vec::new(),
             registry_config_dir: None,
             docker_config: None,

@@ -66,7 +66,7 @@ async fn pve(config: &Config, settings: &PveSettings) -> Result<Opened> {
         let (bridge, _) = parse_bridge(entry).map_err(|e| Error::Unfit(format!("pve.extra_bridges: {e}")))?;
         bridges.push(bridge);
     }
-    let facts = facts::read(&config.root_dir);
+    let facts = facts::read(&config.root_dir, config.resolv_conf.as_deref());
     let host = PveHost {
         endpoints: settings.endpoints.clone(),
         token_file: settings.token_file.clone(),

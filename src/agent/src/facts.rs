@@ -29,8 +29,8 @@ pub(crate) fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-/// Reads what the host is; of `root`, the size of its file system.
-pub(crate) fn read(root: &Path) -> host::InfoResponse {
+/// Reads what the host is; of `root`, the size of its file system; `resolv_conf` is read in place of the host's own.
+pub(crate) fn read(root: &Path, resolv_conf: Option<&Path>) -> host::InfoResponse {
     let name = rustix::system::uname();
     let memory = text("/proc/meminfo");
     let total = meminfo(&memory, "MemTotal:");
@@ -54,7 +54,7 @@ pub(crate) fn read(root: &Path) -> host::InfoResponse {
         ephemeral_storage_inodes_free: disk.map_or(0, |s| s.f_ffree),
         addresses: addresses().iter().map(ToString::to_string).collect(),
         cpu_usage_core_nano_seconds: busy_ns(&text("/proc/stat")),
-        resolv_conf: text("/etc/resolv.conf"),
+        resolv_conf: moxlet_network::resolver::of_host(resolv_conf).text,
         threads,
         threads_max,
         memory_working_set_bytes: total.saturating_sub(meminfo(&memory, "MemAvailable:")),
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn this_host_has_memory_and_an_address() {
-        let info = read(Path::new("/"));
+        let info = read(Path::new("/"), None);
         assert!(info.threads > 0 && info.threads_max > info.threads);
         assert!(info.memory_bytes > 0 && info.cpus > 0 && !info.addresses.is_empty());
     }

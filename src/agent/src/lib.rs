@@ -146,6 +146,13 @@ impl Agent {
         rooms.reconciler.start().await?;
         rooms.reconciler.spawn(work);
         rooms.usages.spawn(&rooms.tasks);
+        let resolver = moxlet_network::resolver::of_host(rooms.config.resolv_conf.as_deref());
+        if !resolver.left_out.is_empty() {
+            tracing::warn!(
+                servers = resolver.left_out.join(" "),
+                "pods are not given these servers of the host's resolver, whose addresses would be the pod itself: set resolv_conf"
+            );
+        }
         network::restore_in_background(&rooms.network, &rooms.tasks);
         Self::serve(&rooms).await?;
         Ok(Self { rooms })

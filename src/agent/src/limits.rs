@@ -14,6 +14,10 @@ const PIDS_MAX: &str = "pids.max";
 /// No bound, as a number that the kernel cuts to its own largest.
 const UNLIMITED: u64 = u64::MAX;
 
+/// Processes and threads of a pod where the sandbox says nothing of them (`pids.max` of its `unified` resources, by which a node
+/// passes its `podPidsLimit`; `max` is no limit).
+const POD_PIDS: u64 = 4096;
+
 /// Limits of a container; what is not set is not limited.
 pub(crate) fn of_container(resources: &v1::LinuxContainerResources) -> Limits {
     let positive = |value: i64| u64::try_from(value).ok().filter(|v| *v > 0);
@@ -22,7 +26,7 @@ pub(crate) fn of_container(resources: &v1::LinuxContainerResources) -> Limits {
         cpu_quota_us: (resources.cpu_quota != 0).then_some(resources.cpu_quota),
         cpu_period_us: positive(resources.cpu_period),
         cpu_shares: positive(resources.cpu_shares),
-        pids: resources.unified.get(PIDS_MAX).and_then(|v| v.parse().ok()),
+        pids: resources.unified.get(PIDS_MAX).and_then(|v| if v == "max" { Some(0) } else { v.parse().ok() }),
     }
 }
 
@@ -34,6 +38,7 @@ pub(crate) fn of_sandbox(
     let mut limits = resources.map(of_container).unwrap_or_default();
     let extra = overhead.map(of_container).unwrap_or_default().memory_bytes.unwrap_or(0);
     limits.memory_bytes = limits.memory_bytes.map(|m| m.saturating_add(extra));
+    limits.pids = limits.pids.or(Some(POD_PIDS));
     limits
 }
 
@@ -161,6 +166,18 @@ mod tests {
     use super::*;
 
     type Asked = v1::LinuxContainerResources;
+
+    #[test]
+    fn no_pod_takes_all_processes_of_its_host_unless_that_is_asked_for() {
+        let asked = |value: &str| Asked {
+            unified: [(PIDS_MAX.to_owned(), value.to_owned())].into(),
+            ..Asked::default()
+        };
+        assert_eq!(of_sandbox(None, None).pids, Some(POD_PIDS));
+        assert_eq!(of_sandbox(Some(&asked("100")), None).pids, Some(100));
+        assert_eq!(of_sandbox(Some(&asked("max")), None).pids, Some(0), "no limit");
+        assert_eq!(of_container(&Asked::default()).pids, None);
+    }
 
     fn now() -> ResourcesRecord {
         let asked = Asked {

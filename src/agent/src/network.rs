@@ -8,9 +8,9 @@ use std::{
     time::Duration,
 };
 
+use moxlet_errors::chain;
 use moxlet_ids::SandboxId;
 use moxlet_network::{Cni, Slice, SliceConfig};
-use moxlet_errors::chain;
 use moxlet_sandbox::{Engine, Nic, NicAddress};
 use tracing::warn;
 

@@ -104,7 +104,12 @@ impl Rooms {
             containers: containers.clone(),
             retries,
             shifted,
-            settings: pods::Settings { map: config.map, init_binary, host_stops_cts: on_proxmox_ve },
+            settings: pods::Settings {
+                map: config.map,
+                init_binary,
+                resolv_conf: config.resolv_conf.clone(),
+                host_stops_cts: on_proxmox_ve,
+            },
         });
         let notices = Arc::new(Notices::open(ledger.clone()));
         let reconciler = Arc::new(Reconciler {

@@ -41,6 +41,8 @@ pub struct ImageConfig {
     pub cmd: Vec<String>,
     /// `WorkingDir`.
     pub working_dir: String,
+    /// The keys of `Volumes`: directories that are writable whatever the root is.
+    pub volumes: Vec<String>,
     /// `StopSignal`.
     pub stop_signal: String,
 }
@@ -72,6 +74,7 @@ struct Run {
     #[serde(default, deserialize_with = "cmd")]
     cmd: Vec<String>,
     working_dir: Option<String>,
+    volumes: Option<std::collections::BTreeMap<String, serde::de::IgnoredAny>>,
     stop_signal: Option<String>,
 }
 
@@ -105,9 +108,16 @@ impl TryFrom<Document> for ImageConfig {
             entrypoint: run.entrypoint,
             cmd: run.cmd,
             working_dir: run.working_dir.unwrap_or_default(),
+            volumes: run.volumes.unwrap_or_default().into_keys().collect(),
             stop_signal: run.stop_signal.unwrap_or_default(),
         };
-        let lists = config.env.iter().chain(&config.entrypoint).chain(&config.cmd).map(String::len);
+        let lists = config
+            .env
+            .iter()
+            .chain(&config.entrypoint)
+            .chain(&config.cmd)
+            .chain(&config.volumes)
+            .map(String::len);
         let single =
             [&config.architecture, &config.os, &config.user, &config.working_dir, &config.stop_signal];
         let single = single.into_iter().chain(&config.created).map(String::len);
@@ -203,6 +213,7 @@ mod tests {
             "rootfs": { "type": "layers", "diff_ids": [Digest::of(b"x")] },
             "config": {
                 "User": "1000:5", "Env": ["A=b"], "Entrypoint": ["/a"], "Cmd": ["b", ""], "WorkingDir": "/w",
+                "Volumes": { "/data": {} },
                 "StopSignal": "QUIT", "Labels": { "a": "b" }, "ExposedPorts": { "80/tcp": {} },
             },
             "history": [{ "created_by": "x" }, { "empty_layer": true }],
@@ -217,6 +228,7 @@ mod tests {
             entrypoint: vec!["/a".into()],
             cmd: vec!["b".into(), String::new()],
             working_dir: "/w".into(),
+            volumes: vec!["/data".into()],
             stop_signal: "QUIT".into(),
         };
         assert_eq!(full.unwrap(), expected);

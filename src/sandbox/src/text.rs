@@ -1,7 +1,7 @@
 //! What gets into the configuration of a CT: what every engine writes, and checks that keep each value on its line and in
 //! its word.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use crate::{Error, INIT_IN_CT, POD_DIR_IN_CT, Result, SandboxSpec};
 
@@ -74,6 +74,18 @@ pub(crate) fn check_args(args: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// The pod's sysctls, and what container runtimes set in the network namespace of every pod: a server that is not root may listen on
+/// port 80, and ping needs no capability. Both reach no further than the pod's own namespace.
+fn sysctls(spec: &SandboxSpec) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::from([
+        ("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned()),
+        // The groups that the CT has.
+        ("net.ipv4.ping_group_range".to_owned(), format!("0 {}", spec.map.size.saturating_sub(1))),
+    ]);
+    all.extend(spec.sysctls.iter().map(|(name, value)| (name.clone(), value.clone())));
+    all
+}
+
 /// What every CT of a pod has, whichever engine makes it.
 pub(crate) fn of_every_ct(spec: &SandboxSpec, cgroup: &str) -> Result<Vec<(String, String)>> {
     let init = mount_path("init binary", &spec.init_binary)?;
@@ -89,7 +101,7 @@ pub(crate) fn of_every_ct(spec: &SandboxSpec, cgroup: &str) -> Result<Vec<(Strin
         ("lxc.pty.max", "1024".to_owned()),
     ];
     let mut pairs: Vec<_> = fixed.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-    for (name, value) in &spec.sysctls {
+    for (name, value) in &sysctls(spec) {
         check_sysctl(name, value)?;
         pairs.push((format!("lxc.sysctl.{name}"), value.clone()));
     }

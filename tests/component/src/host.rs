@@ -355,6 +355,11 @@ pub fn container(name: &str, script: &str) -> v1::ContainerConfig {
         linux: Some(v1::LinuxContainerConfig {
             security_context: Some(v1::LinuxContainerSecurityContext {
                 seccomp: Some(profile),
+                // As a kubelet says it: a PID namespace of its own, the others the pod's.
+                namespace_options: Some(v1::NamespaceOption {
+                    pid: v1::NamespaceMode::Container as i32,
+                    ..v1::NamespaceOption::default()
+                }),
                 ..v1::LinuxContainerSecurityContext::default()
             }),
             ..v1::LinuxContainerConfig::default()

@@ -96,7 +96,7 @@ impl Containers {
         }
     }
 
-    async fn oom_killed(&self, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> bool {
+    pub(super) async fn oom_killed(&self, sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> bool {
         let (cgroups, of, id) = (self.cgroups.clone(), sandbox.id.clone(), container.id.clone());
         let read = move || Ok(cgroups.oom_kills(&of, Some(&id)).unwrap_or(0) > 0);
         blocking(read).await.unwrap_or(false)

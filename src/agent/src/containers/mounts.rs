@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::{
-        fd::OwnedFd,
+        fd::{AsRawFd, OwnedFd},
         unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
     },
     path::{Path, PathBuf},
@@ -12,6 +12,7 @@ use std::{
 
 use moxlet_cri::{annotations, v1};
 use moxlet_ids::ContainerId;
+use moxlet_image::ImageConfig;
 use moxlet_sandbox::POD_DIR_IN_CT;
 use moxlet_storage::{
     IdMap,
@@ -23,7 +24,7 @@ use super::Containers;
 use crate::{
     beneath,
     error::{Error, Result},
-    spec::ResolvedMount,
+    spec::{self, ResolvedMount},
     state::Sandbox,
 };
 
@@ -42,7 +43,11 @@ pub(super) struct Making<'a> {
 }
 
 /// The request's mounts, then what every container of a pod has unless the request has its own.
-pub(super) fn all(making: &Making<'_>, config: &v1::ContainerConfig) -> Result<Vec<ResolvedMount>> {
+pub(super) fn all(
+    making: &Making<'_>,
+    config: &v1::ContainerConfig,
+    image: &ImageConfig,
+) -> Result<Vec<ResolvedMount>> {
     let mut all = Vec::new();
     for (number, mount) in config.mounts.iter().enumerate() {
         all.push(own_mount(making, number, mount)?);
@@ -69,7 +74,47 @@ pub(super) fn all(making: &Making<'_>, config: &v1::ContainerConfig) -> Result<V
             ..ResolvedMount::default()
         },
     ));
+    if read_only {
+        for path in &image.volumes {
+            all.extend(image_volume(making, path, &all)?);
+        }
+    }
     Ok(all)
+}
+
+/// What an image declares as a volume stays writable where the container's root is not: its own directory once more, with the
+/// image's content and owners. None where something else is mounted, or for what every container has anew.
+fn image_volume(making: &Making<'_>, path: &str, others: &[ResolvedMount]) -> Result<Option<ResolvedMount>> {
+    let target = spec::target(path)?;
+    let standard = ["/proc", "/sys", "/dev"].iter().any(|dir| Path::new(&target).starts_with(dir));
+    let taken = others.iter().any(|m| m.target.trim_end_matches('/') == target);
+    if target == "/" || standard || taken {
+        return Ok(None);
+    }
+    make_cwd(making.rootfs, &target, making.own.settings.map)?;
+    let Some(inside) = directory_in(making.rootfs, &target)
+        .map_err(|e| Error::io(format!("cannot find the image's volume {target}"), e))?
+    else {
+        return Ok(None);
+    };
+    Ok(Some(ResolvedMount {
+        source_ct: format!("{POD_DIR_IN_CT}/ctr/{}/rootfs/{}", making.id, inside.display()),
+        target,
+        ..ResolvedMount::default()
+    }))
+}
+
+/// Where a directory of a root is when its links are followed within the root, relative to it; none if it is no directory.
+fn directory_in(rootfs: &Path, path: &str) -> std::io::Result<Option<PathBuf>> {
+    let root = beneath::open_dir(rootfs)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let place = |fd: &OwnedFd| fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    match rustix::fs::openat2(&root, path, flags, Mode::empty(), inside) {
+        Ok(found) => Ok(place(&found)?.strip_prefix(place(&root)?).ok().map(Path::to_owned)),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// Puts the source of a mount of the request, with the CT's ids, where the CT can see it.
@@ -214,6 +259,20 @@ mod tests {
             0,
             "the thread is the host's root again"
         );
+    }
+
+    #[test]
+    fn a_directory_of_an_image_is_found_within_its_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::create_dir_all(root.join("srv/data")).unwrap();
+        std::os::unix::fs::symlink("../../../srv/data", root.join("data")).unwrap();
+        std::os::unix::fs::symlink("/etc", root.join("evil")).unwrap();
+        fs::write(root.join("file"), "").unwrap();
+        assert_eq!(directory_in(root, "/data").unwrap().unwrap(), Path::new("srv/data"));
+        for none in ["/evil", "/file", "/nowhere"] {
+            assert_eq!(directory_in(root, none).unwrap(), None, "{none}");
+        }
     }
 
     #[test]

@@ -195,7 +195,7 @@ fn prepared(
 ) -> Result<Prepared> {
     let Making { own, sandbox, id, rootfs, .. } = making;
     let map = own.settings.map;
-    let mounts = mounts::all(making, config)?;
+    let mounts = mounts::all(making, config, image)?;
     let hostname = sandbox.record().hostname;
     let rootfs_ct = format!("{POD_DIR_IN_CT}/ctr/{id}/rootfs");
     let spec = spec::build(&SpecInput {

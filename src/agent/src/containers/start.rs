@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use moxlet_sandbox::cgroup;
+use moxlet_sandbox::{Limits, cgroup};
 use tracing::info;
 
 use super::Containers;
@@ -12,6 +12,8 @@ use crate::{
     tasks::blocking,
 };
 
+/// With less memory, in bytes, a container fails before its command, in whatever words.
+const LEAST_MEMORY: u64 = 2 << 20;
 /// How long an init may take to make a container, or to have its command executed.
 const MADE: Duration = Duration::from_secs(60);
 
@@ -50,7 +52,12 @@ impl Containers {
         let (cgroups, of, id) = (self.cgroups.clone(), sandbox.id.clone(), container.id.clone());
         let (limits, map) = (prepared.limits, self.settings.map);
         blocking(move || Ok(cgroups.create(&of, &id, &limits, map)?)).await?;
-        sandbox.answer("create", MADE, client.create(prepared.request)).await?;
+        if let Err(error) = sandbox.answer("create", MADE, client.create(prepared.request)).await {
+            return Err(self
+                .too_little_memory(sandbox, container, &limits)
+                .await
+                .unwrap_or_else(|| error.into()));
+        }
         if let Some(adj) = prepared.oom_score_adj {
             let (cgroups, of, id) = (self.cgroups.clone(), sandbox.id.clone(), container.id.clone());
             blocking(move || {
@@ -65,5 +72,23 @@ impl Containers {
         let record = container.record();
         info!(container = %container.id, name = record.name, sandbox = %sandbox.id, image = record.user_image, "container runs");
         self.reported(sandbox, state).await
+    }
+
+    /// The reason why a container could not be made, if it is its limit of memory: what makes it runs under that limit already and was
+    /// killed before the command.
+    async fn too_little_memory(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        container: &Arc<Container>,
+        limits: &Limits,
+    ) -> Option<Error> {
+        let limit = limits.memory_bytes?;
+        if limit >= LEAST_MEMORY && !self.oom_killed(sandbox, container).await {
+            return None;
+        }
+        Some(Error::Invalid(format!(
+            "the memory limit of {limit} bytes is too low: nothing starts with less than some {} MiB",
+            LEAST_MEMORY >> 20
+        )))
     }
 }

@@ -12,9 +12,10 @@ use moxlet_cri::{annotations::GRACE_PERIOD, v1};
 use moxlet_errors::chain;
 use moxlet_ids::SandboxId;
 use moxlet_init_proto::client::Client;
+use moxlet_network::resolver;
 use moxlet_sandbox::SandboxSpec;
 use moxlet_storage::{IdMap, idmap, mounts};
-use rustix::mount::{MountFlags, mount, mount_remount};
+use rustix::mount::{MountFlags, mount};
 use tracing::{info, warn};
 
 use super::{Pods, STOP_GRACE};
@@ -77,7 +78,7 @@ impl Pods {
         let record = sandbox.record();
         let (dir, map) = (self.dirs.pod(&sandbox.id), self.settings.map);
         let (logs, host, resolv) =
-            (record.log_directory.clone(), record.hostname.clone(), resolv_conf(config));
+            (record.log_directory.clone(), record.hostname.clone(), self.resolv_conf(config));
         let (shared, own) = (dir.clone(), self.clone());
         blocking(move || own.make_shared(&shared, logs.as_deref(), &host, &resolv)).await?;
         // Where the host stops CTs by itself when it goes down, their containers get their time.
@@ -126,6 +127,14 @@ impl Pods {
         info!(sandbox = %sandbox.id, pod = format!("{}/{}", record.namespace, record.name), pid, "sandbox runs");
         self.events.send(sandbox.id.as_str(), sandbox, v1::ContainerEventType::ContainerStartedEvent);
         Ok(())
+    }
+
+    /// What a pod's resolv.conf says.
+    fn resolv_conf(&self, config: &v1::PodSandboxConfig) -> String {
+        match &config.dns_config {
+            Some(dns) => moxlet_network::files::resolv_conf(&dns.servers, &dns.searches, &dns.options),
+            None => resolver::of_host(self.settings.resolv_conf.as_deref()).text,
+        }
     }
 
     /// Makes the shared directory.
@@ -211,10 +220,7 @@ fn bind_logs(shifted: &idmap::Namespace, logs: &Path, at: &Path) -> Result<()> {
     fs::create_dir_all(logs)
         .and_then(|()| fs::set_permissions(logs, fs::Permissions::from_mode(0o700)))
         .map_err(|e| Error::io(format!("cannot make {}", logs.display()), e))?;
-    shifted.bind(logs, at, idmap::BindOptions::data())?;
-    let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount_remount(at, flags, "")
-        .map_err(|e| Error::io(format!("cannot restrict the mount at {}", at.display()), e))
+    Ok(shifted.bind(logs, at, idmap::BindOptions::data())?)
 }
 
 fn make_dir(path: &Path, mode: u32, owner: Option<u32>) -> Result<()> {
@@ -239,14 +245,6 @@ fn host_down_grace(record: &SandboxRecord) -> Result<Duration> {
     seconds
         .map(|s| Duration::from_secs(s.into()))
         .map_err(|_| Error::Invalid(format!("annotation {GRACE_PERIOD} {text:?} is no number of seconds")))
-}
-
-/// What a pod's resolv.conf says.
-fn resolv_conf(config: &v1::PodSandboxConfig) -> String {
-    match &config.dns_config {
-        Some(dns) => moxlet_network::files::resolv_conf(&dns.servers, &dns.searches, &dns.options),
-        None => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
-    }
 }
 
 /// The request's host name; without one the pod's name as a kubelet cuts it, or the sandbox' id where that is no host name.

@@ -49,6 +49,8 @@ pub(crate) struct Settings {
     pub(crate) map: IdMap,
     /// moxlet-init on the host, a copy that no upgrade replaces.
     pub(crate) init_binary: PathBuf,
+    /// The resolver's configuration for pods, in place of the host's own.
+    pub(crate) resolv_conf: Option<PathBuf>,
     /// Whether the host stops CTs by itself when it goes down.
     pub(crate) host_stops_cts: bool,
 }

@@ -41,8 +41,9 @@ fn remove_logs(dir: &Path, uid: &PodUid) -> Result<()> {
 #[tonic::async_trait]
 impl HostService for Service {
     async fn info(&self, _: Request<host::InfoRequest>) -> Answer<host::InfoResponse> {
-        let root = self.rooms.config.root_dir.clone();
-        let facts = blocking(move || Ok(facts::read(&root))).await?;
+        let config = self.rooms.config.clone();
+        let facts =
+            blocking(move || Ok(facts::read(&config.root_dir, config.resolv_conf.as_deref()))).await?;
         Ok(Response::new(host::InfoResponse {
             pod_logs_dir: self.rooms.dirs.logs.display().to_string(),
             stream_endpoint: self.streaming.endpoint(),

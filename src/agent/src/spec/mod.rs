@@ -11,6 +11,8 @@ mod seccomp;
 mod tests;
 mod user;
 
+pub(crate) use mounts::target;
+
 use std::path::Path;
 
 use moxlet_cri::v1::{self, NamespaceMode, security_profile::ProfileType};
@@ -231,26 +233,22 @@ fn cwd(input: &SpecInput<'_>) -> Result<String> {
         .map_or_else(|| Ok("/".to_owned()), |dir| mounts::target(dir))
 }
 
+/// Namespaces of the container's own. Without one of process ids it is in that of the pod, which is the CT's.
 fn namespaces(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
-    let mut all = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
-    let mut own_pid = true;
-    if let Some(options) = &security.namespace_options {
-        for (what, mode) in [("network", options.network()), ("PID", options.pid()), ("IPC", options.ipc())] {
-            if mode == NamespaceMode::Node {
-                return Err(Error::Refused(format!("the host's {what} namespace: a CT has its own")));
-            }
-        }
-        match options.pid() {
-            NamespaceMode::Target => {
-                return Err(Error::Refused("the PID namespace of another container".into()));
-            }
-            // Without an own one the container is in that of the pod, which is the CT's.
-            NamespaceMode::Pod => own_pid = false,
-            _ => {}
+    // CRI's default is the pod's for each; a kubelet always says which.
+    let options = security.namespace_options.clone().unwrap_or_default();
+    for (what, mode) in [("network", options.network()), ("PID", options.pid()), ("IPC", options.ipc())] {
+        if mode == NamespaceMode::Node {
+            return Err(Error::Refused(format!("the host's {what} namespace: a CT has its own")));
         }
     }
-    if own_pid {
-        all.push(json!({"type": "pid"}));
+    let mut all = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
+    match options.pid() {
+        NamespaceMode::Target => {
+            return Err(Error::Refused("the PID namespace of another container".into()));
+        }
+        NamespaceMode::Pod => {}
+        _ => all.push(json!({"type": "pid"})),
     }
     Ok(json!(all))
 }

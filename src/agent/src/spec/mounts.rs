@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 const MAX_MOUNTS: usize = 1024;
 
 /// An absolute path without empty parts, `.` and `..`; as Kubernetes, a relative one begins at the root.
-pub(super) fn target(path: &str) -> Result<String> {
+pub(crate) fn target(path: &str) -> Result<String> {
     let bad = |why: &str| Err(Error::Invalid(format!("container path {path:?} {why}")));
     if path.is_empty() || path.len() > 4095 || path.contains('\0') {
         return bad("is no path");

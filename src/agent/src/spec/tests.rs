@@ -407,6 +407,8 @@ fn a_pod_may_share_its_process_ids() {
     };
     assert!(own(NamespaceMode::Container));
     assert!(!own(NamespaceMode::Pod));
+    let silent = Case::new().spec()["linux"]["namespaces"].to_string();
+    assert!(!silent.contains("pid"), "the pod's is CRI's default: {silent}");
 }
 
 #[test]

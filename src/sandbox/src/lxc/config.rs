@@ -136,6 +136,19 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_listens_on_low_ports_without_root_unless_it_says_otherwise() {
+        let mut plain = spec();
+        plain.sysctls = BTreeMap::new();
+        let text = render(&plain, &around(true)).unwrap();
+        assert!(text.contains("lxc.sysctl.net.ipv4.ip_unprivileged_port_start = 0\n"));
+        assert!(text.contains("lxc.sysctl.net.ipv4.ping_group_range = 0 65535\n"));
+        plain.sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "1024".into());
+        let text = render(&plain, &around(true)).unwrap();
+        let found: Vec<_> = text.lines().filter(|l| l.contains("unprivileged_port")).collect();
+        assert_eq!(found, ["lxc.sysctl.net.ipv4.ip_unprivileged_port_start = 1024"]);
+    }
+
+    #[test]
     fn a_sysctl_of_the_host_is_refused_by_name() {
         let mut bad = spec();
         bad.sysctls = BTreeMap::from([("vm.swappiness".into(), "1".into())]);

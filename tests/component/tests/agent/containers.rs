@@ -184,6 +184,84 @@ async fn containers_see_one_another_where_the_pod_shares_processes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_container_without_a_word_of_namespaces_ends_at_once_by_a_signal_that_it_does_not_handle() {
+    let host = Host::start().await;
+    let pod = host.pod("plain").await;
+    let mut config = container("main", "exec sleep 1000");
+    config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options = None;
+    let id = host.run(&pod, config).await;
+    let begun = Instant::now();
+    host.stop_container(&id, 600).await.unwrap();
+    // Process 1 of a namespace would lose the signal and be killed after the 600 s.
+    assert_eq!(host.status(&id).await.unwrap().exit_code, 143, "{:?}", begun.elapsed());
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_memory_limit_that_nothing_starts_with_is_named() {
+    let host = Host::start().await;
+    let pod = host.pod("small").await;
+    let mut config = sleeper("main");
+    config.linux.as_mut().unwrap().resources =
+        Some(v1::LinuxContainerResources { memory_limit_in_bytes: 1, ..Default::default() });
+    let id = host.create(&pod, config).await.unwrap();
+    let error = host.start_container(&id).await.unwrap_err().to_string();
+    assert!(error.contains("memory limit of 1 bytes"), "{error}");
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn removing_a_container_leaves_what_the_host_has_mounted_below_its_mounts() {
+    use moxlet_storage::mounts;
+    let host = Host::start().await;
+    let pod = host.pod("mounts").await;
+    let dir = tempfile::tempdir().unwrap();
+    mounts::make_shared_dir(dir.path()).unwrap();
+    let below = dir.path().join("below");
+    std::fs::create_dir(&below).unwrap();
+    rustix::mount::mount("t", &below, "tmpfs", rustix::mount::MountFlags::empty(), None::<&std::ffi::CStr>)
+        .unwrap();
+    std::fs::write(below.join("file"), "theirs").unwrap();
+    let mut config = sleeper("main");
+    config.mounts = vec![v1::Mount {
+        host_path: dir.path().display().to_string(),
+        container_path: "/data".into(),
+        readonly: true,
+        ..v1::Mount::default()
+    }];
+    let id = host.run(&pod, config).await;
+    let seen = host.sh(&id, "cat /data/below/file; touch /data/x 2>&1 | grep -c Read-only; grep -c '/data.*nodev' /proc/mounts").await;
+    host.stop_container(&id, 0).await.unwrap();
+    host.remove_container(&id).await.unwrap();
+    let stays = mounts::is_mounted(&below).unwrap();
+    mounts::unmount_all_below(dir.path()).unwrap();
+    mounts::unmount(dir.path()).unwrap();
+    assert!(stays, "the host's own mount is gone");
+    assert_eq!(seen, "theirs1\n2");
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_has_a_bound_of_processes_and_may_listen_on_low_ports() {
+    let host = Host::start().await;
+    let pod = host.pod("bounds").await;
+    let id = host.run(&pod, sleeper("main")).await;
+    assert_eq!(
+        host.sh(&id, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range")
+            .await,
+        "0\n0\t65535"
+    );
+    // Proxmox VE names its cgroups by VMID; what it is given is in its engine's own tests.
+    if !pve::is_engine() {
+        let bound = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"]
+            .into_iter()
+            .find_map(|root| std::fs::read_to_string(format!("{root}/lxc.payload.{}/pids.max", pod.id)).ok());
+        assert_eq!(bound.unwrap().trim(), "4096");
+    }
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_termination_message_is_read_while_and_after_it_runs() {
     let host = Host::start().await;
     let pod = host.pod("message").await;
