@@ -387,6 +387,18 @@ fn mounts_say_how_they_are_made() {
 }
 
 #[test]
+fn a_recursively_read_only_mount_has_to_be_read_only() {
+    let mut case = Case::new();
+    let mount =
+        v1::Mount { container_path: "/data".into(), recursive_read_only: true, ..v1::Mount::default() };
+    case.config.mounts = vec![mount.clone()];
+    let error = case.build().unwrap_err().to_string();
+    assert!(error.contains("/data") && error.contains("readonly"), "{error}");
+    case.config.mounts = vec![v1::Mount { readonly: true, ..mount }];
+    assert!(case.build().is_ok());
+}
+
+#[test]
 fn a_mount_of_the_request_replaces_a_standard_one() {
     let mut case = Case::new();
     case.mounts = vec![bind("/sys/fs/cgroup")];
@@ -456,17 +468,6 @@ fn what_only_a_host_could_give_is_refused_by_name() {
                     Some(v1::SecurityProfile { profile_type: own, localhost_ref: "mine".into() });
             }),
             "AppArmor",
-        ),
-        (
-            refused(&|c| {
-                let path = "/data".to_owned();
-                c.config.mounts = vec![v1::Mount {
-                    container_path: path,
-                    recursive_read_only: true,
-                    ..v1::Mount::default()
-                }];
-            }),
-            "/data",
         ),
     ] {
         assert!(text.starts_with("not supported: ") && text.contains(word), "{text:?} names {word}");
