@@ -222,19 +222,21 @@ fn check_test(test: &Value, rights: &Rights<'_>, given: &Map<String, Value>) -> 
             };
             rights.check_any(&path, &["Permissions.Modify", of_kind])
         }
-        "userid-param" => {
-            let user = given.get("userid").and_then(Value::as_str).unwrap_or("");
-            if text(1) == "self" {
-                let is_self = user == rights.caller().user && rights.caller().token.is_none();
-                if is_self { Ok(()) } else { Err(Refusal::forbidden("")) }
-            } else {
-                let realm = user.rsplit('@').next().unwrap_or("");
-                rights.check(&format!("/access/realm/{realm}"), &[text(1)])
-            }
-        }
+        "userid-param" => check_user(text(1), rights, given),
         "userid-group" => rights.check_any("/access/groups", &names(1)),
         _ => Err(Refusal::forbidden("")),
     }
+}
+
+/// May the caller change the user that a call names: because it is the caller itself, or by a privilege on the user's realm?
+fn check_user(test: &str, rights: &Rights<'_>, given: &Map<String, Value>) -> Answered<()> {
+    let user = given.get("userid").and_then(Value::as_str).unwrap_or("");
+    if test == "self" {
+        let is_self = user == rights.caller().user && rights.caller().token.is_none();
+        return if is_self { Ok(()) } else { Err(Refusal::forbidden("")) };
+    }
+    let realm = user.rsplit('@').next().unwrap_or("");
+    rights.check(&format!("/access/realm/{realm}"), &[test])
 }
 
 fn fill(template: &str, given: &Map<String, Value>) -> String {

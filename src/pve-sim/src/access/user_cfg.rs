@@ -63,19 +63,7 @@ impl UserCfg {
             let field = |n: usize| fields.get(n).copied().unwrap_or("");
             let number = |n: usize| field(n).parse::<i64>().unwrap_or(0);
             match field(0) {
-                "user" => {
-                    let user = cfg.users.entry(field(1).to_owned()).or_default();
-                    user.enabled = field(2) == "1";
-                    user.expire = number(3);
-                    for (slot, n) in [
-                        (&mut user.firstname, 4),
-                        (&mut user.lastname, 5),
-                        (&mut user.email, 6),
-                        (&mut user.comment, 7),
-                    ] {
-                        *slot = decode(fields.get(n).copied().unwrap_or(""));
-                    }
-                }
+                "user" => cfg.parse_user(&fields),
                 "token" => {
                     if let Some((user, id)) = field(1).split_once('!') {
                         let entry = TokenEntry {
@@ -120,6 +108,18 @@ impl UserCfg {
             cfg.roles.insert((*name).to_owned(), privileges.iter().map(ToString::to_string).collect());
         }
         cfg
+    }
+
+    /// A line `user:ID:ENABLED:EXPIRE:FIRSTNAME:LASTNAME:EMAIL:COMMENT:…`.
+    fn parse_user(&mut self, fields: &[&str]) {
+        let field = |n: usize| fields.get(n).copied().unwrap_or("");
+        let user = self.users.entry(field(1).to_owned()).or_default();
+        user.enabled = field(2) == "1";
+        user.expire = field(3).parse().unwrap_or(0);
+        user.firstname = decode(field(4));
+        user.lastname = decode(field(5));
+        user.email = decode(field(6));
+        user.comment = decode(field(7));
     }
 
     /// The file's text.
