@@ -4,14 +4,15 @@
 guest() { local verb=$1; shift; "$ROOT/tests/lab/guest" "$verb" "$run" "$@"; }
 in_net() { nsenter --net="$run/net" "$@"; }
 
-# built KIND NAME CARGO_ARG…: a program of KIND (bin or test), without its debugging information, which is most of what would be copied.
+. "$ROOT/scripts/lib/programs.sh"
+
+# The list of all programs: the one that scripts/test has made, or one's own.
+list=${MOXLET_TEST_PROGRAMS:-$programs/list}
+build_list() { [ -n "${MOXLET_TEST_PROGRAMS:-}" ] || build_programs "$list"; }
+# built KIND NAME [CRATE]: a program, without its debugging information, which is most of what would be copied.
 built() {
-  local kind=$1 name=$2 path; shift 2
-  cargo "$@" --locked --message-format=json >"$programs/messages" || return 1
-  path=$(jq -r --arg kind "$kind" --arg name "$name" 'select(.executable and .target.kind == [$kind] and .target.name == $name).executable' "$programs/messages" | tail -n 1)
-  rm "$programs/messages"
-  [ -x "$path" ] || { echo "cargo named no program $name"; return 1; }
-  strip -o "$programs/$name" "$path"
+  local path; path=$(program "$list" "$@") || return 1
+  strip -o "$programs/$2" "$path"
 }
 built_init() { local path; path=$("$ROOT/scripts/build-init" | tail -n 1) && install -m 755 "$path" "$programs/moxlet-init"; }
 
