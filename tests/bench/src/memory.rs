@@ -24,6 +24,13 @@ pub(crate) fn idle(table: &mut Table, what: &str) -> Result<()> {
     Ok(())
 }
 
+/// `moxlet up` while `pods` of its pods run.
+pub(crate) fn with_pods(table: &mut Table, pods: usize) -> Result<()> {
+    let ours = resident_kb(&text("MOXLET_PID")?)?;
+    table.row(&format!("resident, with {pods} pods (MB)"), ours / 1024.0, None, &Bound::Under(60.0));
+    Ok(())
+}
+
 /// The largest moxlet-init beside the largest of the peer's shims.
 pub(crate) fn per_pod(table: &mut Table) -> Result<()> {
     let largest = |name: &str| -> Result<f64> {

@@ -57,7 +57,11 @@ pub(crate) async fn measure(bench: &Bench, client: &Client, table: &mut Table) -
         }
     }
     let [ours, peer] = alternate(20, |i| timed(bench, &["exec", names[i], "--", "true"], None))?;
+    // What kubectl and the API server need for any call at all.
+    let [floor, _] = alternate(20, |_| timed(bench, &["get", "--raw", "/version"], None))?;
+    table.row("kubectl get --raw /version, median (ms)", floor, None, &Bound::None);
     table.row("kubectl exec true, median (ms)", ours, Some(peer), &Bound::TimesPeer(1.0));
+    table.row("kubectl exec true over /version (ms)", ours - floor, Some(peer - floor), &Bound::Under(30.0));
     let size = format!("{} MB", bench.megabytes);
     let [ours, peer] = alternate(3, |i| timed(bench, &["logs", names[i]], Some(bytes)))?;
     table.row(&format!("kubectl logs, {size} (ms)"), ours, Some(peer), &Bound::TimesPeer(0.5));
