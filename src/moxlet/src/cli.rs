@@ -13,7 +13,6 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, 
 use moxlet_cri::link::Endpoint;
 
 use crate::{
-    check_config::CheckConfigArgs,
     cli_docs::{CompletionArgs, ManArgs},
     image::ImageArgs,
     pods::{EventsArgs, ExecArgs, InspectArgs, LogsArgs, PodsArgs},
@@ -230,6 +229,36 @@ pub(crate) enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// What `moxlet check-config` takes.
+#[derive(Debug, Args)]
+pub(crate) struct CheckConfigArgs {
+    /// The configuration file (TOML)
+    #[arg(long, value_name = "FILE", default_value = "/etc/moxlet/moxlet.toml")]
+    pub(crate) config: PathBuf,
+    /// The program that shall read it [default: node and agent for a file with agent_endpoint and agent_listen, else up]
+    #[arg(long = "for", value_name = "PROGRAM", value_enum)]
+    pub(crate) programs: Vec<Program>,
+}
+
+/// A program that reads a configuration file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Program {
+    Up,
+    Node,
+    Agent,
+}
+
+impl Program {
+    /// Its name, as a subcommand of `moxlet`.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Node => "node",
+            Self::Agent => "agent",
+        }
+    }
 }
 
 #[cfg(test)]
