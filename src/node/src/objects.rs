@@ -251,8 +251,12 @@ impl Objects {
     fn stream(&self, (kind, namespace, name): &Id) -> BoxStream<'static, watcher::Result<Copy>> {
         let client = self.client.clone();
         match kind {
-            Kind::ConfigMap => one(Api::namespaced(client, namespace), name, |map| Copy::ConfigMap(Arc::new(map))),
-            Kind::Secret => one(Api::namespaced(client, namespace), name, |secret| Copy::Secret(Arc::new(secret))),
+            Kind::ConfigMap => {
+                one(Api::namespaced(client, namespace), name, |map| Copy::ConfigMap(Arc::new(map)))
+            }
+            Kind::Secret => {
+                one(Api::namespaced(client, namespace), name, |secret| Copy::Secret(Arc::new(secret)))
+            }
         }
     }
 
