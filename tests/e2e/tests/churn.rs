@@ -102,7 +102,8 @@ fn churn(ns: &Namespace, draw: &mut Draw, names: std::ops::Range<usize>, kills: 
         ns.pod_with(&name, json!({"restartPolicy": "Never", "containers": [busybox(script(draw))]}));
         alive.push(name);
         if alive.len() > ALIVE || draw.below(3) == 0 {
-            delete(ns, draw, &alive.swap_remove(draw.below(alive.len())));
+            let index = draw.below(alive.len());
+            delete(ns, draw, &alive.swap_remove(index));
         }
         if done % every == every - 1 {
             // In the middle of what is being made and ended.
@@ -112,7 +113,8 @@ fn churn(ns: &Namespace, draw: &mut Draw, names: std::ops::Range<usize>, kills: 
         }
     }
     while !alive.is_empty() {
-        delete(ns, draw, &alive.swap_remove(draw.below(alive.len())));
+        let index = draw.below(alive.len());
+        delete(ns, draw, &alive.swap_remove(index));
     }
 }
 
