@@ -64,62 +64,107 @@ pub(crate) struct Rooms {
     pub(crate) rates: Arc<Rates>,
 }
 
+/// What the rooms that change pods have in common.
+struct Common {
+    config: Arc<Config>,
+    tasks: Tasks,
+    dirs: Dirs,
+    state: Arc<State>,
+    events: Events,
+    engine: Arc<dyn Engine>,
+    shifted: Arc<idmap::Namespace>,
+}
+
+impl Common {
+    fn containers(
+        &self,
+        driver: Arc<dyn Driver>,
+        images: Arc<ImageStore>,
+        cgroups: Arc<ContainerCgroups>,
+        volumes: Arc<Volumes>,
+    ) -> Containers {
+        Containers {
+            state: self.state.clone(),
+            events: self.events.clone(),
+            tasks: self.tasks.clone(),
+            dirs: self.dirs.clone(),
+            engine: self.engine.clone(),
+            cgroups,
+            driver,
+            images,
+            volumes,
+            shifted: self.shifted.clone(),
+            settings: containers::Settings {
+                map: self.config.map,
+                root_quota: self.config.container_root_quota,
+                log_max_bytes: self.config.log_max_bytes,
+                log_max_files: self.config.log_max_files,
+            },
+        }
+    }
+
+    fn pods(
+        &self,
+        containers: Arc<Containers>,
+        network: Arc<Network>,
+        retries: Retries,
+        init_binary: PathBuf,
+    ) -> Pods {
+        Pods {
+            state: self.state.clone(),
+            events: self.events.clone(),
+            tasks: self.tasks.clone(),
+            dirs: self.dirs.clone(),
+            engine: self.engine.clone(),
+            network,
+            containers,
+            retries,
+            shifted: self.shifted.clone(),
+            settings: pods::Settings {
+                map: self.config.map,
+                init_binary,
+                resolv_conf: self.config.resolv_conf.clone(),
+                host_stops_cts: self.on_proxmox_ve(),
+            },
+        }
+    }
+
+    fn on_proxmox_ve(&self) -> bool {
+        matches!(self.config.engine, EngineSettings::Pve(_))
+    }
+}
+
 impl Rooms {
     /// Puts the rooms together; and what is to be [reconciled](Reconciler::spawn).
     pub(crate) fn new(opened: Opened) -> (Self, mpsc::UnboundedReceiver<Work>) {
-        let Opened { driver, engine, images, init_binary, .. } = opened;
-        let (config, ledger) = (Arc::new(opened.config), Arc::new(opened.ledger));
-        let on_proxmox_ve = matches!(config.engine, EngineSettings::Pve(_));
-        let (dirs, tasks) = (Dirs::below(&config.root_dir), Tasks::new(opened.stop));
-        let (cgroups, volumes) = (Arc::new(opened.cgroups), Arc::new(opened.volumes));
-        let (shifted, network) = (Arc::new(opened.shifted), Arc::new(opened.network));
+        let Opened { driver, images, .. } = opened;
+        let ledger = Arc::new(opened.ledger);
         let state = State::new(ledger.clone());
-        let events = Events::new(state.clone());
-        let containers = Arc::new(Containers {
-            state: state.clone(),
-            events: events.clone(),
-            tasks: tasks.clone(),
-            dirs: dirs.clone(),
-            engine: engine.clone(),
-            cgroups: cgroups.clone(),
-            driver: driver.clone(),
-            images: images.clone(),
-            volumes: volumes.clone(),
-            shifted: shifted.clone(),
-            settings: containers::Settings {
-                map: config.map,
-                root_quota: config.container_root_quota,
-                log_max_bytes: config.log_max_bytes,
-                log_max_files: config.log_max_files,
-            },
-        });
+        let common = Common {
+            dirs: Dirs::below(&opened.config.root_dir),
+            config: Arc::new(opened.config),
+            tasks: Tasks::new(opened.stop),
+            events: Events::new(state.clone()),
+            state,
+            engine: opened.engine,
+            shifted: Arc::new(opened.shifted),
+        };
+        let (cgroups, volumes) = (Arc::new(opened.cgroups), Arc::new(opened.volumes));
+        let network = Arc::new(opened.network);
+        let containers =
+            Arc::new(common.containers(driver.clone(), images.clone(), cgroups.clone(), volumes.clone()));
         let (retries, work) = Retries::new();
-        let pods = Arc::new(Pods {
-            state: state.clone(),
-            events: events.clone(),
-            tasks: tasks.clone(),
-            dirs: dirs.clone(),
-            engine: engine.clone(),
-            network: network.clone(),
-            containers: containers.clone(),
-            retries,
-            shifted,
-            settings: pods::Settings {
-                map: config.map,
-                init_binary,
-                resolv_conf: config.resolv_conf.clone(),
-                host_stops_cts: on_proxmox_ve,
-            },
-        });
+        let pods = Arc::new(common.pods(containers.clone(), network.clone(), retries, opened.init_binary));
         let notices = Arc::new(Notices::open(ledger.clone()));
         let reconciler = Arc::new(Reconciler {
             pods: pods.clone(),
             ledger,
             driver: driver.clone(),
             notices: notices.clone(),
-            others_start_cts: on_proxmox_ve,
+            others_start_cts: common.on_proxmox_ve(),
         });
-        let usages = Arc::new(Usages::new(driver.clone(), state.clone()));
+        let usages = Arc::new(Usages::new(driver.clone(), common.state.clone()));
+        let Common { config, tasks, dirs, state, events, engine, .. } = common;
         let rooms = Self {
             config,
             tasks,

@@ -36,7 +36,10 @@ impl Containers {
         .await?;
         self.state
             .change_container(&container, |r| {
-                r.memory_limit = u64::try_from(resources.memory_limit).ok().filter(|limit| *limit > 0);
+                // An older version's record has a limit and no resources.
+                if resources.memory_limit != r.resources.memory_limit {
+                    r.memory_limit = u64::try_from(resources.memory_limit).ok().filter(|limit| *limit > 0);
+                }
                 r.resources = resources;
             })
             .await

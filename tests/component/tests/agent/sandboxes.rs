@@ -81,6 +81,31 @@ async fn a_pod_whose_init_hangs_is_stopped_and_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pod_full_of_commands_refuses_more_and_is_stopped_all_the_same() {
+    let host = Host::start().await;
+    let pod = host.pod("execs").await;
+    let id = host.run(&pod, sleeper("main")).await;
+    let sleep = async || {
+        let cmd = ["sleep", "1000"].map(Into::into).to_vec();
+        let request = v1::ExecSyncRequest { container_id: id.clone(), cmd, timeout: 0 };
+        host.runtime().exec_sync(request).await
+    };
+    let crowd = join((0..128).map(|_| sleep()));
+    let stop = async {
+        until("no room for a command", async || match host.exec(&id, &["true"]).await {
+            Err(error) if error.code() == tonic::Code::ResourceExhausted => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+        .await;
+        host.stop_container(&id, 1).await.unwrap();
+        host.stop_pod(&pod.id).await.unwrap();
+    };
+    let (_, ()) = tokio::join!(crowd, stop);
+    assert_eq!(host.status(&id).await.unwrap().state(), v1::ContainerState::ContainerExited);
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pods_logs_are_roots_alone_and_nothing_runs_from_them() {
     let host = Host::start().await;
     let pod = host.pod("logs").await;
