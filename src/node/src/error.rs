@@ -8,6 +8,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why the node could not do something.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The API server did not answer in time.
+    #[error("the API server did not answer for {what} within {seconds} s")]
+    Deadline {
+        /// What was asked for.
+        what: &'static str,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// A key of the configuration has a value that cannot be used.
     #[error("configuration key {key}: {reason}")]
     Config {

@@ -187,6 +187,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     let (cluster, services) = cluster_of(client.as_ref().zip(objects.clone()), &mut tasks);
     let shared = Arc::new(Shared {
         slots: Semaphore::new(config.max_parallel_syncs.max(1)),
+        admission: pods::admission::Admission::default(),
         agent,
         cluster,
         services,

@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::{
     SecurityContext, Volume,
 };
 
-use crate::pods::resources;
+use crate::pods::{admission::Rejection, resources};
 
 /// Ids that a CT has: 0 to one less. Files and processes of an id beyond them cannot be.
 const IDS: i64 = 65_536;
@@ -70,6 +70,26 @@ fn beyond(id: Option<i64>) -> bool {
     id.is_some_and(|id| !(0..IDS).contains(&id))
 }
 
+/// Why a pod is failed and not only kept waiting, as a kubelet does: `status.reason` and `status.message`.
+pub(crate) fn rejection(pod: &Pod) -> Option<Rejection> {
+    let spec = pod.spec.as_ref()?;
+    if spec.os.as_ref().is_some_and(|os| os.name != "linux") {
+        let message = "Failed to admit pod as the OS field doesn't match node OS".to_owned();
+        return Some(Rejection { reason: "PodOSNotSupported", message });
+    }
+    let sysctls = spec.security_context.iter().flat_map(|s| s.sysctls.iter().flatten());
+    let forbidden = sysctls.map(|s| &s.name).find(|name| !SAFE_SYSCTLS.contains(&name.as_str()))?;
+    let message = format!("forbidden sysctl: {forbidden:?} not allowlisted");
+    Some(Rejection { reason: "SysctlForbidden", message })
+}
+
+/// What of a pod is not honoured though the pod itself runs: a container of `kubectl debug` is added to a running pod, which it must
+/// not harm. Its status says so.
+pub(crate) fn left_out(pod: &Pod) -> Option<&'static str> {
+    let spec = pod.spec.as_ref()?;
+    some(spec.ephemeral_containers.as_ref()).then_some("spec.ephemeralContainers")
+}
+
 /// The fields of a pod that keep it from being run here; none where it can be run.
 pub(crate) fn refusals(pod: &Pod) -> Vec<String> {
     let mut out = Refusals::default();
@@ -79,7 +99,6 @@ pub(crate) fn refusals(pod: &Pod) -> Vec<String> {
     out.when(spec.host_ipc == Some(true), "spec.hostIPC");
     out.when(spec.host_users == Some(false), "spec.hostUsers");
     out.when(spec.share_process_namespace == Some(true), "spec.shareProcessNamespace");
-    out.when(some(spec.ephemeral_containers.as_ref()), "spec.ephemeralContainers");
     out.when(some(spec.resource_claims.as_ref()), "spec.resourceClaims");
     out.when(text(spec.runtime_class_name.as_ref()), "spec.runtimeClassName");
     out.when(spec.os.as_ref().is_some_and(|o| o.name != "linux"), "spec.os.name");

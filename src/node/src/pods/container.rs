@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::{Container, Pod};
 use moxlet_cri::{annotations, v1};
 
-use super::{names, resources, sandbox};
+use super::{names, resources, sandbox_config};
 use crate::{
     env,
     error::{Error, Result},
@@ -105,7 +105,7 @@ fn security(
             drop_capabilities: caps.drop.unwrap_or_default(),
             ..v1::Capability::default()
         }),
-        namespace_options: Some(sandbox::namespaces()),
+        namespace_options: Some(sandbox_config::namespaces()),
         run_as_user: int(user),
         run_as_username: user_name,
         run_as_group: int(group),

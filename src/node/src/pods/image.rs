@@ -6,7 +6,6 @@
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, stream::BoxStream};
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use moxlet_cri::{
     host::{self, image_pull_update::Update},
@@ -15,9 +14,9 @@ use moxlet_cri::{
 use tonic::Code;
 
 use super::{
+    act::{Held, words},
     images::{self, Policy},
-    start::{Held, words},
-    worker::{Desired, Worker},
+    worker::{Desired, OBJECTS_DEADLINE, Worker},
 };
 use crate::{
     error::{Error, Result},
@@ -73,12 +72,12 @@ impl Worker {
         let ensured = tokio::select! {
             ensured = self.ensure(pod, c, &name) => ensured?,
             Ok(_) = async { watch.wait_for(Desired::terminating).await.map(drop) } => {
-                return Err(Held { reason: "ContainerCreating", message: String::new(), pause: Duration::ZERO });
+                return Err(Held::new("ContainerCreating", "", Duration::ZERO));
             }
         };
         let spec = v1::ImageSpec { image: ensured.id, ..v1::ImageSpec::default() };
         let inspect = v1::ImageStatusRequest { image: Some(spec), verbose: false };
-        let wait = |message| Held { reason: "ImageInspectError", message, pause: Duration::from_secs(5) };
+        let wait = |message: String| Held::new("ImageInspectError", message, Duration::from_secs(5));
         match shared.agent.image_status(inspect).await {
             Ok(answer) => answer.image.ok_or_else(|| wait(format!("image \"{name}\" is gone again"))),
             Err(e) => Err(wait(format!("Failed to inspect image \"{name}\": {}", words(&e)))),
@@ -87,13 +86,24 @@ impl Worker {
 
     /// The pod's pull secrets; those that cannot be had are said.
     async fn pull_secrets(&mut self, pod: &Pod) -> Vec<Vec<u8>> {
-        let (docker_configs, missing) = images::pull_secrets(self.shared.cluster.as_ref(), pod).await;
+        let secrets = images::pull_secrets(self.shared.cluster.as_ref(), pod);
+        let Ok((docker_configs, missing)) = tokio::time::timeout(OBJECTS_DEADLINE, secrets).await else {
+            let text = "The API server does not answer for the image pull secrets; attempting to pull the image may not succeed.";
+            self.emit_event_once(
+                pod,
+                None,
+                Kind::Warning,
+                "FailedToRetrieveImagePullSecret",
+                text.to_owned(),
+            );
+            return Vec::new();
+        };
         if !missing.is_empty() {
             let text = format!(
                 "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
                 missing.join(", ")
             );
-            self.say_once(pod, None, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
+            self.emit_event_once(pod, None, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
         }
         docker_configs
     }
@@ -106,15 +116,12 @@ impl Worker {
     ) -> std::result::Result<host::ImagePullDone, Held> {
         let shared = self.shared.clone();
         let policy = images::policy(c);
-        let waits = self.image_failures.get(name).and_then(|(failed_at, why)| {
-            let left = self.image_backoff.remaining(name, *failed_at, Timestamp::now())?.0;
-            Some((left, why.clone()))
-        });
+        let waits = self.backoffs.image(name, Instant::now());
         let backing_off = |left: Duration, why: &str| {
             let message = format!("Back-off pulling image \"{name}\"");
             shared.events.pod(pod, Some(&c.name), Kind::Normal, "BackOff", message.clone());
             shared.events.pod(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ImagePullBackOff");
-            Held { reason: "ImagePullBackOff", message: format!("{message}: {why}"), pause: left }
+            Held::new("ImagePullBackOff", format!("{message}: {why}"), left)
         };
         if let (Policy::Always, Some((left, why))) = (policy, &waits) {
             return Err(backing_off(*left, why));
@@ -138,8 +145,7 @@ impl Worker {
         let mut pulls = false;
         match self.follow(pod, c, name, &mut updates, &mut pulls).await {
             Ok(done) => {
-                self.image_backoff.clear(name);
-                self.image_failures.remove(name);
+                self.backoffs.image_pulled(name);
                 let text = arrived(name, &done, begun.elapsed());
                 shared.events.pod(pod, Some(&c.name), Kind::Normal, "Pulled", text);
                 Ok(done)
@@ -194,19 +200,31 @@ impl Worker {
                 let message = format!(
                     "Failed to apply default image tag \"{name}\": couldn't parse image name \"{name}\": {said}"
                 );
-                self.say_once(pod, Some(&c.name), Kind::Warning, "InspectFailed", message.clone());
-                self.say_once(pod, Some(&c.name), Kind::Warning, "Failed", "Error: InvalidImageName".into());
-                Held { reason: "InvalidImageName", message, pause: INVALID }
+                self.emit_event_once(pod, Some(&c.name), Kind::Warning, "InspectFailed", message.clone());
+                self.emit_event_once(
+                    pod,
+                    Some(&c.name),
+                    Kind::Warning,
+                    "Failed",
+                    "Error: InvalidImageName".into(),
+                );
+                Held::new("InvalidImageName", message, INVALID)
             }
             Some(Code::FailedPrecondition) => {
                 let message = words(error);
-                self.say_once(pod, Some(&c.name), Kind::Warning, "ErrImageNeverPull", message.clone());
-                self.say_once(pod, Some(&c.name), Kind::Warning, "Failed", "Error: ErrImageNeverPull".into());
-                Held { reason: "ErrImageNeverPull", message, pause: Duration::from_secs(10) }
+                self.emit_event_once(pod, Some(&c.name), Kind::Warning, "ErrImageNeverPull", message.clone());
+                self.emit_event_once(
+                    pod,
+                    Some(&c.name),
+                    Kind::Warning,
+                    "Failed",
+                    "Error: ErrImageNeverPull".into(),
+                );
+                Held::new("ErrImageNeverPull", message, Duration::from_secs(10))
             }
             _ => {
                 let message = format!("Failed to inspect image \"{name}\": {}", words(error));
-                Held { reason: "ImageInspectError", message, pause: Duration::from_secs(5) }
+                Held::new("ImageInspectError", message, Duration::from_secs(5))
             }
         }
     }
@@ -218,11 +236,9 @@ impl Worker {
         let text = format!("Failed to pull image \"{name}\": {why}");
         events.pod(pod, Some(&c.name), Kind::Warning, "Failed", text);
         events.pod(pod, Some(&c.name), Kind::Warning, "Failed", format!("Error: {reason}"));
-        let failed_at = Timestamp::now();
-        self.image_backoff.raise(name, failed_at, failed_at);
-        self.image_failures.insert(name.to_owned(), (failed_at, format!("{reason}: {why}")));
+        self.backoffs.image_failed(name, format!("{reason}: {why}"), Instant::now());
         // The next pass says that it waits; until then the error itself is shown.
-        Held { reason, message: why, pause: Duration::from_secs(1) }
+        Held::new(reason, why, Duration::from_secs(1))
     }
 }
 

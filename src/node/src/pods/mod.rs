@@ -4,22 +4,23 @@
 //! agent reports something; each pass asks the agent for the pod's state, does the next missing steps and publishes a
 //! status. Nothing is remembered on disk: sandboxes and containers carry their pod in CRI labels.
 
-pub(crate) mod backoff;
+mod act;
+pub(crate) mod admission;
+pub(crate) mod backoffs;
 pub(crate) mod container;
 pub(crate) mod image;
 mod images;
 pub(crate) mod manager;
 pub(crate) mod names;
+pub(crate) mod plan;
 pub mod registry;
 mod report;
 pub(crate) mod resources;
 pub(crate) mod restart;
-pub(crate) mod sandbox;
+pub(crate) mod sandbox_config;
 pub(crate) mod source;
-pub(crate) mod start;
 pub(crate) mod state;
 pub(crate) mod status;
-pub(crate) mod terminate;
 #[cfg(test)]
 mod tests;
 pub(crate) mod worker;

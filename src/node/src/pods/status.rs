@@ -16,6 +16,7 @@ use super::{
     resources, restart,
     state::{Container, Phase, PodState},
 };
+use crate::support;
 
 /// What a status is made of beside the pod and its state.
 #[derive(Default)]
@@ -406,6 +407,7 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         message,
         conditions: Some(conditions.new),
         container_statuses: Some(mains),
+        ephemeral_container_statuses: ephemeral(pod),
         init_container_statuses: (!inits.is_empty()).then_some(inits),
         host_ip: inputs.host_ips.first().cloned(),
         host_ips: Some(inputs.host_ips.iter().map(|ip| HostIP { ip: ip.clone() }).collect()),
@@ -416,6 +418,21 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         observed_generation: pod.metadata.generation,
         ..PodStatus::default()
     }
+}
+
+/// Containers of `kubectl debug` wait with the reason that this node starts none; the pod itself is not touched by them.
+fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
+    let field = support::left_out(pod)?;
+    let asked = pod.spec.as_ref()?.ephemeral_containers.as_ref()?;
+    let why =
+        format!("not supported by this node: {field}; use kubectl exec, or kubectl debug with --copy-to");
+    let status = |name: &str, image: Option<&String>| ContainerStatus {
+        name: name.to_owned(),
+        image: image.cloned().unwrap_or_default(),
+        state: Some(waiting("UnsupportedField", &why)),
+        ..ContainerStatus::default()
+    };
+    Some(asked.iter().map(|c| status(&c.name, c.image.as_ref())).collect())
 }
 
 /// The last states of a pod that has ended: what had not ended for itself is lost.

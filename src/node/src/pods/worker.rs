@@ -1,11 +1,11 @@
-//! One pod's worker: compares what the pod shall be with what the agent reports and does what is missing.
+//! One pod's worker: compares what the pod shall be with what the agent reports and has done what is missing.
 //!
 //! ```text
-//!            ┌────────── desired pod changes, agent reports, a wait is over ─────────┐
-//!            ▼                                                                       │
-//!   read state ─▶ refused? ─▶ ended? ─▶ sandbox ∥ volumes ─▶ init containers ─▶ containers
-//!            │                  │
-//!            └─ being deleted ──┴─▶ stop, status, remove, DELETE ─▶ done
+//!            ┌────── desired pod changes, agent reports, a wait is over ──────┐
+//!            ▼                                                                │
+//!   read the report ─▶ plan ─▶ status ─▶ kill ─▶ volumes ─▶ sandbox ─▶ start ─┘   until the plan is settled
+//!            │
+//!            └─ deleted, failed or at its own end ─▶ kill, status, (remove, DELETE) ─▶ done
 //! ```
 
 use std::{
@@ -22,11 +22,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::{
-    backoff::Backoff,
+    admission::{Admission, Rejection},
+    backoffs::Backoffs,
     names,
+    plan::{Goal, Plan, SandboxAction},
     registry::PodRegistry,
-    resources, restart, sandbox,
-    state::{Phase, PodState, Sandbox},
+    resources,
+    state::PodState,
 };
 use crate::{
     cluster::Cluster,
@@ -41,8 +43,10 @@ use crate::{
     volumes::{Volumes, hosts},
 };
 
-/// The key of a pod's sandbox among its containers' names, none of which it can be.
-const SANDBOX: &str = "\0sandbox";
+/// How long the API server may take for the objects that a pod's volumes or environment are made of.
+pub(super) const OBJECTS_DEADLINE: Duration = Duration::from_secs(30);
+/// How many plans are carried out in a row before the worker looks up: more than the longest start needs.
+const ROUNDS: usize = 256;
 
 /// What all workers share.
 pub(crate) struct Shared {
@@ -60,8 +64,10 @@ pub(crate) struct Shared {
     pub(crate) events: Recorder,
     /// Facts of the host.
     pub(crate) info: watch::Receiver<Arc<host::InfoResponse>>,
-    /// How many pods may be worked on at one time.
+    /// How many sandboxes and containers may be made at one time. Held through neither a pull nor a call of the API server.
     pub(crate) slots: Semaphore,
+    /// The pods that the host has room for.
+    pub(crate) admission: Admission,
 }
 
 impl Shared {
@@ -114,29 +120,24 @@ pub(crate) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) desired: watch::Receiver<Desired>,
     poke: Arc<Notify>,
-    pub(super) backoff: Backoff,
-    pub(super) image_backoff: Backoff,
-    pub(super) image_failures: HashMap<String, (Timestamp, String)>,
+    pub(super) backoffs: Backoffs,
     pub(super) waiting: HashMap<String, (String, String)>,
-    /// Until when a container that could not be made is not tried again.
-    pub(super) held: HashMap<String, Instant>,
     pub(super) volumes: Volumes,
     pub(super) messages: HashMap<String, String>,
     pub(super) status: PodStatus,
     pub(super) publisher: Publisher,
-    pub(super) said: HashSet<String>,
+    emitted: HashSet<String>,
     volumes_at: Option<Instant>,
     /// What the API server's objects had come to then.
     volumes_revision: u64,
     pub(super) first_seen: Instant,
     pub(super) counted: bool,
     pub(super) failure: Option<(String, String)>,
-    failures: u32,
-    sandbox_failures: u32,
 }
 
-fn least(a: &mut Option<Duration>, b: Duration) {
-    *a = Some(a.map_or(b, |a| a.min(b)));
+/// The sooner of two pauses.
+fn sooner(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
+    a.into_iter().chain(b).min()
 }
 
 impl Worker {
@@ -146,27 +147,26 @@ impl Worker {
         let status = first.pod.status.clone().unwrap_or_default();
         let publisher = Publisher::new(shared.cluster.clone(), first.target);
         let counted = status.phase.as_deref().is_some_and(|p| p != "Pending");
+        let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        if !ended && !first.gone && status.start_time.is_some() {
+            shared.admission.keep(&first.pod);
+        }
         Self {
             shared,
             desired,
             poke,
-            backoff: Backoff::default(),
-            image_backoff: Backoff::default(),
-            image_failures: HashMap::new(),
+            backoffs: Backoffs::default(),
             waiting: HashMap::new(),
-            held: HashMap::new(),
             volumes: Volumes::default(),
             messages: HashMap::new(),
             status,
             publisher,
-            said: HashSet::new(),
+            emitted: HashSet::new(),
             volumes_at: None,
             volumes_revision: 0,
             first_seen: Instant::now(),
             counted,
             failure: None,
-            failures: 0,
-            sandbox_failures: 0,
         }
     }
 
@@ -178,7 +178,7 @@ impl Worker {
             self.publisher.shown(&desired.pod);
             if let Some(why) = self.publisher.rejection() {
                 let text = format!("The API server refuses the status of this pod: {why}");
-                self.say_once(&desired.pod, None, Kind::Warning, "FailedUpdateStatus", text);
+                self.emit_event_once(&desired.pod, None, Kind::Warning, "FailedUpdateStatus", text);
             }
             let begun = Instant::now();
             let outcome = tokio::select! {
@@ -190,22 +190,15 @@ impl Worker {
             let pause = match outcome {
                 Ok(Next::Done) => {
                     let pod = &desired.pod;
+                    self.shared.admission.release(pod);
                     self.shared.registry.forget(names::namespace(pod), names::name(pod), names::uid(pod));
                     return;
                 }
                 Ok(Next::Wait(pause)) => {
-                    self.failures = 0;
+                    self.backoffs.agent.succeeded();
                     pause
                 }
-                Err(error) => {
-                    self.failures = (self.failures + 1).min(6);
-                    if desired.terminating() {
-                        let text = format!("error killing pod: {}", chain(&error));
-                        self.shared.events.pod(&desired.pod, None, Kind::Warning, "FailedKillPod", text);
-                    }
-                    warn!(pod = %names::full(&desired.pod), error = %chain(&error), "pass failed, will try again");
-                    Some(Duration::from_millis(250) * 2_u32.pow(self.failures))
-                }
+                Err(error) => Some(self.pass_failed(&desired, &error)),
             };
             let timer = async {
                 match pause {
@@ -222,43 +215,34 @@ impl Worker {
         }
     }
 
-    async fn pass(&mut self, desired: &Desired) -> Result<Next> {
-        let shared = self.shared.clone();
-        let state = PodState::read(shared.agent.as_ref(), names::uid(&desired.pod)).await?;
+    /// Makes known why a pass failed; how long the next one waits.
+    fn pass_failed(&mut self, desired: &Desired, error: &Error) -> Duration {
+        let text = chain(error);
         if desired.terminating() {
-            return self.terminate(desired, state).await;
+            let text = format!("error killing pod: {text}");
+            self.shared.events.pod(&desired.pod, None, Kind::Warning, "FailedKillPod", text);
         }
-        if matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed")) {
-            return self.finish(&desired.pod, state).await;
-        }
-        let _slot = shared.slots.acquire().await;
-        self.sync(&desired.pod, state).await
+        warn!(pod = %names::full(&desired.pod), error = %text, "the pod could not be synced; it is tried again");
+        self.backoffs.agent.failed(Instant::now())
     }
 
-    /// A pod that has ended: its sandbox is stopped, its logs stay until it is deleted.
-    async fn finish(&mut self, pod: &Pod, state: PodState) -> Result<Next> {
-        let running: Vec<_> =
-            state.containers.iter().filter(|c| c.phase == Phase::Running).map(|c| c.id.clone()).collect();
-        let grace = self.desired.borrow().grace_seconds();
-        futures::future::try_join_all(running.iter().map(|id| self.shared.agent.stop_container(id, grace)))
-            .await?;
-        for s in state.sandboxes.iter().filter(|s| s.ready) {
-            self.shared
-                .agent
-                .stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: s.id.clone() })
-                .await?;
+    async fn pass(&mut self, desired: &Desired) -> Result<Next> {
+        let state = PodState::read(self.shared.agent.as_ref(), names::uid(&desired.pod)).await?;
+        if desired.terminating() {
+            return Box::pin(self.terminate(desired, state)).await;
         }
-        let state = if running.is_empty() && !state.sandboxes.iter().any(|s| s.ready) {
-            state
-        } else {
-            PodState::read(self.shared.agent.as_ref(), names::uid(pod)).await?
-        };
-        self.report(pod, &state, true).await;
-        Ok(Next::Wait(None))
+        if self.has_ended() {
+            return Box::pin(self.finish(&desired.pod, state)).await;
+        }
+        Box::pin(self.sync(&desired.pod, state)).await
     }
 
-    /// Says something to this pod once.
-    pub(super) fn say_once(
+    fn has_ended(&self) -> bool {
+        matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed"))
+    }
+
+    /// Emits an event of this pod, unless the same was emitted before.
+    pub(super) fn emit_event_once(
         &mut self,
         pod: &Pod,
         container: Option<&str>,
@@ -266,14 +250,14 @@ impl Worker {
         reason: &'static str,
         message: String,
     ) {
-        if self.said.len() < 1024
-            && self.said.insert(format!("{reason}/{}/{message}", container.unwrap_or_default()))
+        if self.emitted.len() < 1024
+            && self.emitted.insert(format!("{reason}/{}/{message}", container.unwrap_or_default()))
         {
             self.shared.events.pod(pod, container, kind, reason, message);
         }
     }
 
-    /// What the downward API may tell.
+    /// What the downward API may say.
     pub(super) fn facts(&self, ips: &[String]) -> Facts {
         let info = self.shared.info.borrow();
         Facts {
@@ -286,60 +270,29 @@ impl Worker {
         }
     }
 
-    async fn sync(&mut self, pod: &Pod, mut state: PodState) -> Result<Next> {
-        let mut next = None;
-        if state.sandboxes.is_empty() {
-            let refused = support::refusals(pod);
-            if !refused.is_empty() {
-                let message = format!("not supported by this node: {}", refused.join(", "));
-                self.say_once(pod, None, Kind::Warning, "UnsupportedField", message.clone());
-                for c in resources::all_containers(pod) {
-                    self.waiting.insert(c.name.clone(), ("UnsupportedField".into(), message.clone()));
-                }
-                self.report(pod, &state, false).await;
-                return Ok(Next::Wait(None));
-            }
+    /// Whether the pod asks for what this node cannot honour: it then waits, and says why, before anything of it is made.
+    async fn refuse(&mut self, pod: &Pod, state: &PodState) -> bool {
+        let refused = support::refusals(pod);
+        if refused.is_empty() {
+            return false;
         }
-        if pod.spec.as_ref().is_some_and(|s| s.ephemeral_containers.as_ref().is_some_and(|e| !e.is_empty())) {
-            let message = "not supported by this node: spec.ephemeralContainers".to_owned();
-            self.say_once(pod, None, Kind::Warning, "UnsupportedField", message);
+        let message = format!("not supported by this node: {}", refused.join(", "));
+        self.emit_event_once(pod, None, Kind::Warning, "UnsupportedField", message.clone());
+        for c in resources::all_containers(pod) {
+            self.waiting.insert(c.name.clone(), ("UnsupportedField".into(), message.clone()));
         }
-        if let Some(left) = self.deadline(pod) {
-            if left.is_zero() {
-                let message = "Pod was active on the node longer than the specified deadline";
-                self.shared.events.pod(pod, None, Kind::Normal, "DeadlineExceeded", message);
-                self.failure = Some(("DeadlineExceeded".into(), message.into()));
-                return self.finish(pod, state).await;
-            }
-            least(&mut next, left);
-        }
-        self.report(pod, &state, false).await;
-        if matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed")) {
-            return self.finish(pod, state).await;
-        }
-
-        let changed = self.sandbox_and_volumes(pod, &mut state).await?;
-        let ips = match changed {
-            Ready::Yes(ips) => ips,
-            Ready::Later(pause) => {
-                self.report(pod, &state, false).await;
-                least(&mut next, pause);
-                return Ok(Next::Wait(next));
-            }
-        };
-        let text = hosts::hosts_file(pod, &ips, &self.shared.config.cluster_domain);
-        let agent = self.shared.agent.clone();
-        let hosts_path = self.volumes.apply_hosts(agent.as_ref(), pod, text).await?;
-        self.run_containers(pod, &mut state, &ips, &hosts_path, &mut next).await?;
-        self.collect(pod, &state).await;
-        self.report(pod, &state, false).await;
-        if matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed")) {
-            return self.finish(pod, state).await;
-        }
-        least(&mut next, self.shared.config.volume_refresh);
-        Ok(Next::Wait(next))
+        self.report(pod, state, false).await;
+        true
     }
 
+    /// Why the pod is failed before anything of it is made.
+    fn rejected(&self, pod: &Pod) -> Option<Rejection> {
+        let shared = &self.shared;
+        let fits = || shared.admission.admit(pod, &shared.info.borrow(), shared.config.max_pods).err();
+        support::rejection(pod).or_else(fits)
+    }
+
+    /// How long the pod may still be active, where it has a deadline.
     fn deadline(&self, pod: &Pod) -> Option<Duration> {
         let seconds = pod.spec.as_ref()?.active_deadline_seconds?;
         let begun = self.status.start_time.as_ref()?.0;
@@ -347,220 +300,159 @@ impl Worker {
         Some(Duration::from_secs(u64::try_from(seconds - passed).unwrap_or(0)))
     }
 
-    /// Sees to a running sandbox and, beside it, to the volumes.
-    async fn sandbox_and_volumes(&mut self, pod: &Pod, state: &mut PodState) -> Result<Ready> {
-        let running = state.sandbox().filter(|s| s.ready && !s.ips.is_empty()).map(|s| s.ips.clone());
-        let shared = self.shared.clone();
-        if let (None, Some(until)) = (&running, self.held.get(SANDBOX)) {
-            let left = until.saturating_duration_since(Instant::now());
-            if !left.is_zero() {
-                return Ok(Ready::Later(left));
+    async fn sync(&mut self, pod: &Pod, mut state: PodState) -> Result<Next> {
+        if state.sandboxes.is_empty() {
+            if let Some(rejection) = self.rejected(pod) {
+                let text = rejection.message.clone();
+                self.emit_event_once(pod, None, Kind::Warning, rejection.reason, text);
+                let message = format!("Pod was rejected: {}", rejection.message);
+                self.failure = Some((rejection.reason.to_owned(), message));
+                return self.finish(pod, state).await;
+            }
+            if self.refuse(pod, &state).await {
+                return Ok(Next::Wait(None));
             }
         }
-        let facts = self.facts(running.as_deref().unwrap_or_default());
-        let revision = shared.cluster.revision(names::uid(pod));
-        let due = running.is_none()
-            || self.volumes_at.is_none_or(|at| at.elapsed() >= shared.config.volume_refresh)
-            || self.volumes_revision != revision;
-        let mut volumes = std::mem::take(&mut self.volumes);
-        if running.is_none() {
-            volumes.forget_sent();
+        let deadline = self.deadline(pod);
+        if deadline.is_some_and(|left| left.is_zero()) {
+            let message = "Pod was active on the node longer than the specified deadline";
+            self.shared.events.pod(pod, None, Kind::Normal, "DeadlineExceeded", message);
+            self.failure = Some(("DeadlineExceeded".into(), message.into()));
+            return self.finish(pod, state).await;
         }
-        let volumes_done = async {
-            if due {
-                volumes.apply(shared.agent.as_ref(), shared.cluster.as_ref(), pod, &facts).await
-            } else {
-                Ok(())
+        for _ in 0..ROUNDS {
+            let plan = self.plan_and_report(pod, &state).await;
+            if self.has_ended() {
+                return self.finish(pod, state).await;
             }
-        };
-        let (volumes_outcome, sandbox_outcome) = match running {
-            Some(ips) => (volumes_done.await, Ok(ips)),
-            None => tokio::join!(volumes_done, self.make_sandbox(pod, state)),
-        };
-        self.volumes = volumes;
-        let ips = match sandbox_outcome {
-            Ok(ips) => ips,
-            Err(error) => {
-                let text = format!("Failed to create pod sandbox: {}", chain(&error));
-                shared.events.pod(pod, None, Kind::Warning, "FailedCreatePodSandBox", text);
-                let left = self.retry_sandbox();
-                self.held.insert(SANDBOX.to_owned(), Instant::now() + left);
-                return Ok(Ready::Later(left));
+            if !plan.kill.is_empty() {
+                self.kill(pod, &plan.kill).await?;
             }
-        };
-        self.sandbox_failures = 0;
-        self.held.remove(SANDBOX);
-        match volumes_outcome {
-            Ok(()) => {
-                if due {
-                    self.volumes_at = Some(Instant::now());
-                    self.volumes_revision = revision;
+            let ips = state.sandbox().filter(|s| s.ready).map(|s| s.ips.clone()).unwrap_or_default();
+            if let Some(pause) = self.volumes_missing(pod, &ips).await {
+                return Ok(Next::Wait(sooner(Some(pause), deadline)));
+            }
+            if let SandboxAction::Create { attempt, stop, remove } = &plan.sandbox {
+                if !self.create_sandbox(pod, *attempt, stop, remove).await {
+                    let pause = self.backoffs.sandbox.remaining(Instant::now()).unwrap_or_default();
+                    return Ok(Next::Wait(sooner(Some(pause), deadline)));
                 }
-                Ok(Ready::Yes(ips))
+            } else if ips.is_empty() {
+                return Ok(Next::Wait(sooner(plan.wake, deadline)));
             }
-            Err(error) if self.volumes_at.is_some() => {
-                // A refresh that fails leaves what is there; containers go on.
-                debug!(error = %chain(&error), "volumes not refreshed");
-                self.volumes_at = Some(Instant::now());
-                self.volumes_revision = revision;
-                Ok(Ready::Yes(ips))
+            let acted =
+                !plan.kill.is_empty() || plan.sandbox != SandboxAction::Keep || !plan.start.is_empty();
+            self.start_containers(pod, &plan, &mut state, &ips).await?;
+            self.collect(&plan).await;
+            if self.desired.borrow().terminating() {
+                return Ok(Next::Wait(None));
             }
-            Err(error) => {
-                shared.events.pod(pod, None, Kind::Warning, "FailedMount", chain(&error));
-                let pause = self.retry_volumes();
-                Ok(Ready::Later(pause))
+            if !acted {
+                let refresh = Some(self.shared.config.volume_refresh);
+                return Ok(Next::Wait(sooner(sooner(plan.wake, deadline), refresh)));
             }
+            state = PodState::read(self.shared.agent.as_ref(), names::uid(pod)).await?;
         }
+        // Something undoes what is done: the others come first.
+        Ok(Next::Wait(Some(self.backoffs.agent.failed(Instant::now()))))
     }
 
-    /// A second, doubling to a minute: what a sandbox lacks is often the node's own that is just being made.
-    fn retry_sandbox(&mut self) -> Duration {
-        self.sandbox_failures = (self.sandbox_failures + 1).min(7);
-        Duration::from_secs(60).min(Duration::from_secs(1) * 2_u32.pow(self.sandbox_failures - 1))
-    }
-
-    /// The kubelet's pace for mounts: half a second, doubling to two minutes.
-    fn retry_volumes(&mut self) -> Duration {
-        self.failures = (self.failures + 1).min(8);
-        Duration::from_millis(500) * 2_u32.pow(self.failures - 1)
-    }
-
-    async fn make_sandbox(&mut self, pod: &Pod, state: &mut PodState) -> Result<Vec<String>> {
-        let shared = self.shared.clone();
-        let agent = shared.agent.as_ref();
-        let mut attempt = 0;
-        if let Some(newest) = state.sandbox() {
-            attempt = newest.attempt + 1;
-            shared.events.pod(
-                pod,
-                None,
-                Kind::Normal,
-                "SandboxChanged",
-                "Pod sandbox changed, it will be killed and re-created.",
-            );
-            for s in &state.sandboxes {
-                agent.stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: s.id.clone() }).await?;
-            }
-            // What came of a start that failed has an address and a number that the next one may need.
-            self.remove_emptied(&state.sandboxes, state).await?;
+    /// Plans, and makes the status known that goes with it.
+    async fn plan_and_report(&mut self, pod: &Pod, state: &PodState) -> Plan {
+        let plan = self.plan(pod, Goal::Run, state);
+        debug!(pod = %names::full(pod), %plan, "planned");
+        let waiting = plan.waiting.iter();
+        self.waiting =
+            waiting.map(|(name, w)| (name.clone(), (w.reason.to_owned(), w.message.clone()))).collect();
+        self.report(pod, state, false).await;
+        for (name, _) in plan.waiting.iter().filter(|(_, w)| w.reason == "CrashLoopBackOff") {
+            self.emit_back_off(pod, name);
         }
-        let info = shared.info.borrow().clone();
-        let config = sandbox::config(
-            pod,
-            attempt,
-            &shared.config,
-            &info.pod_logs_dir,
-            info.sandbox_overhead_memory_bytes,
-            &info.resolv_conf,
-        )?;
-        agent
-            .run_pod_sandbox(v1::RunPodSandboxRequest {
-                config: Some(config),
-                runtime_handler: String::new(),
-            })
-            .await?;
-        *state = PodState::read(agent, names::uid(pod)).await?;
-        self.remove_emptied(state.sandboxes.get(1..).unwrap_or_default(), state).await?;
-        match state.sandbox().filter(|s| s.ready) {
-            Some(s) => Ok(s.ips.clone()),
-            None => Err(Error::AgentAnswer { call: "PodSandboxStatus", what: "a running sandbox" }),
-        }
+        plan
     }
 
-    /// Removes those of the stopped sandboxes that have no containers: the others are kept for as long as their containers are
-    /// anybody's last state.
-    async fn remove_emptied(&self, stopped: &[Sandbox], state: &PodState) -> Result<()> {
-        for s in stopped.iter().filter(|s| !state.containers.iter().any(|c| c.sandbox == s.id)) {
-            let request = v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() };
-            self.shared.agent.remove_pod_sandbox(request).await?;
-        }
-        Ok(())
-    }
-
-    /// Init containers in their order, then all others.
-    async fn run_containers(
+    /// Starts what the plan says, in a sandbox that runs; the report is newer afterwards.
+    async fn start_containers(
         &mut self,
         pod: &Pod,
+        plan: &Plan,
         state: &mut PodState,
         ips: &[String],
-        hosts_path: &str,
-        next: &mut Option<Duration>,
     ) -> Result<()> {
-        let Some(current) = state.sandbox().map(|s| s.id.clone()) else { return Ok(()) };
-        let spec = pod.spec.clone().unwrap_or_default();
-        let begun =
-            spec.containers.iter().any(|c| state.newest(&c.name).is_some_and(|n| n.sandbox == current));
-        if !begun {
-            for container in spec.init_containers.iter().flatten() {
-                let newest = state.newest(&container.name).filter(|n| n.sandbox == current).cloned();
-                match newest {
-                    Some(n) if n.phase == Phase::Exited && n.exit_code == 0 => continue,
-                    Some(n) if !restart::wanted_init(pod, &n) => return Ok(()),
-                    _ => {}
-                }
-                self.start(pod, container, state, ips, hosts_path, next).await?;
-                return Ok(());
-            }
+        if ips.is_empty() {
+            return Ok(());
         }
-        for container in &spec.containers {
-            let newest = state.newest(&container.name);
-            // With OnFailure what has succeeded is not run again in a new sandbox.
-            let over = newest.is_some_and(|n| {
-                n.phase == Phase::Exited
-                    && (n.sandbox == current || restart::policy(pod) == "OnFailure")
-                    && !restart::wanted(pod, n)
-            });
-            let running = newest.filter(|n| n.sandbox == current && n.phase == Phase::Running).cloned();
-            // The image is the one thing of a running pod's container that may be changed.
-            let outdated = running.as_ref().filter(|n| Some(&n.image) != container.image.as_ref());
-            if let Some(outdated) = outdated {
-                let text = format!("Container {} definition changed, will be restarted", container.name);
-                self.shared.events.pod(pod, Some(&container.name), Kind::Normal, "Killing", text);
-                let grace = self.desired.borrow().grace_seconds();
-                self.shared.agent.stop_container(&outdated.id, grace).await?;
-                *state = PodState::read(self.shared.agent.as_ref(), names::uid(pod)).await?;
-            }
-            if (!over && running.is_none()) || outdated.is_some() {
-                self.start(pod, container, state, ips, hosts_path, next).await?;
-                self.report(pod, state, false).await;
-            }
+        let agent = self.shared.agent.clone();
+        let text = hosts::hosts_file(pod, ips, &self.shared.config.cluster_domain);
+        let hosts_path = self.volumes.apply_hosts(agent.as_ref(), pod, text).await?;
+        for start in &plan.start {
             if self.desired.borrow().terminating() {
                 return Ok(());
             }
+            let Some(spec) = resources::all_containers(pod).find(|c| c.name == start.name) else { continue };
+            self.start(pod, spec, start, state, &hosts_path).await;
+            *state = PodState::read(agent.as_ref(), names::uid(pod)).await?;
+            self.plan_and_report(pod, state).await;
         }
         Ok(())
     }
 
-    /// Keeps one dead container of each name beside the newest, removes the older ones and emptied sandboxes.
-    async fn collect(&self, pod: &Pod, state: &PodState) {
-        let agent = self.shared.agent.as_ref();
-        let mut kept = HashSet::new();
-        for c in resources::all_containers(pod) {
-            let history: Vec<_> = state.history(&c.name).collect();
-            let keep = if history.first().is_some_and(|n| n.phase == Phase::Exited) { 1 } else { 2 };
-            // A newest one that has ended is itself the one to look back at, but its status shows the one before it.
-            for (index, old) in history.iter().enumerate() {
-                if index < keep.max(2) || old.phase == Phase::Running {
-                    kept.insert(old.sandbox.clone());
-                } else if let Err(error) =
-                    agent.remove_container(v1::RemoveContainerRequest { container_id: old.id.clone() }).await
-                {
-                    debug!(error = %chain(&error), "old container not removed");
-                    kept.insert(old.sandbox.clone());
-                }
-            }
+    /// Makes the pod's volumes or refreshes them where they are due. Answers how long to wait where they are missing.
+    async fn volumes_missing(&mut self, pod: &Pod, ips: &[String]) -> Option<Duration> {
+        let shared = self.shared.clone();
+        let refresh = shared.config.volume_refresh;
+        let revision = shared.cluster.revision(names::uid(pod));
+        let changed = std::mem::replace(&mut self.volumes_revision, revision) != revision;
+        if !ips.is_empty() && !changed && self.volumes_at.is_some_and(|at| at.elapsed() < refresh) {
+            return None;
         }
-        for s in state.sandboxes.iter().skip(1).filter(|s| !kept.contains(&s.id)) {
-            if let Err(error) =
-                agent.remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id: s.id.clone() }).await
-            {
-                debug!(error = %chain(&error), "old sandbox not removed");
+        // What was missing may be there now.
+        if let Some(left) = self.backoffs.volumes.remaining(Instant::now()).filter(|_| !changed) {
+            return Some(left);
+        }
+        if ips.is_empty() {
+            // What the agent has may have gone with its host.
+            self.volumes.forget_sent();
+        }
+        let facts = self.facts(ips);
+        let applied = self.volumes.apply(shared.agent.as_ref(), shared.cluster.as_ref(), pod, &facts);
+        let outcome = match tokio::time::timeout(OBJECTS_DEADLINE, applied).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Error::Deadline { what: "the pod's volumes", seconds: OBJECTS_DEADLINE.as_secs() }),
+        };
+        match outcome {
+            Ok(()) => {
+                self.backoffs.volumes.succeeded();
+                self.volumes_at = Some(Instant::now());
+                None
+            }
+            Err(error) if self.volumes_at.is_some() => {
+                // A refresh that fails leaves what is there; containers go on.
+                debug!(pod = %names::full(pod), error = %chain(&error), "volumes are not refreshed");
+                self.volumes_at = Some(Instant::now());
+                None
+            }
+            Err(error) => {
+                shared.events.pod(pod, None, Kind::Warning, "FailedMount", chain(&error));
+                Some(self.backoffs.volumes.failed(Instant::now()))
             }
         }
     }
-}
 
-enum Ready {
-    Yes(Vec<String>),
-    Later(Duration),
+    /// Removes dead containers and sandboxes that nobody needs; what cannot be removed is tried again at the next pass.
+    async fn collect(&self, plan: &Plan) {
+        let agent = self.shared.agent.as_ref();
+        for id in &plan.remove_containers {
+            let request = v1::RemoveContainerRequest { container_id: id.clone() };
+            if let Err(error) = agent.remove_container(request).await {
+                debug!(error = %chain(&error), "an old container is not removed");
+            }
+        }
+        for id in &plan.remove_sandboxes {
+            let request = v1::RemovePodSandboxRequest { pod_sandbox_id: id.clone() };
+            if let Err(error) = agent.remove_pod_sandbox(request).await {
+                debug!(error = %chain(&error), "an old sandbox is not removed");
+            }
+        }
+    }
 }

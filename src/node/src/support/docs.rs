@@ -170,6 +170,7 @@ fn explore() -> (Fields, BTreeSet<String>) {
         let spec = PodSpec::deserialize(source).unwrap();
         let pod = Pod { spec: Some(spec), ..Pod::default() };
         refused.extend(super::refusals(&pod).iter().map(|name| plain(name)));
+        refused.extend(super::left_out(&pod).map(plain));
     }
     let mut fields = seen.into_inner();
     fields.retain(|_, (name, _)| !METADATA.contains(&name.as_str()));
