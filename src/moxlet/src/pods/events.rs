@@ -135,7 +135,7 @@ fn of_container(event: v1::ContainerEventResponse) -> Event {
     let metadata = event.pod_sandbox_status.and_then(|s| s.metadata).unwrap_or_default();
     let found = event.containers_statuses.iter().find(|c| c.id == event.container_id);
     let message = found.map_or_else(
-        || format!("{}", event.container_id),
+        || event.container_id.clone(),
         |c| format!("container {} (attempt {})", container_name(c), attempt(c)),
     );
     Event {
