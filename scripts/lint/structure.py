@@ -16,7 +16,7 @@ FILE_MAX = 600
 FUNCTION_MAX = 60
 
 # Crates whose rings are still being cut, with the size that their largest may have. The table shrinks, and goes.
-RING_ALLOWED = {"image": 6, "node": 7, "sandbox": 4}
+RING_ALLOWED = {"node": 7, "sandbox": 4}
 # Functions that are still too long, as `crate/file: function`, with their lines. Likewise.
 FUNCTION_ALLOWED = {"agent/rooms: new": 67, "agent/spec: build": 66, "node/pods/terminate: terminate": 63, "sandbox/pve/look: differences": 61}
 

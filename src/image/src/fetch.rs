@@ -4,7 +4,7 @@
 //! with [`WhiteoutStyle::Overlay`] layers are extracted side by side; what one needs of those below is looked up at its
 //! end. With [`WhiteoutStyle::Apply`] a layer is extracted when the one below is there, and fetched ahead before.
 //!
-//! An extraction blocks a thread, and may wait there for those below. It has one of the store's [`WORKERS`], and has it before
+//! An extraction blocks a thread, and may wait there for those below. It has one of the store's [`WORKERS`](crate::store::WORKERS), and has it before
 //! the layers above begin: so the lowest layer that is not there yet always goes on, and enough threads are left for all else.
 
 use std::{path::PathBuf, sync::Arc};
@@ -20,13 +20,9 @@ use crate::{
     download::download,
     layer::{self, Claim, Fault, Lower, Source, Target, Unpacked},
     progress::{Counter, LayerState, Reporter},
-    pull::mismatch,
     registry::{Served, Session, manifest::Descriptor},
     store::{Store, TapeDraft},
 };
-
-/// Extractions at once, of all pulls of a store. There are more threads for what blocks than this.
-pub(crate) const WORKERS: usize = 32;
 
 /// A layer of the image, with all that its extraction needs to know.
 pub(crate) struct Job {
@@ -248,7 +244,7 @@ impl Pull<'_> {
         match fault {
             Fault::Bad(reason) => self.session.bad(&job.part, reason),
             Fault::Mismatch { what, expected, actual } => {
-                mismatch(self.session, &format!("{}{what}", job.part), expected, actual)
+                self.session.mismatch(&format!("{}{what}", job.part), expected, actual)
             }
             Fault::System { what, path, source } => Error::Io { what, path, source: Arc::new(source) },
             Fault::Cut => Error::Stopped,

@@ -60,6 +60,7 @@ pub use moxlet_storage::ZfsConfig;
 pub use place::{OpenPlace, Place, dataset_dir};
 pub use progress::{LayerProgress, LayerState, PullProgress};
 pub use reference::Reference;
+use registry::Registry;
 pub use registry::check_registry_config;
 pub use restore::Compression;
 pub use store::{ImageHold, User};
@@ -178,6 +179,7 @@ struct Under {
 /// The images of a host.
 pub struct ImageStore {
     store: Arc<Store>,
+    registry: Arc<Registry>,
     /// The pulls that somebody waits for; the last one who goes takes the pull along.
     pulls: Mutex<HashMap<Wanted, Under>>,
     /// One garbage collection at a time.
@@ -199,8 +201,14 @@ impl ImageStore {
 
     /// The same for who has the lock of the directory already.
     async fn open_locked(config: Config, driver: Arc<dyn Driver>, lock: DirLock) -> Result<Arc<Self>> {
+        let registry = Arc::new(Registry::new(&config)?);
         let store = Store::open(config, driver, lock).await?;
-        Ok(Arc::new(Self { store, pulls: Mutex::default(), collecting: tokio::sync::Mutex::default() }))
+        Ok(Arc::new(Self {
+            store,
+            registry,
+            pulls: Mutex::default(),
+            collecting: tokio::sync::Mutex::default(),
+        }))
     }
 
     /// Takes down the mounts that the driver keeps for itself. Container roots must be unmounted before.
@@ -326,9 +334,9 @@ impl ImageStore {
         }
         let (reference, auths, taker) = wanted.clone();
         let (reporter, progress) = Reporter::new();
-        let store = Arc::clone(&self.store);
+        let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.registry));
         let pull = async move {
-            let pull = pull::pull(Arc::clone(&store), reference, auths, taker, reporter);
+            let pull = pull::pull(Arc::clone(&store), registry, reference, auths, taker, reporter);
             store.unless_stalled(pull).await
         };
         let pull = pull.boxed().shared();

@@ -13,7 +13,7 @@ use crate::{
     layer::{self, Claim, Piece},
     progress::{LayerState, Reporter},
     registry::{
-        Served, Session,
+        Registry, Served, Session,
         manifest::{self, Descriptor, Manifest},
         platform,
     },
@@ -28,12 +28,13 @@ const MAX_LAYER: u64 = 64 << 30;
 /// something is removed.
 pub(crate) async fn pull(
     store: Arc<Store>,
+    registry: Arc<Registry>,
     reference: Reference,
     auths: Vec<Credentials>,
     taker: Taker,
     progress: Reporter,
 ) -> Result<ImageRecord> {
-    let session = store.registry.session(&reference, &auths).await?;
+    let session = registry.session(&reference, &auths).await?;
     let outcome = pull_from(&store, &session, taker, &progress).await;
     progress.publish();
     // Of a pull that can be tried again the layers that came stay for that, unless it is they who fill the disk.
@@ -189,13 +190,9 @@ async fn small_blob_once(
     let actual = Digest::by(blob.digest.algorithm(), &bytes);
     if actual != blob.digest {
         served.lied = true;
-        return Err(mismatch(session, part, blob.digest.to_string(), actual.to_string()));
+        return Err(session.mismatch(part, blob.digest.to_string(), actual.to_string()));
     }
     Ok(bytes)
-}
-
-pub(crate) fn mismatch(session: &Session<'_>, part: &str, expected: String, actual: String) -> Error {
-    Error::DigestMismatch { reference: session.name(), part: part.to_owned(), expected, actual }
 }
 
 fn read_config(session: &Session<'_>, blob: &[u8]) -> Result<ImageConfig> {

@@ -36,7 +36,7 @@ impl ImageStore {
             _ => own_name(reference, image)?,
         };
         let details = self.store.look_up(image.id.as_str())?.map(|(_, d)| d).unwrap_or_default();
-        let session = self.store.registry.session(&target, auths).await?;
+        let session = self.registry.session(&target, auths).await?;
         let push =
             Push { images: self, session, image, details, sources: sources(image, &target), compression };
         let digest = match push.as_it_came(&target).await? {

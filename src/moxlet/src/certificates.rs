@@ -17,6 +17,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use moxlet_cri::link::NODE_NAME;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -27,7 +28,19 @@ use x509_parser::{
     prelude::{GeneralName, X509Certificate},
 };
 
-use crate::cli::CertificatesArgs;
+/// What `moxlet certificates` takes.
+#[derive(Debug, Args)]
+pub(crate) struct CertificatesArgs {
+    /// Where they are written; keep it: it holds the authority's key
+    #[arg(long, value_name = "DIR", default_value = "/etc/moxlet/link")]
+    pub(crate) dir: PathBuf,
+    /// The names and addresses by which the node reaches an agent; its files are named after the first. May be given several times
+    #[arg(long = "agent", value_name = "NAME[,NAME…]")]
+    pub(crate) agents: Vec<String>,
+    /// How long node's and agents' certificates last, in days
+    #[arg(long, value_name = "N", default_value_t = 825, value_parser = clap::value_parser!(u32).range(91..=3650))]
+    pub(crate) days: u32,
+}
 
 const DAY: Duration = Duration::from_secs(86_400);
 /// How long the authority lasts.

@@ -7,9 +7,10 @@ use std::{
 };
 
 use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
 
 use crate::{
-    cli::{AgentArgs, CheckConfigArgs, HostArgs, NodeArgs, Program, ProgramArgs, UpArgs},
+    args::{AgentArgs, HostArgs, NodeArgs, ProgramArgs, UpArgs},
     config::{Config, Engine, Role},
     preflight,
 };
@@ -17,11 +18,40 @@ use crate::{
 /// The largest file that is looked into, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
-const fn role_of(program: Program) -> Role {
-    match program {
-        Program::Up => Role::Up,
-        Program::Node => Role::Node,
-        Program::Agent => Role::Agent,
+/// What `moxlet check-config` takes.
+#[derive(Debug, Args)]
+pub(crate) struct CheckConfigArgs {
+    /// The configuration file (TOML)
+    #[arg(long, value_name = "FILE", default_value = "/etc/moxlet/moxlet.toml")]
+    config: PathBuf,
+    /// The program that shall read it [default: node and agent for a file with agent_endpoint and agent_listen, else up]
+    #[arg(long = "for", value_name = "PROGRAM", value_enum)]
+    programs: Vec<Program>,
+}
+
+/// A program that reads a configuration file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Program {
+    Up,
+    Node,
+    Agent,
+}
+
+impl Program {
+    const fn role(self) -> Role {
+        match self {
+            Self::Up => Role::Up,
+            Self::Node => Role::Node,
+            Self::Agent => Role::Agent,
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Node => "node",
+            Self::Agent => "agent",
+        }
     }
 }
 
@@ -60,7 +90,7 @@ fn meant(config: &Config) -> Vec<Program> {
 
 /// All that is wrong for a program.
 fn judge(config: &Config, file: &Path, program: Program) -> Vec<String> {
-    let role = role_of(program);
+    let role = program.role();
     let mut wrongs = config.wrongs(role);
     if let Err(error) = start_like(file, program)
         && wrongs.is_empty()

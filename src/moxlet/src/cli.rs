@@ -1,21 +1,17 @@
-//! The command line: what a newcomer reads with `--help`.
-//!
-//! What a flag does to its key in the configuration file is in `docs/configuration.md`, with all keys.
+//! The command line: what a newcomer reads with `--help`. What each verb takes stands in the verb's own file.
 
-use std::{
-    ffi::OsString,
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-};
+use std::ffi::OsString;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, parser::ValueSource};
-
-use moxlet_cri::link::Endpoint;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::{
+    args::{AgentArgs, NodeArgs, UpArgs},
+    certificates::CertificatesArgs,
+    check_config::CheckConfigArgs,
     cli_docs::{CompletionArgs, ManArgs},
     image::ImageArgs,
     pods::{EventsArgs, ExecArgs, InspectArgs, LogsArgs, PodsArgs},
+    uninstall::UninstallArgs,
 };
 
 /// Pods as LXC containers: one Kubernetes node out of Proxmox hosts, or out of this machine.
@@ -107,163 +103,11 @@ pub(crate) enum Command {
     Man(ManArgs),
 }
 
-/// What `moxlet uninstall` takes.
-#[derive(Debug, Args, Default)]
-pub(crate) struct UninstallArgs {
-    #[command(flatten)]
-    pub(crate) host: HostArgs,
-    /// Also delete the root directory: images on OverlayFS, logs, keys. A ZFS dataset is left
-    #[arg(long)]
-    pub(crate) delete_files: bool,
-}
-
-/// What every program of Moxlet takes.
-#[derive(Debug, Args, Default)]
-pub(crate) struct ProgramArgs {
-    /// Configuration file (TOML). A key that it does not know is an error.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) config: Option<PathBuf>,
-    /// Everything that Moxlet keeps lies below this directory [default: /var/lib/moxlet]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) root_dir: Option<PathBuf>,
-    /// How log lines look
-    #[arg(long, value_enum)]
-    pub(crate) log_format: Option<LogFormat>,
-    /// What is logged: error, warn, info, debug, trace, or a filter like `info,moxlet_agent=debug`
-    #[arg(long, value_name = "FILTER", env = "MOXLET_LOG")]
-    pub(crate) log: Option<String>,
-}
-
-/// What is said of a host of pods.
-#[derive(Debug, Args, Default)]
-pub(crate) struct HostArgs {
-    #[command(flatten)]
-    pub(crate) program: ProgramArgs,
-    /// Where the CRI socket is served [default: run/agent.sock below the root directory]
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cri_socket: Option<PathBuf>,
-    /// A registry (host or host:port) that is spoken to without TLS; may be given several times
-    #[arg(long = "plain-http-registry", value_name = "HOST")]
-    pub(crate) plain_http_registries: Vec<String>,
-    /// Also stop the pods when Moxlet is stopped (otherwise they keep running)
-    #[arg(long)]
-    pub(crate) stop_pods: bool,
-}
-
-/// What is said of a node.
-#[derive(Debug, Args, Default)]
-pub(crate) struct KubeletArgs {
-    /// Name of the Node object [default: this machine's host name]
-    #[arg(long, value_name = "NAME")]
-    pub(crate) node_name: Option<String>,
-    /// A kubeconfig that holds a node's identity
-    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
-    pub(crate) kubeconfig: Option<PathBuf>,
-    /// Whether that stood on the command line or in the environment.
-    #[arg(skip)]
-    pub(crate) kubeconfig_source: Option<ValueSource>,
-    /// A kubeconfig with a bootstrap token: Moxlet asks for a certificate of its own with it, once
-    #[arg(long, value_name = "FILE")]
-    pub(crate) bootstrap_kubeconfig: Option<PathBuf>,
-    /// Folder of pod manifests (YAML or JSON) to run, with or without a cluster
-    #[arg(long, value_name = "DIR")]
-    pub(crate) static_pod_dir: Option<PathBuf>,
-    /// Address and port of the kubelet API [default: 0.0.0.0:10250]
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub(crate) listen: Option<SocketAddr>,
-    /// The node's address, where the machine has several
-    #[arg(long, value_name = "IP")]
-    pub(crate) node_ip: Option<IpAddr>,
-}
-
-/// What `moxlet up` takes.
-#[derive(Debug, Args, Default)]
-pub(crate) struct UpArgs {
-    #[command(flatten)]
-    pub(crate) host: HostArgs,
-    #[command(flatten)]
-    pub(crate) kubelet: KubeletArgs,
-}
-
-/// What `moxlet node` takes.
-#[derive(Debug, Args, Default)]
-pub(crate) struct NodeArgs {
-    #[command(flatten)]
-    pub(crate) program: ProgramArgs,
-    #[command(flatten)]
-    pub(crate) kubelet: KubeletArgs,
-    /// Where the agent is: unix:///PATH or https://HOST:PORT [default: run/agent.sock below the root directory]
-    #[arg(long, value_name = "URL")]
-    pub(crate) agent_endpoint: Option<Endpoint>,
-}
-
-/// What `moxlet agent` takes.
-#[derive(Debug, Args, Default)]
-pub(crate) struct AgentArgs {
-    #[command(flatten)]
-    pub(crate) host: HostArgs,
-    /// Also serve a node on another machine, at this address; needs link_certificate_file and the like in the file
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub(crate) agent_listen: Option<SocketAddr>,
-}
-
-/// What `moxlet certificates` takes.
-#[derive(Debug, Args)]
-pub(crate) struct CertificatesArgs {
-    /// Where they are written; keep it: it holds the authority's key
-    #[arg(long, value_name = "DIR", default_value = "/etc/moxlet/link")]
-    pub(crate) dir: PathBuf,
-    /// The names and addresses by which the node reaches an agent; its files are named after the first. May be given several times
-    #[arg(long = "agent", value_name = "NAME[,NAME…]")]
-    pub(crate) agents: Vec<String>,
-    /// How long node's and agents' certificates last, in days
-    #[arg(long, value_name = "N", default_value_t = 825, value_parser = clap::value_parser!(u32).range(91..=3650))]
-    pub(crate) days: u32,
-}
-
-/// The look of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
-/// What `moxlet check-config` takes.
-#[derive(Debug, Args)]
-pub(crate) struct CheckConfigArgs {
-    /// The configuration file (TOML)
-    #[arg(long, value_name = "FILE", default_value = "/etc/moxlet/moxlet.toml")]
-    pub(crate) config: PathBuf,
-    /// The program that shall read it [default: node and agent for a file with agent_endpoint and agent_listen, else up]
-    #[arg(long = "for", value_name = "PROGRAM", value_enum)]
-    pub(crate) programs: Vec<Program>,
-}
-
-/// A program that reads a configuration file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Program {
-    Up,
-    Node,
-    Agent,
-}
-
-impl Program {
-    /// Its name, as a subcommand of `moxlet`.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Up => "up",
-            Self::Node => "node",
-            Self::Agent => "agent",
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
+    use clap::parser::ValueSource;
+
     use super::*;
 
     #[test]

@@ -17,7 +17,7 @@ use moxlet_cri::link::{CertificateFiles, Endpoint};
 use serde::Deserialize;
 
 use crate::{
-    cli::{AgentArgs, HostArgs, KubeletArgs, LogFormat, NodeArgs, ProgramArgs, UpArgs},
+    args::{AgentArgs, HostArgs, KubeletArgs, LogFormat, NodeArgs, ProgramArgs, UpArgs},
     duration::Span,
     pve_config::Pve,
     quantity::Bytes,

@@ -5,6 +5,7 @@
 //! the images of a host; `moxlet uninstall` takes it from the host. What they do lives in the crates `moxlet-node` and `moxlet-agent`; here their settings are read, the machine is
 //! checked, and their tasks are started and joined.
 
+mod args;
 mod certificates;
 mod check_config;
 mod cli;

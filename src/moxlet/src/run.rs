@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use crate::{
-    cli::LogFormat,
+    args::LogFormat,
     config::{Config, Role},
     log_filter, memory, preflight,
 };

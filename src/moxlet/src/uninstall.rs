@@ -2,11 +2,23 @@
 
 use anyhow::{Context, Result, bail};
 
+use clap::Args;
+
 use crate::{
-    cli::UninstallArgs,
+    args::HostArgs,
     config::{Config, Engine, Role},
     run,
 };
+
+/// What `moxlet uninstall` takes.
+#[derive(Debug, Args, Default)]
+pub(crate) struct UninstallArgs {
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    /// Also delete the root directory: images on OverlayFS, logs, keys. A ZFS dataset is left
+    #[arg(long)]
+    pub(crate) delete_files: bool,
+}
 
 /// Uninstalls.
 ///

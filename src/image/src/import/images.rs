@@ -14,10 +14,10 @@ use crate::{
     ImageConfig, ImageRecord, ImageStore, LayerBlob, Origin, Reference, Result,
     layer::Claim,
     registry::{
-        manifest::{self, Found},
+        manifest::{self, Found, RawManifest},
         platform,
     },
-    store::{NewImage, RawManifest, blocking},
+    store::{NewImage, blocking},
 };
 
 /// Images that an archive may have.

@@ -9,7 +9,7 @@ use super::{
     Session,
     platform::{Platform, host_architecture, host_variant},
 };
-use crate::{LayerBlob, Result, store::RawManifest};
+use crate::{LayerBlob, Result};
 
 /// What we can read.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
@@ -57,6 +57,13 @@ struct Document {
     manifests: Option<Vec<IndexEntry>>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
+}
+
+/// The manifest of an image, byte by byte as it came.
+#[derive(Debug, Clone)]
+pub(crate) struct RawManifest {
+    pub(crate) media_type: String,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// What an image is made of.

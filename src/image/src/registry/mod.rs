@@ -372,6 +372,11 @@ impl Session<'_> {
         Error::BadImage { reference: self.name(), part: part.to_owned(), reason: reason.into() }
     }
 
+    /// A part of the image has another digest than it is said to have.
+    pub(crate) fn mismatch(&self, part: &str, expected: String, actual: String) -> Error {
+        Error::DigestMismatch { reference: self.name(), part: part.to_owned(), expected, actual }
+    }
+
     pub(crate) fn unreachable(&self, reason: &str) -> Error {
         Error::Unreachable {
             reference: self.name(),

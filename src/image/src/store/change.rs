@@ -14,14 +14,10 @@ use super::{
     names::{self, Named},
     records::Images,
 };
-use crate::{Error, ImageConfig, ImageRecord, LayerBlob, Origin, Reference, Removed, Result};
-
-/// The manifest of an image, byte by byte as it came.
-#[derive(Debug, Clone)]
-pub(crate) struct RawManifest {
-    pub(crate) media_type: String,
-    pub(crate) bytes: Vec<u8>,
-}
+use crate::{
+    Error, ImageConfig, ImageRecord, LayerBlob, Origin, Reference, Removed, Result,
+    registry::manifest::RawManifest,
+};
 
 /// What a pull or an import has brought.
 pub(crate) struct NewImage {

@@ -24,9 +24,9 @@ use moxlet_ids::{ChainId, Digest};
 use moxlet_storage::{Driver, TakenLayer};
 use tokio::sync::Semaphore;
 
-use crate::{Config, Error, ImageConfig, ImageRecord, Reference, Result, registry::Registry};
+use crate::{Config, Error, ImageConfig, ImageRecord, Reference, Result};
 pub(crate) use adopt::{Adopted, SourceRecords};
-pub(crate) use change::{NewImage, RawManifest};
+pub(crate) use change::NewImage;
 use details::Stored;
 pub(crate) use details::{Access, Details};
 pub(crate) use draft::TapeDraft;
@@ -36,6 +36,9 @@ pub(crate) use records::Records;
 pub use users::User;
 pub(crate) use views::View;
 
+/// Extractions at once, of all pulls of a store. There are more threads for what blocks than this.
+pub(crate) const WORKERS: usize = 32;
+
 /// One at a time for each layer.
 type Turn = tokio::sync::Mutex<()>;
 
@@ -43,7 +46,6 @@ type Turn = tokio::sync::Mutex<()>;
 pub(crate) struct Store {
     pub(crate) settings: Config,
     pub(crate) driver: Arc<dyn Driver>,
-    pub(crate) registry: Registry,
     pub(crate) records: Records,
     images: Mutex<Images>,
     /// Held while records are changed, on disk and then in `images`.
@@ -136,7 +138,6 @@ impl Store {
         lock: DirLock,
         keep: &[ChainId],
     ) -> Result<(Arc<Self>, Pins)> {
-        let registry = Registry::new(&settings)?;
         let layers: HashSet<ChainId> = driver.layers().await?.into_iter().collect();
         let dir = settings.dir.clone();
         let (records, images) = blocking(move || {
@@ -148,7 +149,6 @@ impl Store {
         let store = Arc::new(Self {
             settings,
             driver,
-            registry,
             records,
             images: Mutex::new(images),
             writer: Mutex::default(),
@@ -156,7 +156,7 @@ impl Store {
             held: Mutex::default(),
             gate: tokio::sync::Mutex::default(),
             turns: Mutex::default(),
-            workers: Semaphore::new(crate::fetch::WORKERS),
+            workers: Semaphore::new(WORKERS),
         });
         let pins = store.pin(keep).await;
         // Left by a crash, or in use when its image was removed. What cannot go now does not keep images from running.

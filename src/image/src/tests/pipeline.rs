@@ -168,7 +168,7 @@ async fn who_joins_a_pull_sees_how_far_it_is() {
 
 #[test]
 fn layers_that_wait_for_those_below_leave_threads_for_these() {
-    let threads = crate::fetch::WORKERS + 4;
+    let threads = crate::store::WORKERS + 4;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(threads)
@@ -187,7 +187,7 @@ fn layers_that_wait_for_those_below_leave_threads_for_these() {
         let pull = tokio::spawn(pull);
         // As many as may, and the one below all of them.
         let waiting = |p: &crate::PullProgress| {
-            p.layers.iter().filter(|l| l.state == LayerState::Extracting).count() >= crate::fetch::WORKERS - 1
+            p.layers.iter().filter(|l| l.state == LayerState::Extracting).count() >= crate::store::WORKERS - 1
         };
         progress.wait_for(waiting).await.unwrap();
         gate.add_permits(1);
