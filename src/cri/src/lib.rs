@@ -4,6 +4,7 @@
 //! `proto/LICENSE.cri-api`), `proto/host.proto` and `proto/images.proto` are ours.
 
 pub mod link;
+pub mod paths;
 
 /// CRI v1 (`runtime.v1`).
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, rustdoc::all)]

@@ -8,6 +8,8 @@ use std::{
     sync::Arc,
 };
 
+use jiff::{Timestamp, civil::DateTime, tz::Offset};
+
 use crate::{console::Console, sys::now_ns};
 
 /// A longer line is written in parts (`P`) of this size, as containerd does.
@@ -203,23 +205,35 @@ fn line_end(bytes: &[u8]) -> Option<usize> {
 }
 
 fn head(ns: i64, stream: Stream) -> Vec<u8> {
-    let t = Utc::new(ns);
+    let t = utc(ns);
     let name = match stream {
         Stream::Stdout => "stdout",
         Stream::Stderr => "stderr",
     };
     format!(
         "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z {name} ",
-        t.year, t.month, t.day, t.hour, t.minute, t.second, t.nanos
+        t.year(),
+        t.month(),
+        t.day(),
+        t.hour(),
+        t.minute(),
+        t.second(),
+        t.subsec_nanosecond()
     )
     .into_bytes()
 }
 
 fn rotation_suffix(ns: i64) -> String {
-    let t = Utc::new(ns);
+    let t = utc(ns);
     format!(
         "{:04}{:02}{:02}-{:02}{:02}{:02}.{:09}",
-        t.year, t.month, t.day, t.hour, t.minute, t.second, t.nanos
+        t.year(),
+        t.month(),
+        t.day(),
+        t.hour(),
+        t.minute(),
+        t.second(),
+        t.subsec_nanosecond()
     )
 }
 
@@ -232,38 +246,10 @@ fn is_rotation_suffix(text: &str) -> bool {
         })
 }
 
-struct Utc {
-    year: i64,
-    month: i64,
-    day: i64,
-    hour: i64,
-    minute: i64,
-    second: i64,
-    nanos: i64,
-}
-
-impl Utc {
-    /// Days to civil date after Hinnant's `civil_from_days`.
-    fn new(ns: i64) -> Self {
-        let (seconds, nanos) = (ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000));
-        let (days, rest) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-        let shifted = days + 719_468;
-        let era = shifted.div_euclid(146_097);
-        let of_era = shifted.rem_euclid(146_097);
-        let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-        let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let m = (5 * of_year + 2) / 153;
-        let month = if m < 10 { m + 3 } else { m - 9 };
-        Self {
-            year: year_of_era + era * 400 + i64::from(month <= 2),
-            month,
-            day: of_year - (153 * m + 2) / 5 + 1,
-            hour: rest / 3600,
-            minute: rest / 60 % 60,
-            second: rest % 60,
-            nanos,
-        }
-    }
+/// The calendar's date and time of a moment, in UTC.
+fn utc(ns: i64) -> DateTime {
+    // Every `i64` of nanoseconds is a moment that it knows.
+    Offset::UTC.to_datetime(Timestamp::from_nanosecond(i128::from(ns)).unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -295,6 +281,8 @@ mod tests {
             b"2023-11-14T22:13:20.000000042Z stderr "
         );
         assert_eq!(head(951_782_400_000_000_000, Stream::Stdout), b"2000-02-29T00:00:00.000000000Z stdout ");
+        assert_eq!(head(-1, Stream::Stdout), b"1969-12-31T23:59:59.999999999Z stdout ");
+        assert!(is_rotation_suffix(&rotation_suffix(i64::MAX)) && is_rotation_suffix(&rotation_suffix(0)));
         assert!(is_rotation_suffix(&rotation_suffix(now_ns())));
         assert!(!is_rotation_suffix("gz"));
     }

@@ -15,7 +15,10 @@ pub(crate) use mounts::target;
 
 use std::path::Path;
 
-use moxlet_cri::v1::{self, NamespaceMode, security_profile::ProfileType};
+use moxlet_cri::{
+    paths,
+    v1::{self, NamespaceMode, security_profile::ProfileType},
+};
 use moxlet_ids::ContainerId;
 use moxlet_image::ImageConfig;
 use moxlet_storage::IdMap;
@@ -25,21 +28,6 @@ use crate::error::{Error, Result};
 
 /// Where programs are looked for if neither image nor request says.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const MASKED: [&str; 12] = [
-    "/proc/acpi",
-    "/proc/asound",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/sys/firmware",
-    "/sys/devices/virtual/powercap",
-    "/proc/scsi",
-];
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 /// Of arguments and environment together; the kernel's own bound is below.
 const MAX_TEXT: usize = 4 << 20;
 
@@ -119,8 +107,8 @@ pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
     }
     let mut part = json!({
         "namespaces": namespaces(&security)?,
-        "maskedPaths": mounts::paths(&security.masked_paths, &MASKED)?,
-        "readonlyPaths": mounts::paths(&security.readonly_paths, &READ_ONLY)?,
+        "maskedPaths": mounts::paths(&security.masked_paths, &paths::MASKED)?,
+        "readonlyPaths": mounts::paths(&security.readonly_paths, &paths::READ_ONLY)?,
     });
     if let Some(path) = input.cgroup_path {
         part["cgroupsPath"] = json!(path);

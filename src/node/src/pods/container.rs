@@ -1,7 +1,7 @@
 //! What a container is asked to be: a pod's container and what is known at its start become CRI's configuration.
 
 use k8s_openapi::api::core::v1::{Container, Pod};
-use moxlet_cri::{annotations, v1};
+use moxlet_cri::{annotations, paths, v1};
 
 use super::{names, resources, sandbox_config};
 use crate::{
@@ -9,22 +9,6 @@ use crate::{
     error::{Error, Result},
     volumes::Volumes,
 };
-
-const MASKED: [&str; 12] = [
-    "/proc/asound",
-    "/proc/acpi",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/sys/firmware",
-    "/sys/devices/virtual/powercap",
-];
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// What is known when a container is made.
 pub(crate) struct Given<'a> {
@@ -113,8 +97,8 @@ fn security(
         supplemental_groups: groups,
         supplemental_groups_policy: i32::from(strict),
         no_new_privs: own.allow_privilege_escalation == Some(false),
-        masked_paths: MASKED.map(str::to_owned).to_vec(),
-        readonly_paths: READ_ONLY.map(str::to_owned).to_vec(),
+        masked_paths: paths::MASKED.map(str::to_owned).to_vec(),
+        readonly_paths: paths::READ_ONLY.map(str::to_owned).to_vec(),
         seccomp: Some(v1::SecurityProfile { profile_type: kind as i32, localhost_ref: String::new() }),
         ..v1::LinuxContainerSecurityContext::default()
     }

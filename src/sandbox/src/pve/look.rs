@@ -7,69 +7,26 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{MutexGuard, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use moxlet_ids::{SandboxId, Vmid};
 use moxlet_pve::config::LxcConfig;
-use serde::{Deserialize, Serialize};
 
 use super::{
     Inner,
     file::{Content, Held, has_address},
     marker,
     record::{Phase, Record},
+    seen::{Astray, Cluster, Seen, Unreported, Word, now_ns, observation, word},
     standing::Standing,
 };
-use crate::{Error, OBSERVATION_BYTES, Observation, Result};
+use crate::{Error, Observation, Result};
 
 /// Keys that go with what is told by itself: a lock, and the snapshot that a CT descends from. A backup's snapshot stands there for a
 /// moment without the backup's lock.
 const BESIDE: [&str; 2] = ["lock", "parent"];
 /// Keys that say what a CT is rather than what it may use.
 const LABELS: [&str; 3] = ["description", "hostname", "tags"];
-
-/// How a CT was found; remembered with it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct Seen {
-    /// Why it is not ours or not there, if so.
-    astray: Option<(Astray, String)>,
-    lock: Option<String>,
-    frozen: bool,
-    ha: bool,
-    sections: Vec<String>,
-    /// Why its file can be neither changed nor, perhaps, read.
-    cluster: Option<Cluster>,
-    running: bool,
-    /// Since its last start we asked it to end.
-    pub(super) asked_to_end: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-enum Astray {
-    Deleted,
-    Migrated,
-    Foreign,
-}
-
-impl Astray {
-    fn reason(self) -> &'static str {
-        match self {
-            Self::Deleted => "CTDeleted",
-            Self::Migrated => "CTMigrated",
-            Self::Foreign => "CTForeign",
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-enum Cluster {
-    NoQuorum,
-    Away,
-}
 
 /// What was said and is remembered with no CT; forgotten with the process.
 #[derive(Debug, Default)]
@@ -83,70 +40,8 @@ pub(super) struct Told {
     troubles: BTreeMap<String, String>,
 }
 
-/// The reasons that there are.
-const REASONS: [&str; 17] = [
-    "CTBack",
-    "CTDeleted",
-    "CTEdited",
-    "CTForeign",
-    "CTFrozen",
-    "CTLocked",
-    "CTMigrated",
-    "CTNotUnderHA",
-    "CTReaddressed",
-    "CTRelabelled",
-    "CTSnapshot",
-    "CTStopped",
-    "CTThawed",
-    "CTUnderHA",
-    "CTUnlocked",
-    "ClusterBack",
-    "ClusterLost",
-];
 /// What is kept for a look that comes after a kill; there is more only where the agent is killed again and again.
-const UNSAID: usize = 32;
-
-/// Something that was seen, as it is remembered until it is certain that it was said.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Unsaid {
-    at_ns: i64,
-    reason: String,
-    warning: bool,
-    message: String,
-}
-
-impl Unsaid {
-    fn new(word: Word) -> Self {
-        Self { at_ns: now_ns(), reason: word.reason.to_owned(), warning: word.warning, message: word.message }
-    }
-
-    /// None of a reason that another version knows.
-    fn observation(self, sandbox: &SandboxId) -> Option<Observation> {
-        let reason = REASONS.iter().find(|reason| **reason == self.reason)?;
-        let word = Word { reason, warning: self.warning, message: self.message };
-        Some(observation(Some(sandbox), word, self.at_ns))
-    }
-}
-
-fn now_ns() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// One thing that was seen.
-struct Word {
-    reason: &'static str,
-    warning: bool,
-    message: String,
-}
-
-fn word(reason: &'static str, warning: bool, message: impl Into<String>) -> Word {
-    debug_assert!(REASONS.contains(&reason), "{reason}");
-    let mut message = message.into();
-    message.truncate(message.floor_char_boundary(OBSERVATION_BYTES));
-    Word { reason, warning, message }
-}
+const UNREPORTED: usize = 32;
 
 /// A configuration that is not the one that is known.
 struct Edited {
@@ -209,7 +104,7 @@ impl Inner {
 
     /// What was done to one CT. It is remembered with it, and said until the look after: `said` is whether the last one has told of
     /// it, and nobody was killed since.
-    fn look_at(&self, record: &Record, quorate: bool, said: bool) -> Result<Vec<Unsaid>> {
+    fn look_at(&self, record: &Record, quorate: bool, said: bool) -> Result<Vec<Unreported>> {
         let standing = match self.standing(record) {
             Ok(standing) => Some(standing),
             Err(Error::NoClusterFs { .. }) => None,
@@ -232,12 +127,12 @@ impl Inner {
                 words.extend(accept(r, edited));
             }
             if said {
-                r.unsaid.clear();
+                r.unreported.clear();
             }
-            r.unsaid.extend(words.into_iter().map(Unsaid::new));
-            r.unsaid.drain(..r.unsaid.len().saturating_sub(UNSAID));
+            r.unreported.extend(words.into_iter().map(Unreported::new));
+            r.unreported.drain(..r.unreported.len().saturating_sub(UNREPORTED));
         })?;
-        Ok(record.unsaid)
+        Ok(record.unreported)
     }
 
     fn seen_of(&self, record: &Record, standing: &Standing, quorate: bool) -> Seen {
@@ -339,16 +234,6 @@ fn stranger(vmid: Vmid) -> Word {
 fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
-fn observation(sandbox: Option<&SandboxId>, word: Word, at_ns: i64) -> Observation {
-    Observation {
-        sandbox: sandbox.cloned(),
-        reason: word.reason,
-        warning: word.warning,
-        message: word.message,
-        at_ns,
-    }
 }
 
 /// That the cluster's file system takes no changes, or takes them again.
@@ -525,10 +410,10 @@ mod tests {
     #[test]
     fn what_is_remembered_of_a_reason_that_is_not_known_is_left_out() {
         let id = SandboxId::random();
-        let unsaid = Unsaid::new(word("CTLocked", true, "it is locked"));
+        let unsaid = Unreported::new(word("CTLocked", true, "it is locked"));
         let seen = unsaid.clone().observation(&id).unwrap();
         assert_eq!((seen.reason, seen.warning, seen.at_ns), ("CTLocked", true, unsaid.at_ns));
-        assert!(Unsaid { reason: "CTOther".into(), ..unsaid }.observation(&id).is_none());
+        assert!(Unreported { reason: "CTOther".into(), ..unreported }.observation(&id).is_none());
         for reason in [Astray::Deleted, Astray::Migrated, Astray::Foreign].map(Astray::reason) {
             assert!(REASONS.contains(&reason));
         }

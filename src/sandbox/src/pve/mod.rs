@@ -22,6 +22,7 @@
 //! | `volume` | its root |
 //! | `make`, `remove` | its beginning and end, each to be repeated from any point |
 //! | `task` | waiting for tasks with few calls |
+//! | `seen` | what was seen of it, and what of that is still to be reported |
 //! | `look` | what an administrator did to it |
 //! | `inits` | its processes and addresses |
 //! | `setup`, `check`, `bridge` | the engine from an administrator's words, and what host and token must have |
@@ -36,6 +37,7 @@ mod make;
 mod marker;
 mod record;
 mod remove;
+mod seen;
 mod setup;
 mod standing;
 mod task;

@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     config::Named,
-    look::{Seen, Unsaid},
     marker::Mark,
+    seen::{Seen, Unreported},
 };
 use crate::{Error, IdMap, Result, error::io, process::read_bounded};
 
@@ -70,8 +70,8 @@ pub(super) struct Record {
     #[serde(default)]
     pub(super) seen: Seen,
     /// What the last look found and may have told nobody, if the agent was killed.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) unsaid: Vec<Unsaid>,
+    #[serde(rename = "unsaid", default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) unreported: Vec<Unreported>,
     /// What we are about to write, or were when a write failed or a crash came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     next: Option<Box<Written>>,
@@ -108,7 +108,7 @@ impl Record {
             known: String::new(),
             notes: String::new(),
             seen: Seen::default(),
-            unsaid: Vec::new(),
+            unreported: Vec::new(),
             next: None,
         }
     }
