@@ -514,29 +514,29 @@ async fn a_user_opens_its_standard_streams_by_name_and_has_a_home() {
     let ct = Ct::start().await;
     let script =
         "echo one >/dev/stdout && echo two >/dev/stderr && echo three >/proc/self/fd/1; echo HOME=$HOME";
-    let mut request = ct.request("s1", &["sh", "-c", &format!("{script}; sleep 1000")]);
+    let mut request = ct.request("ac1", &["sh", "-c", &format!("{script}; sleep 1000")]);
     // The image's passwd has no line for this one.
     request.spec["process"]["user"] = json!({"uid": 12345, "gid": 2000});
     request.spec["process"]["capabilities"] = json!({"bounding": CAPS});
     ct.run(request).await;
     let deadline = Instant::now() + Duration::from_secs(10);
-    while !ct.log("s1").contains("HOME=") && Instant::now() < deadline {
+    while !ct.log("ac1").contains("HOME=") && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let mut lines: Vec<String> = ct.log("s1").lines().map(str::to_owned).collect();
+    let mut lines: Vec<String> = ct.log("ac1").lines().map(str::to_owned).collect();
     lines.sort();
     assert_eq!(lines, ["HOME=/", "one", "three", "two"]);
-    let (code, out, err) = ct.exec("s1", &["sh", "-c", script]).await;
+    let (code, out, err) = ct.exec("ac1", &["sh", "-c", script]).await;
     assert_eq!((code, out.as_str(), err.as_str()), (0, "one\nthree\nHOME=/\n", "two\n"));
 }
 
 #[tokio::test]
 async fn what_a_container_in_the_pods_pid_namespace_leaves_ends_with_it() {
     let ct = Ct::start().await;
-    let mut request = ct.request("p1", &["sh", "-c", "sleep 1234 & sleep 1234 & sleep 1; exit 5"]);
+    let mut request = ct.request("ad1", &["sh", "-c", "sleep 1234 & sleep 1234 & sleep 1; exit 5"]);
     request.spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}]);
     ct.run(request).await;
-    assert_eq!(ct.exited("p1").await, (5, None));
+    assert_eq!(ct.exited("ad1").await, (5, None));
     let left = || {
         let processes = fs::read_dir(format!("/proc/{}/root/proc", ct.pid)).unwrap().flatten();
         processes

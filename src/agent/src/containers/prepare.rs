@@ -211,7 +211,7 @@ fn prepared(
         hostname: &hostname,
         map,
     })?;
-    if let Some(cwd) = spec["process"]["cwd"].as_str() {
+    if let Some(cwd) = spec.process().as_ref().and_then(|process| process.cwd().to_str()) {
         mounts::make_cwd(rootfs, cwd, map)?;
     }
     let log_path = match &record.log_file {
@@ -229,7 +229,8 @@ fn prepared(
         oom_score_adj: noted.or(asked),
         request: CreateRequest {
             id: id.to_string(),
-            spec,
+            spec: serde_json::to_value(&spec)
+                .map_err(|e| Error::Invalid(format!("the container's OCI spec: {e}")))?,
             log_path,
             log_max_bytes: own.settings.log_max_bytes,
             log_max_files: own.settings.log_max_files,

@@ -13,7 +13,10 @@ mod user;
 
 pub(crate) use mounts::target;
 
-use std::path::Path;
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use moxlet_cri::{
     paths,
@@ -22,7 +25,13 @@ use moxlet_cri::{
 use moxlet_ids::ContainerId;
 use moxlet_image::ImageConfig;
 use moxlet_storage::IdMap;
-use serde_json::{Value, json};
+use oci_spec::{
+    OciSpecError,
+    runtime::{
+        Capabilities, Capability, Linux, LinuxCapabilitiesBuilder, LinuxNamespace, LinuxNamespaceBuilder,
+        LinuxNamespaceType, LinuxSeccomp, Process, RootBuilder, Spec, UserBuilder,
+    },
+};
 
 use crate::error::{Error, Result};
 
@@ -73,30 +82,51 @@ pub(crate) struct SpecInput<'a> {
 }
 
 /// Makes the spec.
-pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
+pub(crate) fn build(input: &SpecInput<'_>) -> Result<Spec> {
     let config = input.config;
     let linux = config.linux.clone().unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
+    refuse(&security)?;
+    mounts::refuse(config)?;
+    let capabilities = capabilities::of(security.capabilities.as_ref())?;
+    let process = process(input, &security, &capabilities)?;
+    let mut part = Linux::default();
+    // What a request does not ask for is not to be the crate's idea of a container.
+    part.set_resources(None)
+        .set_namespaces(Some(namespaces(&security)?))
+        .set_masked_paths(Some(mounts::paths(&security.masked_paths, &paths::MASKED)?))
+        .set_readonly_paths(Some(mounts::paths(&security.readonly_paths, &paths::READ_ONLY)?))
+        .set_cgroups_path(input.cgroup_path.map(PathBuf::from))
+        .set_seccomp(seccomp_profile(&security, &capabilities)?);
+    let resources = resources::of(linux.resources.as_ref())?;
+    if !input.cgroup_v1 {
+        part.set_resources(resources);
+    }
+    let root = oci(RootBuilder::default().path(input.rootfs_ct).readonly(security.readonly_rootfs).build())?;
+    let mut spec = Spec::default();
+    spec.set_version("1.2.0".to_owned())
+        // It would need a UTS namespace of the container's own, and the CT's has it.
+        .set_hostname(None)
+        .set_root(Some(root))
+        .set_process(Some(process))
+        .set_mounts(Some(mounts::all(input.mounts)?))
+        .set_linux(Some(part))
+        .set_annotations(Some(annotations(input)));
+    Ok(spec)
+}
+
+/// A structure of the specification, with our error.
+fn oci<T>(built: std::result::Result<T, OciSpecError>) -> Result<T> {
+    built.map_err(|e| Error::Invalid(format!("the container's OCI spec: {e}")))
+}
+
+/// What of a security context no container of a CT can have.
+fn refuse(security: &v1::LinuxContainerSecurityContext) -> Result<()> {
     if security.privileged {
         return Err(Error::Refused(
             "privileged container: a CT has no privileges of the host to give".into(),
         ));
     }
-    mounts::refuse(config)?;
-    let user = user::resolve(config, &input.image.user, input.rootfs_host, input.map)?;
-    let capabilities = capabilities::of(security.capabilities.as_ref())?;
-    let process = json!({
-        "terminal": config.tty,
-        "args": args(input)?,
-        "env": env(input)?,
-        "cwd": cwd(input)?,
-        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
-        "capabilities": {
-            "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
-            "inheritable": [], "ambient": [],
-        },
-        "noNewPrivileges": security.no_new_privs,
-    });
     #[allow(deprecated)]
     let named = security.apparmor_profile.starts_with("localhost/");
     if named || security.apparmor.as_ref().is_some_and(|p| p.profile_type() == ProfileType::Localhost) {
@@ -105,39 +135,54 @@ pub(crate) fn build(input: &SpecInput<'_>) -> Result<Value> {
     if security.selinux_options.as_ref().is_some_and(|o| *o != v1::SeLinuxOption::default()) {
         return Err(Error::Refused("SELinux options".into()));
     }
-    let mut part = json!({
-        "namespaces": namespaces(&security)?,
-        "maskedPaths": mounts::paths(&security.masked_paths, &paths::MASKED)?,
-        "readonlyPaths": mounts::paths(&security.readonly_paths, &paths::READ_ONLY)?,
-    });
-    if let Some(path) = input.cgroup_path {
-        part["cgroupsPath"] = json!(path);
-    }
-    if let Some(profile) = seccomp_profile(&security, &capabilities)? {
-        part["seccomp"] = profile;
-    }
-    let resources = resources::of(linux.resources.as_ref())?;
-    if !input.cgroup_v1 && resources.as_object().is_some_and(|r| !r.is_empty()) {
-        part["resources"] = resources;
-    }
+    Ok(())
+}
+
+fn process(
+    input: &SpecInput<'_>,
+    security: &v1::LinuxContainerSecurityContext,
+    capabilities: &[String],
+) -> Result<Process> {
+    let config = input.config;
+    let user = user::resolve(config, &input.image.user, input.rootfs_host, input.map)?;
+    let user = oci(UserBuilder::default().uid(user.uid).gid(user.gid).additional_gids(user.groups).build())?;
+    let known = |name: &String| {
+        name.parse::<Capability>().map_err(|_| Error::Invalid(format!("unknown capability {name:?}")))
+    };
+    let all = capabilities.iter().map(known).collect::<Result<Capabilities>>()?;
+    let sets = LinuxCapabilitiesBuilder::default()
+        .bounding(all.clone())
+        .effective(all.clone())
+        .permitted(all)
+        .inheritable(Capabilities::new())
+        .ambient(Capabilities::new());
+    let mut process = Process::default();
+    process
+        .set_terminal(Some(config.tty))
+        .set_args(Some(args(input)?))
+        .set_env(Some(env(input)?))
+        .set_cwd(PathBuf::from(cwd(input)?))
+        .set_user(user)
+        .set_capabilities(Some(oci(sets.build())?))
+        .set_no_new_privileges(Some(security.no_new_privs))
+        // Those of the CT.
+        .set_rlimits(None);
+    Ok(process)
+}
+
+fn annotations(input: &SpecInput<'_>) -> HashMap<String, String> {
     let sandbox = input.sandbox.metadata.clone().unwrap_or_default();
-    let name = config.metadata.as_ref().map_or("", |m| m.name.as_str());
-    Ok(json!({
-        // No host name: it would need a UTS namespace of the container's own, and the CT's has it.
-        "ociVersion": "1.2.0",
-        "root": {"path": input.rootfs_ct, "readonly": security.readonly_rootfs},
-        "process": process,
-        "mounts": mounts::all(input.mounts)?,
-        "linux": part,
-        "annotations": {
-            "io.kubernetes.cri.container-type": "container",
-            "io.kubernetes.cri.container-name": name,
-            "io.kubernetes.cri.sandbox-name": sandbox.name,
-            "io.kubernetes.cri.sandbox-namespace": sandbox.namespace,
-            "io.kubernetes.cri.sandbox-uid": sandbox.uid,
-            "dev.moxlet/container-id": input.container_id.as_str(),
-        },
-    }))
+    let name = input.config.metadata.as_ref().map_or("", |m| m.name.as_str());
+    [
+        ("io.kubernetes.cri.container-type", "container"),
+        ("io.kubernetes.cri.container-name", name),
+        ("io.kubernetes.cri.sandbox-name", &sandbox.name),
+        ("io.kubernetes.cri.sandbox-namespace", &sandbox.namespace),
+        ("io.kubernetes.cri.sandbox-uid", &sandbox.uid),
+        ("dev.moxlet/container-id", input.container_id.as_str()),
+    ]
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .into()
 }
 
 /// The request's command replaces the image's entry point and its arguments; its args only the latter.
@@ -222,7 +267,7 @@ fn cwd(input: &SpecInput<'_>) -> Result<String> {
 }
 
 /// Namespaces of the container's own. Without one of process ids it is in that of the pod, which is the CT's.
-fn namespaces(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
+fn namespaces(security: &v1::LinuxContainerSecurityContext) -> Result<Vec<LinuxNamespace>> {
     // CRI's default is the pod's for each; a kubelet always says which.
     let options = security.namespace_options.clone().unwrap_or_default();
     for (what, mode) in [("network", options.network()), ("PID", options.pid()), ("IPC", options.ipc())] {
@@ -230,22 +275,25 @@ fn namespaces(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
             return Err(Error::Refused(format!("the host's {what} namespace: a CT has its own")));
         }
     }
-    let mut all = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
+    let mut kinds = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
     match options.pid() {
         NamespaceMode::Target => {
             return Err(Error::Refused("the PID namespace of another container".into()));
         }
         NamespaceMode::Pod => {}
-        _ => all.push(json!({"type": "pid"})),
+        _ => kinds.push(LinuxNamespaceType::Pid),
     }
-    Ok(json!(all))
+    kinds.into_iter().map(|kind| oci(LinuxNamespaceBuilder::default().typ(kind).build())).collect()
 }
 
-fn seccomp_profile(security: &v1::LinuxContainerSecurityContext, caps: &[String]) -> Result<Option<Value>> {
+fn seccomp_profile(
+    security: &v1::LinuxContainerSecurityContext,
+    caps: &[String],
+) -> Result<Option<LinuxSeccomp>> {
     let refused = |name: &str| Err(Error::Refused(format!("seccomp profile {name:?} of the host")));
     if let Some(profile) = &security.seccomp {
         return match profile.profile_type() {
-            ProfileType::RuntimeDefault => Ok(Some(seccomp::runtime_default(caps))),
+            ProfileType::RuntimeDefault => seccomp::runtime_default(caps).map(Some),
             ProfileType::Unconfined => Ok(None),
             ProfileType::Localhost => refused(&profile.localhost_ref),
         };
@@ -253,7 +301,7 @@ fn seccomp_profile(security: &v1::LinuxContainerSecurityContext, caps: &[String]
     #[allow(deprecated)]
     match security.seccomp_profile_path.as_str() {
         "" | "unconfined" => Ok(None),
-        "runtime/default" | "docker/default" => Ok(Some(seccomp::runtime_default(caps))),
+        "runtime/default" | "docker/default" => seccomp::runtime_default(caps).map(Some),
         other => refused(other),
     }
 }

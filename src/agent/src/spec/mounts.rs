@@ -1,9 +1,9 @@
 //! A container's mounts: the standard ones and those of the request, each parent before what lies below it.
 
 use moxlet_cri::v1;
-use serde_json::{Value, json};
+use oci_spec::runtime::{Mount, MountBuilder};
 
-use super::ResolvedMount;
+use super::{ResolvedMount, oci};
 use crate::error::{Error, Result};
 
 const MAX_MOUNTS: usize = 1024;
@@ -21,26 +21,34 @@ pub(crate) fn target(path: &str) -> Result<String> {
     Ok(format!("/{}", parts.join("/")))
 }
 
+fn made(at: &str, kind: &str, source: &str, options: &[&str]) -> Result<Mount> {
+    let options: Vec<String> = options.iter().map(|o| (*o).to_owned()).collect();
+    oci(MountBuilder::default().destination(at).typ(kind).source(source).options(options).build())
+}
+
+/// What every container has, each with its place.
+fn standard() -> Result<Vec<(String, Mount)>> {
+    let pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"];
+    let of_kernel: [(&str, &str, &[&str]); 6] = [
+        ("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+        ("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        ("/dev/pts", "devpts", &pts),
+        ("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        ("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+        ("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+    ];
+    of_kernel
+        .into_iter()
+        .map(|(at, kind, options)| Ok((at.to_owned(), made(at, kind, kind, options)?)))
+        .collect()
+}
+
 /// All mounts of the container in the order in which they are made.
-pub(super) fn all(mounts: &[ResolvedMount]) -> Result<Vec<Value>> {
+pub(super) fn all(mounts: &[ResolvedMount]) -> Result<Vec<Mount>> {
     if mounts.len() > MAX_MOUNTS {
         return Err(Error::Invalid(format!("more than {MAX_MOUNTS} mounts")));
     }
-    let standard = |at: &str, kind: &str, options: &[&str]| {
-        (at.to_owned(), json!({"destination": at, "type": kind, "source": kind, "options": options}))
-    };
-    let mut all = vec![
-        standard("/proc", "proc", &["nosuid", "noexec", "nodev"]),
-        standard("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        standard(
-            "/dev/pts",
-            "devpts",
-            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
-        ),
-        standard("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
-        standard("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-        standard("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
-    ];
+    let mut all = standard()?;
     let targets = mounts.iter().map(|m| target(&m.target)).collect::<Result<Vec<_>>>()?;
     if targets.iter().any(|at| at == "/dev") {
         // As containerd: who brings a /dev brings all of it.
@@ -60,7 +68,7 @@ pub(super) fn all(mounts: &[ResolvedMount]) -> Result<Vec<Value>> {
         if mount.data {
             options.extend(["nosuid", "noexec"]);
         }
-        let value = json!({"destination": at, "type": "bind", "source": mount.source_ct, "options": options});
+        let value = made(&at, "bind", &mount.source_ct, &options)?;
         if let Some(place) = all[..ours].iter().position(|(standard, _)| *standard == at) {
             all[place].1 = value;
         } else {
