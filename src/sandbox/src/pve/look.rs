@@ -410,12 +410,12 @@ mod tests {
     #[test]
     fn what_is_remembered_of_a_reason_that_is_not_known_is_left_out() {
         let id = SandboxId::random();
-        let unsaid = Unreported::new(word("CTLocked", true, "it is locked"));
-        let seen = unsaid.clone().observation(&id).unwrap();
-        assert_eq!((seen.reason, seen.warning, seen.at_ns), ("CTLocked", true, unsaid.at_ns));
+        let unreported = Unreported::new(word("CTLocked", true, "it is locked"));
+        let seen = unreported.clone().observation(&id).unwrap();
+        assert_eq!((seen.reason, seen.warning, seen.at_ns), ("CTLocked", true, unreported.at_ns));
         assert!(Unreported { reason: "CTOther".into(), ..unreported }.observation(&id).is_none());
         for reason in [Astray::Deleted, Astray::Migrated, Astray::Foreign].map(Astray::reason) {
-            assert!(REASONS.contains(&reason));
+            assert!(super::super::seen::REASONS.contains(&reason));
         }
     }
 

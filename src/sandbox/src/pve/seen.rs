@@ -53,7 +53,7 @@ pub(super) enum Cluster {
 }
 
 /// The reasons that there are.
-const REASONS: [&str; 17] = [
+pub(super) const REASONS: [&str; 17] = [
     "CTBack",
     "CTDeleted",
     "CTEdited",
