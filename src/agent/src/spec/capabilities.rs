@@ -127,6 +127,14 @@ mod tests {
     }
 
     #[test]
+    fn every_capability_is_known_to_the_specifications_crate() {
+        for name in ALL {
+            let known: oci_spec::runtime::Capability = name.parse().unwrap();
+            assert_eq!(serde_json::to_value(known).unwrap(), format!("CAP_{name}"));
+        }
+    }
+
+    #[test]
     fn the_default_is_containerds() {
         let caps = of(None).unwrap();
         assert_eq!(caps.len(), 14);

@@ -147,7 +147,9 @@ fn process(
     let user = user::resolve(config, &input.image.user, input.rootfs_host, input.map)?;
     let user = oci(UserBuilder::default().uid(user.uid).gid(user.gid).additional_gids(user.groups).build())?;
     let known = |name: &String| {
-        name.parse::<Capability>().map_err(|_| Error::Invalid(format!("unknown capability {name:?}")))
+        // The crate reads them without the prefix that it writes.
+        let plain = name.strip_prefix("CAP_").unwrap_or(name);
+        plain.parse::<Capability>().map_err(|_| Error::Invalid(format!("unknown capability {name:?}")))
     };
     let all = capabilities.iter().map(known).collect::<Result<Capabilities>>()?;
     let sets = LinuxCapabilitiesBuilder::default()
