@@ -2,10 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Semaphore;
 
 use crate::{
@@ -101,7 +102,7 @@ impl Sim {
     }
 
     pub(crate) fn told(&self) -> MutexGuard<'_, BTreeMap<u32, Told>> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+        self.told.lock()
     }
 
     /// How long the hosts are up, in seconds: as long as the simulator.
@@ -115,7 +116,7 @@ impl Sim {
     }
 
     fn certificates(&self) -> MutexGuard<'_, BTreeMap<String, Arc<HostTls>>> {
-        self.certificates.lock().unwrap_or_else(PoisonError::into_inner)
+        self.certificates.lock()
     }
 
     pub(crate) fn set_certificate(&self, host: &str, tls: Arc<HostTls>) {

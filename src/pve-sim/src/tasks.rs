@@ -11,12 +11,13 @@ use std::{
     io::{BufRead, BufReader, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -162,7 +163,7 @@ impl Tasks {
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<String, CancellationToken>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        self.running.lock()
     }
 
     fn path(&self, upid: &Upid) -> PathBuf {
@@ -231,7 +232,7 @@ impl Tasks {
                     Err(why) => log.line(&format!("TASK ERROR: {}", why.trim_end())),
                 }
             }
-            running.lock().unwrap_or_else(PoisonError::into_inner).remove(&upid);
+            running.lock().remove(&upid);
         });
         Ok(text)
     }

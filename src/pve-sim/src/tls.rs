@@ -6,9 +6,10 @@ use std::{
     io::Write,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+    sync::Arc,
 };
 
+use parking_lot::RwLock;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
@@ -57,19 +58,19 @@ impl HostTls {
 
     /// What new connections use.
     pub(crate) fn config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner).config)
+        Arc::clone(&self.current.read().config)
     }
 
     /// SHA-256 of the certificate, as Proxmox VE writes it.
     pub(crate) fn fingerprint(&self) -> String {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).fingerprint.clone()
+        self.current.read().fingerprint.clone()
     }
 
     /// Makes a new certificate, as `pvecm updatecerts --force` does; open connections keep the old one.
     pub(crate) fn renew(&self, validity: Validity) -> Result<String> {
         let current = make(&self.dir, &self.names, validity)?;
         let fingerprint = current.fingerprint.clone();
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = current;
+        *self.current.write() = current;
         Ok(fingerprint)
     }
 }

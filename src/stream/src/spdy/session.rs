@@ -1,12 +1,9 @@
 //! One SPDY connection: a task that reads, a task that writes, and the streams between them.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadHalf, WriteHalf},
     sync::{mpsc, oneshot},
@@ -66,10 +63,6 @@ struct Entry {
 
 type Streams = Arc<Mutex<HashMap<u32, Entry>>>;
 
-fn lock(streams: &Streams) -> MutexGuard<'_, HashMap<u32, Entry>> {
-    streams.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A connection. Dropping it ends it at once.
 pub(crate) struct Session {
     outlet: Outlet,
@@ -125,7 +118,7 @@ impl Session {
         self.next_id = id.checked_add(2).ok_or(Error::Closed)?;
         let (feed, reader) = feed();
         let (accepted, wait) = oneshot::channel();
-        lock(&self.streams).insert(id, Entry { feed, accepted: Some(accepted) });
+        self.streams.lock().insert(id, Entry { feed, accepted: Some(accepted) });
         self.outlet.data.send(Out::Open { channel: id, headers }).await.map_err(|_| Error::Closed)?;
         wait.await.map_err(|_| Error::Closed)?;
         Ok((reader, StreamWriter::new(id, &self.outlet)))
@@ -164,7 +157,7 @@ impl<T: AsyncRead> Reader<T> {
             tracing::debug!(%error, "a streaming connection ended");
         }
         // Dropping the feeds without their end tells every reader that the connection was lost.
-        lock(&self.streams).clear();
+        self.streams.lock().clear();
     }
 
     async fn read_all(&mut self) -> Result<()> {
@@ -220,14 +213,14 @@ impl<T: AsyncRead> Reader<T> {
         {
             return Some(sender.clone());
         }
-        let sender = lock(&self.streams).get(&stream).map(|e| e.feed.sender())?;
+        let sender = self.streams.lock().get(&stream).map(|e| e.feed.sender())?;
         self.last = Some((stream, sender.clone()));
         Some(sender)
     }
 
     fn finish(&mut self, stream: u32) {
         self.last = None;
-        if let Some(entry) = lock(&self.streams).remove(&stream) {
+        if let Some(entry) = self.streams.lock().remove(&stream) {
             entry.feed.finish();
         }
     }
@@ -241,7 +234,7 @@ impl<T: AsyncRead> Reader<T> {
             }
             Frame::SynReply { stream, fin, block } => {
                 self.inflater.headers(&block)?;
-                if let Some(accepted) = lock(&self.streams).get_mut(&stream).and_then(|e| e.accepted.take()) {
+                if let Some(accepted) = self.streams.lock().get_mut(&stream).and_then(|e| e.accepted.take()) {
                     let _ = accepted.send(());
                 }
                 if fin {
@@ -258,7 +251,7 @@ impl<T: AsyncRead> Reader<T> {
             }
             Frame::Reset { stream } => {
                 self.last = None;
-                lock(&self.streams).remove(&stream);
+                self.streams.lock().remove(&stream);
                 Ok(())
             }
             Frame::Ping { id } => {
@@ -271,21 +264,21 @@ impl<T: AsyncRead> Reader<T> {
 
     async fn syn_stream(&mut self, stream: u32, fin: bool, headers: Headers) -> Result<()> {
         let theirs = stream % 2 == u32::from(self.role == Role::Server);
-        if stream == 0 || !theirs || lock(&self.streams).contains_key(&stream) {
+        if stream == 0 || !theirs || self.streams.lock().contains_key(&stream) {
             return Err(Error::spdy(format!("a new stream has the number {stream}")));
         }
         let outlet = match (self.outlet.data.upgrade(), self.outlet.control.upgrade()) {
             (Some(data), Some(control)) => Outlet { data, control },
             _ => return Err(Error::Closed),
         };
-        if lock(&self.streams).len() >= MAX_STREAMS {
+        if self.streams.lock().len() >= MAX_STREAMS {
             return Err(Error::spdy(format!("more than {MAX_STREAMS} streams")));
         }
         let (feed, reader) = feed();
         if fin {
             feed.finish();
         } else {
-            lock(&self.streams).insert(stream, Entry { feed, accepted: None });
+            self.streams.lock().insert(stream, Entry { feed, accepted: None });
         }
         outlet.data.send(Out::Accept { channel: stream }).await.map_err(|_| Error::Closed)?;
         let writer = StreamWriter::new(stream, &outlet);

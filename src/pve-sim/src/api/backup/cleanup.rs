@@ -1,10 +1,8 @@
 //! What a backup has changed of a CT, and how that is put right: at its end, and when it is interrupted.
 
-use std::{
-    fs,
-    path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::{fs, path::PathBuf};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{super::lxc, job::JobLog};
 use crate::{
@@ -34,7 +32,7 @@ pub(super) struct Cleanup(Mutex<Undo>);
 
 impl Cleanup {
     fn undo(&self) -> MutexGuard<'_, Undo> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     pub(super) fn begin(&self, vmid: u32) {

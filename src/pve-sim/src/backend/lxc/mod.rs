@@ -11,11 +11,11 @@ use std::{
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 
 use super::{
     Backend, Backup, Ct, Interface, Mount, MountSource, Room, RunState, Stop, Usage, VolumeInfo, tool::run,
@@ -195,7 +195,7 @@ impl Backend for Lxc {
         let mut usage = stats::usage(ct.vmid, pid);
         let used = stats::cpu_micros(ct.vmid);
         let before = {
-            let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut cpu = self.cpu.lock();
             cpu.insert(ct.vmid, (Instant::now(), used))
         };
         if let Some((at, earlier)) = before {
@@ -206,7 +206,7 @@ impl Backend for Lxc {
     }
 
     async fn forget(&self, _: &str, vmid: u32) -> Result<()> {
-        self.cpu.lock().unwrap_or_else(PoisonError::into_inner).remove(&vmid);
+        self.cpu.lock().remove(&vmid);
         let dir = self.dir(vmid);
         // Nothing is mounted below it: the CT's root is mounted in its monitor's namespace alone.
         match fs::remove_dir_all(&dir) {
