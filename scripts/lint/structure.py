@@ -20,10 +20,8 @@ RING_ALLOWED = {"node": 7, "sandbox": 4}
 # Functions that are still too long, as `crate/file: function`, with their lines. Likewise.
 FUNCTION_ALLOWED = {
     "agent/spec: build": 66,
-    "node/lib: run": 80,
+    "node/lib: run": 81,
     "node/pods/source: watch": 75,
-    "node/pods/terminate: terminate": 74,
-    "node/pods/worker: sandbox_and_volumes": 64,
     "sandbox/pve/look: differences": 61,
 }
 
@@ -66,6 +64,9 @@ def block_end(code, start):
 TEST_ITEM = re.compile(r"#\[cfg\((?:any\()?test\b[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*")
 TEST_MODULE = re.compile(TEST_ITEM.pattern + r"(?:pub(?:\([^)]*\))?\s+)?mod\s+(\w+)\s*;")
 
+# One whose file has a name of its own, which lies beside the file that declares it.
+TEST_FILE = re.compile(r'#\[cfg\(test\)\]\s*#\[path = "(\w+)\.rs"\]')
+
 
 def without_tests(code):
     """The code without the items that are compiled for tests only."""
@@ -83,8 +84,10 @@ def modules(crate):
         path = file.relative_to(source).with_suffix("").parts
         if path[-1] in ("mod", "lib", "main"):
             path = path[:-1]
-        text = plain(file.read_text())
+        written = file.read_text()
+        text = plain(written)
         tests.update((*path, name) for name in TEST_MODULE.findall(text))
+        tests.update((*path[:-1], name) for name in TEST_FILE.findall(written))
         code[path] = without_tests(text)
     is_test = lambda path: any(path[:depth] in tests for depth in range(1, len(path) + 1))
     return {path: text for path, text in code.items() if not is_test(path)}
