@@ -16,12 +16,10 @@ FILE_MAX = 600
 FUNCTION_MAX = 60
 
 # Crates whose rings are still being cut, with the size that their largest may have. The table shrinks, and goes.
-RING_ALLOWED = {"node": 7, "sandbox": 4}
+RING_ALLOWED = {}
 # Functions that are still too long, as `crate/file: function`, with their lines. Likewise.
 FUNCTION_ALLOWED = {
-    "agent/spec: build": 66,
     "node/lib: run": 81,
-    "node/pods/source: watch": 75,
     "sandbox/pve/look: differences": 61,
 }
 

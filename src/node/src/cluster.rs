@@ -11,10 +11,10 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
 };
 
+use crate::model::names;
 use crate::{
     error::{Error, Result},
     objects::Objects,
-    pods::names,
 };
 
 /// A service account's token and when it ends.

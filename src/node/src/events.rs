@@ -15,7 +15,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::pods::names;
+use crate::model::names;
 
 /// Whose events these are.
 const COMPONENT: &str = "kubelet";

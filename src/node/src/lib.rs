@@ -31,6 +31,7 @@ mod image_gc;
 mod instance;
 mod membership;
 pub mod metrics;
+mod model;
 mod notices;
 mod objects;
 pub mod pods;
@@ -67,8 +68,9 @@ use crate::{
     events::{Kind, Recorder},
     objects::Objects,
     pods::{
-        manager::{Manager, Source, Update},
+        manager::Manager,
         registry::PodRegistry,
+        updates::{Source, Update},
         worker::Shared,
     },
     static_pods::mirror,
@@ -159,14 +161,8 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
     let (admitted, is_admitted) = watch::channel(false);
     let (uid_sender, node_uid) = watch::channel(None);
     if let Some(client) = client.clone() {
-        let membership = membership::Membership {
-            client,
-            node: config.node_name.clone(),
-            host,
-            instance,
-            any_identity: config.allow_any_identity,
-            admitted,
-        };
+        let (node, any_identity) = (config.node_name.clone(), config.allow_any_identity);
+        let membership = membership::Membership { client, node, host, instance, any_identity, admitted };
         tasks.all.spawn(membership.run(token.clone()));
     }
     let (recorder, write_events) = Recorder::new(client.clone(), config.node_name.clone(), token.clone());
@@ -197,12 +193,8 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<()> {
         config: config.clone(),
     });
     if client.is_some() {
-        recorder.emit(
-            events::node_reference(&config.node_name),
-            Kind::Normal,
-            "Starting",
-            "Starting moxlet.",
-        );
+        let node = events::node_reference(&config.node_name);
+        recorder.emit(node, Kind::Normal, "Starting", "Starting moxlet.");
     }
     let mirrors = mirrors(&shared, node_uid, &updates, &mut tasks);
     let sources = sources(&config, client.zip(objects), is_admitted, &updates, mirrors, &mut tasks);

@@ -23,9 +23,10 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
+use crate::model::names;
 use crate::{
     error::{Error, Result, chain},
-    pods::{manager::Update, names},
+    pods::updates::Update,
     relist,
 };
 

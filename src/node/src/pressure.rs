@@ -7,10 +7,8 @@ use jiff::Timestamp;
 use k8s_openapi::{api::core::v1::NodeCondition, apimachinery::pkg::apis::meta::v1::Time};
 use moxlet_cri::{host, v1};
 
-use crate::{
-    error::{Error, Result},
-    pods::resources::units,
-};
+use crate::error::{Error, Result};
+use crate::model::resources::units;
 
 const KEY: &str = "pressure_thresholds";
 

@@ -10,7 +10,8 @@ use k8s_openapi::api::core::v1::{
     SecurityContext, Volume,
 };
 
-use crate::pods::{admission::Rejection, resources};
+use crate::model::resources;
+use crate::pods::admission::Rejection;
 
 /// Ids that a CT has: 0 to one less. Files and processes of an id beyond them cannot be.
 const IDS: i64 = 65_536;

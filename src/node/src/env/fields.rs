@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceFieldSelector};
 
-use crate::pods::{names, resources};
+use crate::model::{names, resources};
 
 /// What of the node and the running sandbox a pod may ask for.
 #[derive(Clone, Debug, Default)]

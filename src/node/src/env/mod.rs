@@ -12,10 +12,10 @@ use std::{
 use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvFromSource, EnvVarSource, Pod, Secret};
 
 use self::fields::Facts;
+use crate::model::names;
 use crate::{
     cluster::Cluster,
     error::{Error, Result},
-    pods::names,
 };
 
 /// The objects that a container's environment is made of, fetched side by side.

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use moxlet_cri::host::InfoResponse;
 use parking_lot::Mutex;
 
-use super::{names, resources};
+use crate::model::{names, resources};
 
 /// Why a pod is failed before anything of it is made: `status.reason` and `status.message`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,7 +3,8 @@
 use k8s_openapi::api::core::v1::{Container, Pod};
 use moxlet_cri::{annotations, paths, v1};
 
-use super::{names, resources, sandbox_config};
+use super::sandbox_config;
+use crate::model::{names, resources};
 use crate::{
     env,
     error::{Error, Result},

@@ -2,8 +2,8 @@
 
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 
-use super::names;
 use crate::cluster::Cluster;
+use crate::model::names;
 
 /// When an image is pulled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

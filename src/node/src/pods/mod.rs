@@ -11,11 +11,9 @@ pub(crate) mod container;
 pub(crate) mod image;
 mod images;
 pub(crate) mod manager;
-pub(crate) mod names;
 pub(crate) mod plan;
 pub mod registry;
 mod report;
-pub(crate) mod resources;
 pub(crate) mod restart;
 pub(crate) mod sandbox_config;
 pub(crate) mod source;
@@ -23,4 +21,5 @@ pub(crate) mod state;
 pub(crate) mod status;
 #[cfg(test)]
 mod tests;
+pub(crate) mod updates;
 pub(crate) mod worker;

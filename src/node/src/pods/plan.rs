@@ -21,9 +21,10 @@ use k8s_openapi::api::core::v1::{Container as Spec, Pod, PodStatus};
 
 use super::{
     backoffs::{Backoffs, Waiting, go_duration},
-    names, resources, restart,
+    restart,
     state::{Container, Phase, PodState},
 };
+use crate::model::{names, resources};
 
 /// How many dead containers of a name are kept beside the newest one (the kubelet's `MaxPerPodContainer`).
 const KEPT_DEAD: usize = 1;

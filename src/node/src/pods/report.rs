@@ -6,14 +6,13 @@ use k8s_openapi::api::core::v1::Pod;
 use moxlet_cri::host;
 
 use super::{
-    names,
     registry::{ContainerView, PodView},
-    resources,
     state::{Phase, PodState},
     status,
     worker::Worker,
 };
 use crate::metrics;
+use crate::model::{names, resources};
 
 impl Worker {
     /// Reads termination messages that are not known yet.

@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::Pod;
 use moxlet_cri::v1;
 
-use super::{names, resources};
+use crate::model::{names, resources};
 use crate::{
     config::Config,
     error::{Error, Result},

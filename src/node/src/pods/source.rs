@@ -9,11 +9,19 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{
-    manager::{Source, Update},
-    names,
-};
+use super::updates::{Source, Update};
+use crate::model::names;
 use crate::{objects::Objects, relist, static_pods::mirror};
+
+/// Where what the API server shows goes to.
+struct Feed {
+    node: String,
+    updates: mpsc::Sender<Update>,
+    mirrors: mpsc::Sender<mirror::Input>,
+    objects: Objects,
+    /// UIDs of the list that is being read.
+    listed: HashSet<String>,
+}
 
 /// Watches until stopped.
 pub(crate) async fn watch(
@@ -26,68 +34,69 @@ pub(crate) async fn watch(
 ) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
     let mut stream = std::pin::pin!(relist::watch(Api::<Pod>::all(client), config));
-    let mut listed = HashSet::new();
+    let mut feed = Feed { node, updates, mirrors, objects, listed: HashSet::new() };
     loop {
         let event = tokio::select! {
             () = stop.cancelled() => return,
             event = stream.try_next() => event,
         };
-        let ours = |pod: &Pod| pod.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node.as_str());
-        let for_mirrors = match &event {
-            Ok(Some(watcher::Event::InitApply(pod) | watcher::Event::Apply(pod)))
-                if mirror::is_mirror(pod) =>
-            {
-                Some(mirror::Input::Shown(Arc::new(pod.clone())))
-            }
-            Ok(Some(watcher::Event::Delete(pod))) if mirror::is_mirror(pod) => {
-                Some(mirror::Input::Removed(Arc::new(pod.clone())))
-            }
-            _ => None,
-        };
-        if let Some(input) = for_mirrors {
-            if let Ok(Some(watcher::Event::InitApply(pod))) = &event {
-                listed.insert(names::uid(pod).to_owned());
-            }
-            if mirrors.send(input).await.is_err() {
-                return;
-            }
-            continue;
-        }
-        let update = match event {
-            Ok(Some(watcher::Event::Init)) => {
-                listed.clear();
-                continue;
-            }
-            Ok(Some(watcher::Event::InitApply(pod))) if ours(&pod) => {
-                listed.insert(names::uid(&pod).to_owned());
-                objects.set(&pod);
-                Update::Apply(Source::Api, Arc::new(pod))
-            }
-            Ok(Some(watcher::Event::InitDone)) => {
-                let listed = std::mem::take(&mut listed);
-                objects.keep(&listed);
-                if mirrors.send(mirror::Input::Listed(listed.clone())).await.is_err() {
-                    return;
-                }
-                Update::Listed(Source::Api, listed)
-            }
-            Ok(Some(watcher::Event::Apply(pod))) if ours(&pod) => {
-                objects.set(&pod);
-                Update::Apply(Source::Api, Arc::new(pod))
-            }
-            Ok(Some(watcher::Event::Delete(pod))) => {
-                objects.remove(names::uid(&pod));
-                Update::Gone(Arc::new(pod))
-            }
-            Ok(Some(_)) => continue,
-            Ok(None) => return,
+        let goes_on = match event {
+            Ok(Some(event)) => feed.pass_on(event).await,
+            Ok(None) => false,
             Err(error) => {
                 warn!(%error, "cannot watch pods");
-                continue;
+                true
             }
         };
-        if updates.send(update).await.is_err() {
+        if !goes_on {
             return;
         }
+    }
+}
+
+impl Feed {
+    /// Passes an event on; answers whether somebody still listens.
+    async fn pass_on(&mut self, event: watcher::Event<Pod>) -> bool {
+        match event {
+            watcher::Event::Init => {
+                self.listed.clear();
+                true
+            }
+            watcher::Event::InitApply(pod) => {
+                if mirror::is_mirror(&pod) || self.is_ours(&pod) {
+                    self.listed.insert(names::uid(&pod).to_owned());
+                }
+                self.shown(pod).await
+            }
+            watcher::Event::InitDone => {
+                let listed = std::mem::take(&mut self.listed);
+                self.objects.keep(&listed);
+                self.mirrors.send(mirror::Input::Listed(listed.clone())).await.is_ok()
+                    && self.updates.send(Update::Listed(Source::Api, listed)).await.is_ok()
+            }
+            watcher::Event::Apply(pod) => self.shown(pod).await,
+            watcher::Event::Delete(pod) if mirror::is_mirror(&pod) => {
+                self.mirrors.send(mirror::Input::Removed(Arc::new(pod))).await.is_ok()
+            }
+            watcher::Event::Delete(pod) => {
+                self.objects.remove(names::uid(&pod));
+                self.updates.send(Update::Gone(Arc::new(pod))).await.is_ok()
+            }
+        }
+    }
+
+    fn is_ours(&self, pod: &Pod) -> bool {
+        pod.spec.as_ref().and_then(|s| s.node_name.as_ref()) == Some(&self.node)
+    }
+
+    async fn shown(&self, pod: Pod) -> bool {
+        if mirror::is_mirror(&pod) {
+            return self.mirrors.send(mirror::Input::Shown(Arc::new(pod))).await.is_ok();
+        }
+        if !self.is_ours(&pod) {
+            return true;
+        }
+        self.objects.set(&pod);
+        self.updates.send(Update::Apply(Source::Api, Arc::new(pod))).await.is_ok()
     }
 }

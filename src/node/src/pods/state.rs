@@ -2,7 +2,7 @@
 
 use moxlet_cri::v1;
 
-use super::names;
+use crate::model::names;
 use crate::{
     cri_client::Runtime,
     error::{Error, Result},

@@ -13,9 +13,10 @@ use k8s_openapi::{
 };
 
 use super::{
-    resources, restart,
+    restart,
     state::{Container, Phase, PodState},
 };
+use crate::model::resources;
 use crate::support;
 
 /// What a status is made of beside the pod and its state.

@@ -24,12 +24,11 @@ use tracing::{debug, warn};
 use super::{
     admission::{Admission, Rejection},
     backoffs::Backoffs,
-    names,
     plan::{Goal, Plan, SandboxAction},
     registry::PodRegistry,
-    resources,
     state::PodState,
 };
+use crate::model::{names, resources};
 use crate::{
     cluster::Cluster,
     config::Config,

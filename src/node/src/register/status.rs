@@ -11,7 +11,8 @@ use k8s_openapi::{
 };
 use moxlet_cri::{host, v1};
 
-use crate::{config::Config, pods::resources::units, pressure};
+use crate::model::resources::units;
+use crate::{config::Config, pressure};
 
 /// What the agent says of itself.
 #[derive(Clone, Debug, PartialEq)]

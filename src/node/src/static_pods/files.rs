@@ -17,12 +17,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::mirror;
+use crate::model::names;
 use crate::{
     error::{Error, Result, chain},
-    pods::{
-        manager::{Source, Update},
-        names,
-    },
+    pods::updates::{Source, Update},
 };
 
 const PERIOD: Duration = Duration::from_secs(2);

@@ -18,11 +18,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::model::names;
 use crate::{
     cluster::Cluster,
     error::chain,
     events::{self, Kind, Recorder},
-    pods::{manager::Update, names},
+    pods::updates::Update,
 };
 
 /// How often all mirrors are compared.

@@ -12,11 +12,11 @@ use k8s_openapi::{
 use moxlet_cri::host::{VolumeFile, VolumeKind};
 
 use super::is_due;
+use crate::model::{names, resources};
 use crate::{
     cluster::{Cluster, Token},
     env::fields::{self, Facts},
     error::{Error, Result},
-    pods::{names, resources},
 };
 
 /// The kubelet's default life of a token.

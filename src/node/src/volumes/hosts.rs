@@ -3,7 +3,8 @@
 use k8s_openapi::api::core::v1::Pod;
 use moxlet_cri::v1::DnsConfig;
 
-use crate::{config::Config, pods::names};
+use crate::config::Config;
+use crate::model::names;
 
 /// The longest host name of Linux.
 const MAX_HOSTNAME: usize = 63;

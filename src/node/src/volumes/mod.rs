@@ -15,12 +15,12 @@ use moxlet_ids::Digest;
 use prost::Message;
 
 use self::content::Content;
+use crate::model::names;
 use crate::{
     cluster::{Cluster, Token},
     cri_client::Runtime,
     env::fields::Facts,
     error::{Error, Result},
-    pods::names,
 };
 
 /// Name of the volume that holds a pod's `/etc/hosts`; it is no DNS label, so no volume of a pod can have it.

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use moxlet_cri::v1;
 
+use crate::model::names;
 use crate::{
     env,
     error::{Error, chain},
@@ -13,7 +14,6 @@ use crate::{
     pods::{
         backoffs::Waiting,
         container::{self, Given},
-        names,
         plan::Start,
         sandbox_config,
         state::PodState,

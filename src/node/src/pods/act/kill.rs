@@ -10,11 +10,11 @@ use k8s_openapi::api::core::v1::Pod;
 use moxlet_cri::{host, v1};
 use tracing::warn;
 
+use crate::model::names;
 use crate::{
     error::{Result, chain},
     events::Kind,
     pods::{
-        names,
         plan::{Goal, Input, Kill, KillReason, Now, Plan, SandboxAction},
         state::PodState,
         worker::{Desired, Next, Worker},

@@ -3,10 +3,11 @@
 use k8s_openapi::api::core::v1::Pod;
 use moxlet_cri::v1;
 
+use crate::model::names;
 use crate::{
     error::{Error, Result, chain},
     events::Kind,
-    pods::{names, sandbox_config, state::PodState, worker::Worker},
+    pods::{sandbox_config, state::PodState, worker::Worker},
 };
 
 impl Worker {
