@@ -216,7 +216,7 @@ impl Membership {
                             Ok(Some(lease)) => return lease,
                             Ok(None) => {}
                             Err(error) => {
-                                warn!(error = %chain(&error), "could not take over the node's Lease")
+                                warn!(error = %chain(&error), "could not take over the node's Lease");
                             }
                         }
                     }

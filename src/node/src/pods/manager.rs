@@ -135,7 +135,7 @@ impl Manager {
         match update {
             Update::Apply(_, pod) if names::uid(&pod).is_empty() => {}
             Update::Content(uid) => self.poke(&uid),
-            Update::Mirror { namespace, name, uid } => self.mirror((namespace, name), uid),
+            Update::Mirror { namespace, name, uid } => self.mirror(&(namespace, name), uid),
             Update::Apply(source, pod) => {
                 let replaced = source == Source::Files && self.must_wait(&pod);
                 if replaced {
@@ -170,13 +170,13 @@ impl Manager {
         }
     }
 
-    fn mirror(&mut self, name: (String, String), uid: String) {
+    fn mirror(&mut self, name: &(String, String), uid: String) {
         if uid.is_empty() {
-            self.mirrors.remove(&name);
+            self.mirrors.remove(name);
         } else {
             self.mirrors.insert(name.clone(), uid);
         }
-        for worker in self.workers.values().filter(|w| key(&w.desired.borrow().pod) == name) {
+        for worker in self.workers.values().filter(|w| key(&w.desired.borrow().pod) == *name) {
             let target = self.target(&worker.desired.borrow().pod.clone());
             worker.desired.send_if_modified(|d| {
                 let changed = names::is_static(&d.pod) && d.target.uid != target.uid;

@@ -171,7 +171,8 @@ impl Plan {
     }
 
     /// Whether there is nothing to do.
-    pub(crate) fn is_settled(&self) -> bool {
+    #[cfg(test)]
+    fn is_settled(&self) -> bool {
         self.kill.is_empty()
             && self.sandbox == SandboxAction::Keep
             && self.start.is_empty()
