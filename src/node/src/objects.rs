@@ -349,7 +349,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
 
-    fn pod(uid: &str, spec: serde_json::Value) -> Pod {
+    fn pod(uid: &str, spec: &serde_json::Value) -> Pod {
         serde_json::from_value(
             serde_json::json!({"metadata": {"name": uid, "namespace": "d", "uid": uid}, "spec": spec}),
         )
@@ -383,7 +383,7 @@ mod tests {
     fn all_that_a_pod_names_is_found() {
         let pod = pod(
             "p",
-            serde_json::json!({
+            &serde_json::json!({
                 "imagePullSecrets": [{"name": "pull"}],
                 "volumes": [
                     {"name": "a", "configMap": {"name": "m1"}}, {"name": "b", "secret": {"secretName": "s1"}},
@@ -401,8 +401,8 @@ mod tests {
         let (objects, mut updates, asked) = objects();
         let spec =
             serde_json::json!({"containers": [], "volumes": [{"name": "a", "configMap": {"name": "m"}}]});
-        objects.set(&pod("p1", spec.clone()));
-        objects.set(&pod("p2", spec));
+        objects.set(&pod("p1", &spec));
+        objects.set(&pod("p2", &spec));
         let map = objects.config_map("d", "m").await.unwrap();
         assert_eq!(map.data.unwrap()["k"], "v");
         objects.config_map("d", "m").await.unwrap();
@@ -426,7 +426,7 @@ mod tests {
         let (objects, _updates, _) = objects();
         let spec =
             serde_json::json!({"containers": [], "volumes": [{"name": "a", "configMap": {"name": "m"}}]});
-        let mut pod = pod("p", spec);
+        let mut pod = pod("p", &spec);
         objects.set(&pod);
         assert_eq!(objects.state.lock().watched.len(), 1);
         pod.status = serde_json::from_value(serde_json::json!({"phase": "Succeeded"})).unwrap();

@@ -110,7 +110,7 @@ fn nothing_of_a_copy_for_data_can_be_executed_or_gain_rights() {
     let host = Host::new();
     host.bind(BindOptions::data());
     for name in ["pods/copy", "pods/copy/below"] {
-        let flags = rustix::fs::statvfs(&host.path(name)).unwrap().f_flag;
+        let flags = rustix::fs::statvfs(host.path(name)).unwrap().f_flag;
         assert!(flags.contains(Flags::NOSUID | Flags::NODEV | Flags::NOEXEC), "{name}: {flags:?}");
     }
 }
