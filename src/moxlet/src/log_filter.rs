@@ -23,6 +23,10 @@ const TARGETS: [&str; 10] = [
     "moxlet_stream",
 ];
 
+/// What these crates log of failed calls is passed on to the node, which logs it with the pod or object that it concerns. A directive
+/// of the filter that names them comes later and stands.
+const PASSED_ON: &str = "kube_runtime::watcher=off,kube_client=off";
+
 /// Reads a filter; `key` is what it was given by.
 ///
 /// # Errors
@@ -38,7 +42,7 @@ pub(crate) fn parse(key: &str, text: &str) -> Result<EnvFilter> {
             Some((target, _)) => check_target(key, target)?,
         }
     }
-    EnvFilter::try_new(text).with_context(|| {
+    EnvFilter::try_new(format!("{PASSED_ON},{text}")).with_context(|| {
         format!("{key}: {text:?} is not a log filter; right is a level ({}) or a filter such as info,moxlet_agent=debug", LEVELS.join(", "))
     })
 }

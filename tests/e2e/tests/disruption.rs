@@ -97,7 +97,7 @@ fn a_node_that_was_silent_is_ready_again_without_waiting_for_a_heartbeat() {
 fn static_pods_have_mirrors_and_a_broken_manifest_holds_up_no_other() {
     let _turn = turn();
     let cluster = Cluster::get();
-    let (dir, config) = (tempfile::tempdir().unwrap(), cluster.dir.join("moxlet.toml"));
+    let (dir, config) = (tempfile::tempdir().unwrap(), cluster.dir.join("settings"));
     let before = std::fs::read_to_string(&config).unwrap();
     let manifest = |name: &str| {
         let spec = json!({"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": cluster.image("busybox"),
@@ -123,7 +123,9 @@ fn static_pods_have_mirrors_and_a_broken_manifest_holds_up_no_other() {
             if mirror(name).is_null() { Ok(()) } else { Err(name.to_owned()) }
         });
     };
-    std::fs::write(&config, format!("{before}\nstatic_pod_dir = {:?}\n", dir.path())).unwrap();
+    // The configuration is written anew from these at each start.
+    let folder = format!("EXTRA_CONFIG='static_pod_dir = {:?}'", dir.path());
+    std::fs::write(&config, format!("{before}\n{folder}\n")).unwrap();
     cluster.script("node-stop");
     cluster.script("node-start");
     let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
