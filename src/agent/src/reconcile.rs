@@ -15,6 +15,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tracing::{debug, info, warn};
 
 use crate::{
+    PATIENCE,
     clock::now_ns,
     error::{Error, Result},
     ledger::{Ledger, SandboxPhase},
@@ -29,6 +30,9 @@ use crate::{
 const HELLO: Duration = Duration::from_secs(5);
 /// How often is looked for CTs that somebody else has started. Only local files are read.
 const LOOK: Duration = Duration::from_secs(2);
+/// When addresses are looked at once more after the start: a CNI plugin that an agent had started before it was killed may outlive it,
+/// and give out an address after the first look.
+const LATE_ADDRESSES: Duration = Duration::from_secs(PATIENCE.as_secs() + 5);
 
 /// What it takes.
 pub(crate) struct Reconciler {
@@ -86,6 +90,9 @@ impl Reconciler {
         let mut queue = Queue::default();
         let (report, mut reports) = mpsc::unbounded_channel();
         let mut look = tokio::time::interval(LOOK);
+        let late_addresses = tokio::time::sleep(LATE_ADDRESSES);
+        tokio::pin!(late_addresses);
+        let mut addresses_seen = false;
         loop {
             let due = queue.next();
             let due = async {
@@ -101,6 +108,13 @@ impl Reconciler {
                 () = due => {
                     for work in queue.take_due(std::time::Instant::now()) {
                         self.attempt_beside(work, report.clone());
+                    }
+                }
+                () = &mut late_addresses, if !addresses_seen => {
+                    addresses_seen = true;
+                    for id in self.late_addresses().await {
+                        info!(sandbox = %id, "an address was given out after its sandbox was removed; it is taken back");
+                        queue.add(Work::RemoveStray(id), std::time::Instant::now());
                     }
                 }
                 _ = look.tick(), if self.others_start_cts => {
@@ -259,6 +273,17 @@ impl Reconciler {
             if let Err(error) = self.driver.remove_root(&id).await {
                 warn!(container = %id, error = chain(&error), "not removed; it is tried again");
                 pods.retries.add(Work::RemoveRoot(id));
+            }
+        }
+    }
+
+    /// Those that have an address and are no sandbox of the ledger, which is asked afterwards: one is in it before it has an address.
+    async fn late_addresses(&self) -> Vec<SandboxId> {
+        match self.pods.network.attached().await {
+            Ok(all) => all.into_iter().filter(|id| !self.pods.state.knows(id)).collect(),
+            Err(error) => {
+                warn!(error = chain(&error), "cannot list the pods' addresses");
+                Vec::new()
             }
         }
     }
