@@ -49,9 +49,16 @@ pub(crate) fn is_static(pod: &Pod) -> bool {
     pod.metadata.annotations.as_ref().and_then(|a| a.get(SOURCE)).is_some_and(|s| s == "file")
 }
 
-/// A pod's log directory below `pod_logs_dir`.
+/// The longest name of a file, in bytes (`NAME_MAX`).
+const FILE_NAME_MAX: usize = 255;
+
+/// A pod's log directory below `pod_logs_dir`, as a kubelet names it: `NAMESPACE_NAME_UID`. Where that is too long for a file system
+/// the name is cut: the UID tells pods apart.
 pub(crate) fn log_directory(pod: &Pod) -> String {
-    format!("{}_{}_{}", namespace(pod), name(pod), uid(pod))
+    let (namespace, name, uid) = (namespace(pod), name(pod), uid(pod));
+    let room = FILE_NAME_MAX.saturating_sub(namespace.len() + uid.len() + 2);
+    let end = (0..=room.min(name.len())).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0);
+    format!("{namespace}_{}_{uid}", &name[..end])
 }
 
 /// A container's log below its pod's log directory.
@@ -137,6 +144,19 @@ pub(crate) fn get<'a>(map: Option<&'a BTreeMap<String, String>>, key: &str) -> O
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn the_longest_name_that_the_api_takes_has_a_log_directory() {
+        let pod = |name: &str| -> Pod {
+            let metadata =
+                serde_json::json!({"name": name, "namespace": "n".repeat(63), "uid": "u".repeat(36)});
+            serde_json::from_value(serde_json::json!({"metadata": metadata})).unwrap()
+        };
+        let long = log_directory(&pod(&"a".repeat(253)));
+        assert_eq!(long.len(), FILE_NAME_MAX);
+        assert!(long.ends_with(&format!("a_{}", "u".repeat(36))));
+        assert_eq!(log_directory(&pod("web")), format!("{}_web_{}", "n".repeat(63), "u".repeat(36)));
+    }
 
     #[test]
     fn a_sandbox_is_told_its_pods_grace_whatever_the_pods_own_annotation_says() {
