@@ -17,7 +17,10 @@ use super::{
     state::{Container, Phase, PodState},
 };
 use crate::model::resources;
-use crate::support;
+use crate::{
+    status::{RESIZE_PENDING, SUPPORTED},
+    support,
+};
 
 /// What a status is made of beside the pod and its state.
 #[derive(Default)]
@@ -110,6 +113,11 @@ fn container(
     let newest = all.next();
     if let Some(c) = newest {
         made(&mut status, c, inputs, init);
+        // What a container has is what it was made with; resources that the pod asks for since then are not its own.
+        if let Some(old) = old.filter(|o| o.container_id == status.container_id) {
+            status.resources = old.resources.clone().or(status.resources);
+            status.allocated_resources = old.allocated_resources.clone().or(status.allocated_resources);
+        }
         status.last_state = all
             .find(|c| c.phase == Phase::Exited)
             .map(|c| ended(c, inputs))
@@ -291,6 +299,20 @@ impl Conditions<'_> {
         });
     }
 
+    /// Those that stand only where this node does not do what the pod asks for; `resized` names containers with other resources.
+    fn of_node(&mut self, inputs: &Inputs<'_>, resized: Option<String>) {
+        if let Some((_, message)) = inputs.waiting.values().find(|(reason, _)| reason == "UnsupportedField") {
+            let text = format!("{message}; docs/support.md lists every field of a pod");
+            self.add(SUPPORTED, false, "UnsupportedField", &text);
+        }
+        if let Some(names) = resized {
+            let text = format!(
+                "this node does not resize running containers; the resources of [{names}] change at their next start"
+            );
+            self.add(RESIZE_PENDING, true, "Infeasible", &text);
+        }
+    }
+
     /// Whether init containers are in the way; once a main one has begun, they are not any more.
     fn initialized(&mut self, inits: &[ContainerStatus], begun: bool) {
         match unready(inits).filter(|_| !begun) {
@@ -366,6 +388,7 @@ fn containers(
 /// Computes a pod's status; `old` is the last one.
 pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Inputs<'_>) -> PodStatus {
     let (mut inits, mut mains) = containers(pod, state, old, inputs);
+    let spec = pod.spec.clone().unwrap_or_default();
     let begun = initialized(&inits, &mains);
     let settled = matches!(old.phase.as_deref(), Some("Succeeded" | "Failed"));
     let mut phase = phase(pod, &inits, &mains, inputs.ended);
@@ -398,6 +421,7 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
     conditions.add("PodReadyToStartContainers", up, "", "");
     conditions.of_containers(&inits, &mains, phase, begun, &gates(pod));
     conditions.add("PodScheduled", true, "", "");
+    conditions.of_node(inputs, resize_pending(&spec.containers, &mains).filter(|_| !final_));
     let (reason, message) = match &inputs.failure {
         Some((reason, message)) => (Some(reason.clone()), Some(message.clone())),
         None => (old.reason.clone(), old.message.clone()),
@@ -419,6 +443,19 @@ pub(crate) fn build(pod: &Pod, state: &PodState, old: &PodStatus, inputs: &Input
         observed_generation: pod.metadata.generation,
         ..PodStatus::default()
     }
+}
+
+/// Names of the running containers whose resources are not those that the pod asks for.
+fn resize_pending(specs: &[Spec], statuses: &[ContainerStatus]) -> Option<String> {
+    let running = statuses.iter().filter(|s| s.state.as_ref().is_some_and(|s| s.running.is_some()));
+    let asked =
+        |name: &str| specs.iter().find(|c| c.name == name).map(|c| c.resources.clone().unwrap_or_default());
+    let differs = |s: &&ContainerStatus| {
+        let (has, asked) = (s.resources.clone().unwrap_or_default(), asked(&s.name).unwrap_or_default());
+        (has.limits, has.requests) != (asked.limits, asked.requests)
+    };
+    let names: Vec<_> = running.filter(differs).map(|s| s.name.as_str()).collect();
+    (!names.is_empty()).then(|| names.join(" "))
 }
 
 /// Containers of `kubectl debug` wait with the reason that this node starts none; the pod itself is not touched by them.

@@ -225,3 +225,51 @@ async fn a_pod_that_a_kubelet_would_reject_fails_with_its_reason_and_nothing_of_
         assert_eq!(agent.calls(&["RunPodSandbox", "ApplyVolume"]), Vec::<String>::new());
     }
 }
+
+#[test]
+fn a_resize_that_is_not_done_is_pending_and_the_status_says_what_the_container_has() {
+    let state = PodState {
+        containers: vec![super::state::Container {
+            id: "c".into(),
+            name: "main".into(),
+            attempt: 0,
+            sandbox: "s".into(),
+            phase: super::state::Phase::Running,
+            created_at: 1,
+            started_at: 1,
+            finished_at: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            image: "busybox".into(),
+            image_ref: String::new(),
+        }],
+        ..PodState::default()
+    };
+    let limit = |memory: &str| -> Pod {
+        let mut web = serde_json::to_value(pod(None)).unwrap();
+        web["spec"]["containers"][0]["resources"] = json!({"limits": {"memory": memory}});
+        serde_json::from_value(web).unwrap()
+    };
+    let (inputs, pending) = (status::Inputs::default(), |s: &PodStatus| {
+        let found = s.conditions.iter().flatten().find(|c| c.type_ == crate::status::RESIZE_PENDING);
+        found.map(|c| (c.status.clone(), c.reason.clone().unwrap_or_default()))
+    });
+    let before = status::build(&limit("32Mi"), &state, &PodStatus::default(), &inputs);
+    assert_eq!(pending(&before), None);
+    let after = status::build(&limit("64Mi"), &state, &before, &inputs);
+    assert_eq!(pending(&after), Some(("True".to_owned(), "Infeasible".to_owned())));
+    let has = |s: &PodStatus| s.container_statuses.as_ref().unwrap()[0].resources.clone();
+    assert_eq!(has(&after), has(&before));
+}
+
+#[test]
+fn a_pod_that_is_refused_keeps_the_field_in_a_condition() {
+    let waiting = ("UnsupportedField".to_owned(), "not supported by this node: spec.hostNetwork".to_owned());
+    let inputs =
+        status::Inputs { waiting: [("main".to_owned(), waiting)].into(), ..status::Inputs::default() };
+    let built = status::build(&pod(None), &PodState::default(), &PodStatus::default(), &inputs);
+    let found = built.conditions.unwrap().into_iter().find(|c| c.type_ == crate::status::SUPPORTED).unwrap();
+    assert_eq!((found.status.as_str(), found.reason.as_deref()), ("False", Some("UnsupportedField")));
+    assert!(found.message.unwrap().contains("spec.hostNetwork; docs/support.md"));
+}
