@@ -66,6 +66,11 @@ impl Retry {
         (self.failures, self.until) = (0, None);
     }
 
+    /// Whether it has failed since it last succeeded.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failures > 0
+    }
+
     /// How long it is still not to be tried.
     pub(crate) fn remaining(&self, now: Instant) -> Option<Duration> {
         let left = self.until?.saturating_duration_since(now);

@@ -432,7 +432,13 @@ impl Worker {
                 None
             }
             Err(error) => {
-                shared.events.pod(pod, None, Kind::Warning, "FailedMount", chain(&error));
+                // A pod may be seen here before the API server knows it everywhere, as where its token is asked for: a first failure
+                // is tried again without a word.
+                if self.backoffs.volumes.has_failed() {
+                    shared.events.pod(pod, None, Kind::Warning, "FailedMount", chain(&error));
+                } else {
+                    debug!(pod = %names::full(pod), error = %chain(&error), "volumes are not there yet");
+                }
                 Some(self.backoffs.volumes.failed(Instant::now()))
             }
         }
