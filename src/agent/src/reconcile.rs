@@ -78,6 +78,7 @@ impl Reconciler {
             }
         });
         futures::future::join_all(all).await;
+        self.stray_roots().await;
         Ok(())
     }
 
@@ -247,7 +248,7 @@ impl Reconciler {
         self.pods.engine.fault().is_some()
     }
 
-    /// Removes what no sandbox or container of the ledger owns.
+    /// Removes what no sandbox of the ledger owns.
     async fn strays(&self) {
         let pods = &self.pods;
         let known: BTreeSet<SandboxId> = pods.state.sandboxes().iter().map(|s| s.id.clone()).collect();
@@ -263,6 +264,12 @@ impl Reconciler {
             }
             pods.retries.add(Work::RemoveStray(id.clone()));
         }
+    }
+
+    /// Removes the roots that no container of the ledger owns: after sandboxes were taken over, since a container that the ledger does
+    /// not know may run until then, and keeps its root busy.
+    async fn stray_roots(&self) {
+        let pods = &self.pods;
         let known: BTreeSet<ContainerId> = pods.state.containers().iter().map(|c| c.id.clone()).collect();
         let roots = match self.driver.roots().await {
             Ok(roots) => roots,
