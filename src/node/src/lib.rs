@@ -298,7 +298,7 @@ fn sources(
         let files = static_pods::files::watch(folder, node.clone(), updates.clone(), mirrors, token);
         tasks.spawn(files);
     } else {
-        // Then all mirrors are of nobody.
+        // Without a folder of manifests every mirror pod is left over.
         let _ = mirrors.try_send(mirror::Input::Static(Vec::new()));
     }
     sources

@@ -1,7 +1,7 @@
 //! Mirror pods: the copies of static pods on the API server, by which people see them and to which their status is written.
 //!
 //! One task compares the static pods of this node with the mirrors that the API server shows: a missing one is created, one of
-//! another version, of nobody, or that is being deleted is removed. A mirror is owned by the Node, as the API server demands
+//! another version, of no static pod, or that is being deleted is removed. A mirror is owned by the Node, as the API server demands
 //! (NodeRestriction); a refusal is logged and is an event of the Node.
 
 use std::{
